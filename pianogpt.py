@@ -1,0 +1,1311 @@
+"""PianoGPT: point it at a folder of MIDI files, and it learns to write piano music like it.
+
+    python pianogpt.py                        train on my_midis/, or go on where the last run stopped
+    python pianogpt.py --generate             write new music into samples/ (and train first, if nothing is trained yet)
+    python pianogpt.py --evaluate DIR         held-out loss of the trained model on every MIDI file in DIR
+    python pianogpt.py --help                 every size and knob
+
+In:   a folder of .mid files, each read as one piano: drums dropped, tracks merged, the pedal folded into the notes.
+Out:  pianogpt.pt (the model, all that is needed to go on training or to generate), samples/*.mid, and
+      .pianogpt-cache/ (the files as token ids; delete it whenever you like).
+
+The music becomes REMI tokens (MidiTok), a causal Transformer (PyTorch) learns to predict the next one, and drawing one
+token after another writes new music. The file reads in the order of the data:
+
+    configuration -> music and ids -> dataset -> model -> checkpoint -> training -> sampling -> command line
+
+Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd channels, nh heads of size hs = C / nh, V tokens in
+the vocabulary, N tokens in a corpus.
+
+Read on: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et al., "Attention is
+all you need", 2017. Su et al., "RoFormer" (rotary positions), 2021. So et al., "Primer" (squared ReLU), 2021.
+Yang et al., "Tensor Programs V" (one learning rate for every width), 2022.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import miditok
+import numpy as np
+import symusic
+import torch
+import torch.nn.functional as F
+from miditok.constants import SCORE_LOADING_EXCEPTION
+from symusic import Note, Score, Track
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake of the user's, as one sentence that says what to do about it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration: each field holds its default, its help and its limits; flags, --help and checkpoints read them here.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def option(default, help: str, low=None, high=None, choices=None):
+    """A dataclass field that becomes the flag of the same name; low and high are the least and the most it may be."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass
+class MusicConfig:
+    """How music becomes tokens."""
+
+    grid: int = option(8, "positions in a beat; 8 is 62.5 ms at 120 bpm", 1, 48)
+    velocities: int = option(32, "levels of loudness", 1, 127)
+    chords: int = option(1, "tokens that name chords; 0: off", 0, 1)
+    pedal: str = option("fold", "the sustain pedal: fold it into the note lengths, or ignore it", choices=("fold", "ignore"))
+
+
+@dataclass
+class DataConfig:
+    """Which music is trained on."""
+
+    midi_dir: str = option("my_midis", "folder of .mid and .midi files, searched to any depth")
+    cache_dir: str = option(".pianogpt-cache", "folder that keeps the files as tokens; empty: no cache")
+    val_percent: float = option(10.0, "percent of the pieces held out for validation; 0: none", 0, 99)
+    piece_is_folder: bool = option(False, "all files of one folder are one piece, on one side of the split")
+    transpose: int = option(5, "semitones up or down by which training music is moved at random; 0: off", 0, 24)
+
+
+@dataclass
+class ModelConfig:
+    """The size of the Transformer."""
+
+    n_layer: int = option(4, "layers", 1)
+    n_head: int = option(4, "attention heads in a layer", 1)
+    n_embd: int = option(128, "channels of the model", 2)
+    block_size: int = option(256, "tokens of context", 8)
+    dropout: float = option(0.0, "share of activations dropped while training; 0: off", 0, 0.9)
+
+
+@dataclass
+class TrainConfig:
+    """How the model is trained."""
+
+    steps: int = option(2000, "optimizer steps in all", 1)
+    batch_size: int = option(16, "sequences in a step", 1)
+    lr: float = option(3e-4, "peak learning rate of AdamW, as for a model 1024 wide: matrices take lr x 1024 / n_embd", 0, 1)
+    warmup: int = option(100, "steps in which the learning rate rises", 0)
+    weight_decay: float = option(0.1, "AdamW's decay of the matrices; 0: off", 0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
+    eval_every: int = option(250, "steps between two validations", 1)
+    seed: int = option(0, "seed of everything random: the same seed gives the same bytes", 0, 2**31 - 1)
+
+
+@dataclass
+class SampleConfig:
+    """The music that is written."""
+
+    num_samples: int = option(3, "pieces to write", 1)
+    bars: int = option(32, "longest piece, in bars", 1)
+    temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
+    top_k: int = option(0, "draw from the k likeliest tokens only; 0: off", 0)
+    top_p: float = option(0.95, "draw from the likeliest tokens that together reach this probability; 0: off", 0, 1)
+    samples_dir: str = option("samples", "folder for the new .mid files; nothing in it is overwritten")
+
+
+@dataclass
+class RunConfig:
+    """What to do, and where."""
+
+    generate: bool = option(False, "write music after training")
+    evaluate: str = option("", "folder of MIDI files on which to measure the trained model")
+    checkpoint: str = option("pianogpt.pt", "the file that holds the model")
+    fresh: bool = option(False, "start over; an existing checkpoint is kept under another name")
+    device: str = option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps, ...")
+
+
+@dataclass
+class Config:
+    """Every setting, in the groups in which --help shows them."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    music: MusicConfig = field(default_factory=MusicConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def check_options(config: Config) -> None:
+    """Raise UserError for the first setting that is out of its limits or does not fit another."""
+    for group in fields(config):
+        for f in fields(getattr(config, group.name)):
+            value, flag = getattr(getattr(config, group.name), f.name), "--" + f.name.replace("_", "-")
+            low, high = f.metadata["low"], f.metadata["high"]
+            if low is not None and not value >= low or high is not None and not value <= high:
+                limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+                raise UserError(f"{flag} is {value} but must be {limits}")
+    m = config.model
+    if m.n_embd % (2 * m.n_head):
+        raise UserError(f"--n-embd {m.n_embd} must be an even multiple of --n-head {m.n_head}: heads share the channels")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Music <-> ids: from a MIDI file to a list of token ids, and back.
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRES = {2: (1, 4), 4: (1, 8), 8: (1, 12), 16: (1, 12)}  # beat unit: least and most beats in a bar
+LONGEST_NOTE = 12  # beats; the lengths above 4 beats are on half the grid
+DAY = 86_400  # seconds
+SUSTAIN = 64  # the controller number of the right pedal
+
+
+class Unusable(Exception):
+    """Why a file gives no music, in a few words."""
+
+
+def find_midi_files(folder: Path) -> list[Path]:
+    """Everything under folder named *.mid or *.midi, in any case and at any depth, dot-files left out, sorted."""
+    found = []
+    for root, dirs, names in os.walk(folder):
+        dirs[:] = [d for d in dirs if not d.startswith(".")]
+        found += [Path(root, n) for n in [*names, *dirs] if n.lower().endswith((".mid", ".midi")) and n[0] != "."]
+    return sorted(found)
+
+
+def make_tokenizer(music: MusicConfig) -> miditok.REMI:
+    """A REMI tokenizer for one piano."""
+    # 43 tempos from 40 to 250 are 5 bpm apart and hit 120; 32, MidiTok's default, would make it 121.29.
+    config = miditok.TokenizerConfig(
+        special_tokens=["PAD", "BOS", "EOS"],
+        beat_res={(0, 4): music.grid, (4, LONGEST_NOTE): max(1, music.grid // 2)},
+        num_velocities=music.velocities,
+        use_chords=bool(music.chords),
+        use_tempos=True,
+        num_tempos=43,
+        tempo_range=(40, 250),
+        delete_equal_successive_tempo_changes=True,
+        use_time_signatures=True,
+        time_signature_range=METRES,
+        use_pitchdrum_tokens=False,
+    )
+    return miditok.REMI(config)
+
+
+def make_vocabulary(tokenizer: miditok.REMI) -> list[str]:
+    """The tokens in the order of their ids."""
+    return sorted(tokenizer.vocab, key=tokenizer.vocab.get)
+
+
+def pedal_intervals(track: Track, end: int) -> list[tuple[int, int]]:
+    """The (down, up) ticks of the sustain pedal; one that is never lifted is lifted at end."""
+    # Read from the controls: on any channel but the first, the first entry of track.pedals starts at tick 0.
+    intervals, down = [], None
+    for c in track.controls:
+        if c.number == SUSTAIN and (c.value >= 64) != (down is not None):
+            if down is not None:
+                intervals.append((down, c.time))
+            down = c.time if down is None else None
+    return intervals + ([(down, end)] if down is not None else [])
+
+
+def fold_pedal(ends: np.ndarray, intervals: list[tuple[int, int]]) -> np.ndarray:
+    """Note ends, in ticks, moved to the moment the pedal is lifted where it is down at the end of the note."""
+    if not intervals:
+        return ends
+    downs, ups = np.array(sorted(intervals)).T
+    ups = np.maximum.accumulate(ups)  # one piano has one pedal, whichever track it was recorded on
+    held = np.searchsorted(downs, ends, side="right") - 1
+    return np.where((held >= 0) & (ups[held] > ends), ups[held], ends)
+
+
+def repair_overlaps(notes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Notes sorted by time and pitch in which a key sounds once at a time: striking it again ends the note before."""
+    order = np.lexsort((-notes["duration"], notes["time"], notes["pitch"]))
+    notes = {key: values[order] for key, values in notes.items()}
+    same_key = np.diff(notes["pitch"]) == 0
+    first = np.r_[True, ~same_key | (np.diff(notes["time"]) > 0)]  # of notes struck together the longest stays
+    notes = {key: values[first] for key, values in notes.items()}
+    gap = np.where(np.diff(notes["pitch"]) == 0, np.diff(notes["time"]), np.iinfo(np.int32).max)
+    notes["duration"][:-1] = np.minimum(notes["duration"][:-1], gap)
+    order = np.lexsort((notes["pitch"], notes["time"]))
+    return {key: values[order] for key, values in notes.items()}
+
+
+def read_piano(data: bytes, fold: bool) -> Score:
+    """The bytes of a MIDI file as a score with one piano track: no drums, all tracks merged, the pedal folded in.
+
+    Raises Unusable for a file without notes for a piano, and what symusic raises for one that is no MIDI.
+    """
+    score = Score.from_midi(data)
+    tracks = [t for t in score.tracks if not t.is_drum and t.note_num()]
+    if not tracks:
+        raise Unusable("only drums" if score.note_num() else "no notes")
+    parts = [t.notes.numpy() for t in tracks]
+    notes = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+    if fold:
+        end = int((notes["time"] + notes["duration"]).max())
+        # A hand without notes of its own may still carry the pedal.
+        intervals = [i for t in score.tracks if not t.is_drum for i in pedal_intervals(t, end)]
+        notes["duration"] = fold_pedal(notes["time"] + notes["duration"], intervals) - notes["time"]
+    piano = Score(score.ticks_per_quarter)
+    piano.tempos, piano.time_signatures = score.tempos, score.time_signatures
+    track = Track(name="Piano", program=0)
+    track.notes = Note.from_numpy(**{k: v.astype(parts[0][k].dtype) for k, v in repair_overlaps(notes).items()})
+    piano.tracks.append(track)
+    return piano
+
+
+def count_changes(piano: Score, tokenizer: miditok.REMI, written: int) -> dict[str, int]:
+    """What the tokens cannot say of a piano score: how many notes and metres are lost or changed, by reason."""
+    notes = piano.tracks[0].notes.numpy()
+    metres = [(t.numerator, t.denominator) in tokenizer.time_signatures for t in piano.time_signatures]
+    lowest, highest = tokenizer.config.pitch_range
+    outside = int(((notes["pitch"] < lowest) | (notes["pitch"] > highest)).sum())
+    starts = np.array([t.time for t in piano.time_signatures] or [0])
+    units = np.array([t.denominator for t in piano.time_signatures] or [4])
+    unit = units[np.maximum(np.searchsorted(starts, notes["time"], side="right") - 1, 0)]
+    return {
+        "notes outside the piano left out": outside,
+        "notes struck again within one grid step joined": len(notes["time"]) - outside - written,
+        f"notes longer than {LONGEST_NOTE} beats cut": int((notes["duration"] * unit / 4 > LONGEST_NOTE * piano.tpq).sum()),
+        "rare metres read as the one before": metres.count(False),
+    }
+
+
+def encode_piano(piano: Score, tokenizer: miditok.REMI) -> list[int]:
+    """The ids of one piano score, without BOS and EOS; the notes of one position in ascending pitch, each pitch once."""
+    piano = tokenizer.preprocess_score(piano)
+    if not piano.tracks:
+        raise Unusable("no notes within the range of a piano")
+    # The grid can bring two strikes of one key together, and MidiTok leaves a chord in the order of its note lengths.
+    notes = piano.tracks[0].notes.numpy()
+    order = np.lexsort((-notes["duration"], notes["pitch"], notes["time"]))
+    keep = np.r_[True, (np.diff(notes["time"][order]) > 0) | (np.diff(notes["pitch"][order]) > 0)]
+    piano.tracks[0].notes = Note.from_numpy(**{key: values[order][keep] for key, values in notes.items()})
+    return tokenizer.encode(piano, no_preprocess_score=True)[0].ids
+
+
+def encode_file(path: Path, tokenizer: miditok.REMI, music: MusicConfig) -> Encoded:
+    """One MIDI file as ids; a file that gives no music comes back with the reason and no ids."""
+    try:
+        piano = read_piano(path.read_bytes(), music.pedal == "fold")
+        seconds = float(piano.to("second").end())
+        if not seconds < DAY:
+            raise Unusable("longer than a day")
+        ids = encode_piano(piano, tokenizer)
+    except Unusable as e:
+        return Encoded(problem=str(e))
+    except (*SCORE_LOADING_EXCEPTION, KeyError, IndexError, ZeroDivisionError, TypeError, MemoryError) as e:
+        return Encoded(problem=f"unreadable: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+    pitches = set(tokenizer.token_ids_of_type("Pitch"))
+    notes = sum(i in pitches for i in ids)
+    return Encoded(notes, seconds, count_changes(piano, tokenizer, notes), ids=np.array(ids, np.int16))
+
+
+@dataclass
+class Encoded:
+    """What one MIDI file gave: its ids, or the problem that kept it from giving any."""
+
+    notes: int = 0
+    seconds: float = 0.0
+    changes: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON, then the ids as little-endian int16."""
+        head = {k: v for k, v in vars(self).items() if k != "ids"}
+        return json.dumps(head).encode() + b"\n" + self.ids.astype("<i2").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Encoded:
+        """The inverse of to_bytes."""
+        head, ids = data.split(b"\n", 1)
+        return cls(**json.loads(head), ids=np.frombuffer(ids, "<i2"))
+
+
+def decode_ids(ids: list[int], tokenizer: miditok.REMI) -> Score:
+    """The score that ids stand for, in 480 ticks a quarter note."""
+    score = tokenizer.decode([ids]).resample(480, min_dur=1)
+    for track in score.tracks:
+        track.name = "Piano"
+        track.notes = Note.from_numpy(**repair_overlaps(track.notes.numpy()))
+    return score
+
+
+def write_new_file(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
+    """The path of a file that did not exist before: folder/stem-001.suffix or the next number that is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = folder / f"{stem}-{number:03d}{suffix}"
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+@dataclass
+class Grammar:
+    """REMI's rules as tables, so that checking every token of a batch is one look-up.
+
+    The state of a sequence is 4 row numbers: what may follow the last token, which positions lie ahead, which are inside
+    the bar, which pitches lie above the last. A token's log-probability is minus infinity if any of the rows says so.
+    """
+
+    rows: np.ndarray  # (R, V) float32: 0 where a token is legal, -inf where not
+    update: np.ndarray  # (V, 4) int64: the rows that a token moves a sequence to; -1 leaves the row as it was
+    start: np.ndarray  # (4,) int64: the rows of an empty sequence
+    bos: int
+    eos: int
+    bar: int
+
+
+def make_grammar(tokenizer: miditok.REMI) -> Grammar:
+    """The rules of a tokenizer: MidiTok's graph of token types, time that only goes forward, chords from low to high."""
+    words = [w.split("_", 1) for w in make_vocabulary(tokenizer)]
+    V, kinds = len(words), [kind for kind, _ in words]
+    graph = {kind: set(after) - {"PAD", "BOS", "EOS"} for kind, after in tokenizer.tokens_types_graph.items()}
+    for after in graph.values():
+        after.discard("TimeSig")  # a metre changes at a bar line only
+        if "Bar" in after:
+            after.add("EOS")
+    # The three that the graph is looser about than real pieces are, and what fills a piece that ends before others.
+    graph.update(BOS={"Bar"}, TimeSig={"Position", "Bar"}, Bar={"TimeSig"}, EOS={"PAD"}, PAD={"PAD"})
+
+    number = [int(w[1].split("/")[0].split(".")[0]) if w[0] in ("Position", "Pitch", "TimeSig") else -1 for w in words]
+    positions = [n if k == "Position" else -1 for k, n in zip(kinds, number)]
+    pitches = [n if k == "Pitch" else -1 for k, n in zip(kinds, number)]
+    beats = [n if k == "TimeSig" else -1 for k, n in zip(kinds, number)]
+    grid = tokenizer.config.max_num_pos_per_beat
+    follows = [[k in graph.get(kind, ()) for k in kinds] for kind in kinds]
+    ahead = [[p < 0 or p > now for p in positions] for now in range(-1, max(positions) + 1)]
+    inside = [[p < n * grid for p in positions] for n in range(max(beats) + 1)]
+    above = [[p < 0 or p > now for p in pitches] for now in range(-1, max(pitches) + 1)]
+
+    first = np.cumsum([0, V, len(ahead), len(inside)])  # the first row of each of the four tables
+    update = np.full((V, 4), -1, np.int64)
+    for i, kind in enumerate(kinds):
+        update[i, 0] = i
+        if kind in ("Bar", "Position"):
+            update[i, 1:] = first[1] + positions[i] + 1, -1, first[3]
+        if kind == "TimeSig":
+            update[i, 2] = first[2] + beats[i]
+        if kind == "Pitch":
+            update[i, 3] = first[3] + pitches[i] + 1
+    legal = np.array(follows + ahead + inside + above)
+    bos, eos, bar = (tokenizer.vocab[w] for w in ("BOS_None", "EOS_None", "Bar_None"))
+    return Grammar(np.where(legal, 0, -np.inf).astype(np.float32), update, first + [bos, 0, 0, 0], bos, eos, bar)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Dataset: folder -> ids per piece (in parallel, cached) -> training and validation pieces -> batch number i.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "validation", "test")
+FILE_SECONDS = 120  # a file that takes a worker longer than this is given up
+FILE_MEGABYTES = 32  # an hour of dense piano is under 1 MB
+
+
+@dataclass
+class Piece:
+    """One file that gave music: where it was, what it gave, which side of the split it is on."""
+
+    path: str  # relative to the MIDI folder, with forward slashes
+    encoded: Encoded
+    split: str = "train"
+
+
+def encode_worker(pipe: multiprocessing.connection.Connection, music: MusicConfig) -> None:
+    """Answer each path that comes through the pipe with what encode_file makes of it, until None or no parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the workers
+    tokenizer = make_tokenizer(music)
+    while pipe.poll(5) or multiprocessing.parent_process().is_alive():
+        if pipe.poll():
+            path = pipe.recv()
+            if path is None:
+                return
+            pipe.send(encode_file(path, tokenizer, music))
+
+
+class WorkerPool:
+    """Processes that encode files, because a damaged file can kill or hang the C++ parser below Python."""
+
+    def __init__(self, music: MusicConfig):
+        self.music = music
+        # A forked worker starts in milliseconds; elsewhere than on Linux forking is unsafe or unknown.
+        self.context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.busy: dict = {}  # pipe -> (process, path, deadline)
+
+    def give(self, path: Path, worker: tuple | None = None) -> None:
+        """Hand a path to a (process, pipe) that is free, or to a new one."""
+        if worker is None:
+            pipe, far_end = self.context.Pipe()
+            process = self.context.Process(target=encode_worker, args=(far_end, self.music), daemon=True)
+            process.start()
+            far_end.close()
+        else:
+            process, pipe = worker
+        pipe.send(path)
+        self.busy[pipe] = process, path, time.monotonic() + FILE_SECONDS
+
+    def take(self) -> list[tuple[Path, Encoded, tuple | None]]:
+        """Wait for files to end: each with its result and its worker, or None where the worker did not survive it."""
+        ready, done = multiprocessing.connection.wait(list(self.busy), timeout=1), []
+        for pipe, (process, path, deadline) in list(self.busy.items()):
+            if pipe in ready:
+                try:
+                    done.append((path, pipe.recv(), (process, pipe)))
+                except (EOFError, OSError):
+                    done.append((path, Encoded(problem="it crashed the MIDI parser"), None))
+            elif time.monotonic() > deadline:
+                done.append((path, Encoded(problem=f"it took longer than {FILE_SECONDS} s to read"), None))
+            else:
+                continue
+            del self.busy[pipe]
+            if done[-1][2] is None:
+                process.kill()
+        return done
+
+    def encode(self, paths: list[Path]):
+        """Yield (path, Encoded) for every path, in the order in which they get ready."""
+        waiting = paths[::-1]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        try:
+            for _ in range(min(cores, len(waiting))):
+                self.give(waiting.pop())
+            while self.busy:
+                for path, encoded, worker in self.take():
+                    if waiting:
+                        self.give(waiting.pop(), worker)
+                    elif worker:
+                        worker[1].send(None)
+                    yield path, encoded
+        finally:
+            for process, _, _ in self.busy.values():
+                process.kill()
+
+
+class Cache:
+    """What files gave when they were last read: one small file for each content of a file and each set of settings."""
+
+    def __init__(self, folder: str, music: MusicConfig):
+        versions = [version("miditok"), version("symusic"), asdict(music), METRES, LONGEST_NOTE, "1"]
+        self.folder = Path(folder, hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]) if folder else None
+
+    def get(self, key: str) -> Encoded | None:
+        """What is kept under a key, if anything is."""
+        try:
+            return Encoded.from_bytes((self.folder / key).read_bytes()) if self.folder else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def put(self, key: str, encoded: Encoded) -> None:
+        """Keep a result; a cache that cannot be written is said once and then not used."""
+        try:
+            if self.folder:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / key, encoded.to_bytes())
+        except OSError as e:
+            say(f"the cache {self.folder} cannot be written ({e.strerror}): files will be read again next time")
+            self.folder = None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment path holds either all of the old bytes or all of the new ones."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def file_key(path: Path) -> str:
+    """The hash of a file's content; raises Unusable for what is no readable file of a sensible size."""
+    if not path.is_file():  # a folder, a pipe or a broken link: opening a pipe would wait for ever
+        raise Unusable("not a file")
+    if path.stat().st_size > FILE_MEGABYTES * 2**20:
+        raise Unusable(f"larger than {FILE_MEGABYTES} MB")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def read_folder(folder: Path, music: MusicConfig, cache_dir: str) -> tuple[list[Piece], dict[str, str]]:
+    """Every piece of music under folder in the order of the paths, and the reason for each file that gave none."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: make it and put .mid files there, or pass --midi-dir")
+    paths = find_midi_files(folder)
+    if not paths:
+        raise UserError(f"no .mid or .midi file under {folder}: put some there, or pass --midi-dir")
+    cache, keys, results = Cache(cache_dir, music), {}, {}
+    for path in paths:
+        try:
+            keys[path] = file_key(path)
+            results[path] = cache.get(keys[path])
+        except Unusable as e:
+            results[path] = Encoded(problem=str(e))
+        except OSError as e:
+            results[path] = Encoded(problem=e.strerror)
+    new = [path for path in paths if results[path] is None]
+    bar = tqdm(WorkerPool(music).encode(new), total=len(new), desc="reading MIDI", unit="file", disable=not new)
+    for path, encoded in bar:
+        results[path] = encoded
+        cache.put(keys[path], encoded)
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    pieces = [Piece(names[p], results[p]) for p in paths if not results[p].problem]
+    return pieces, {names[p]: results[p].problem for p in paths if results[p].problem}
+
+
+def in_validation(piece: str, percent: float) -> bool:
+    """True if this piece is held out: by its name alone, so that a new file never moves an old one."""
+    return int(hashlib.sha256(piece.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) < percent / 100 * 2**32
+
+
+def read_split_tables(folder: Path) -> dict[str, str]:
+    """The split of each file that a csv of MAESTRO's kind (columns split and midi_filename) under folder names."""
+    table = {}
+    for path in sorted(folder.rglob("*.csv")):
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            for row in csv.DictReader(file):
+                if row.get("split") in SPLITS and row.get("midi_filename"):
+                    table[(path.parent / row["midi_filename"]).relative_to(folder).as_posix()] = row["split"]
+    return table
+
+
+def split_pieces(pieces: list[Piece], folder: Path, data: DataConfig) -> None:
+    """Put each piece on its side: as a csv or a folder's name says, else by hash; all files of a piece together."""
+    table = read_split_tables(folder)
+    for piece in pieces:
+        named = [part for part in Path(piece.path).parts[:-1] if part in SPLITS]
+        piece.split = table.get(piece.path) or (named[-1] if named else "")
+    validation_is_given = any(p.split == "validation" for p in pieces)
+    open_pieces = [p for p in pieces if p.split == "" or p.split == "train" and not validation_is_given]
+    groups: dict[str, list[Piece]] = {}
+    for piece in open_pieces:
+        name = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
+        groups.setdefault(name, []).append(piece)
+    held_out = {name for name in groups if in_validation(name, data.val_percent)}
+    if data.val_percent and not validation_is_given and not held_out and len(groups) > 1:
+        held_out = {min(groups, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())}
+    if len(held_out) == len(groups) > 1:
+        held_out.pop()
+    for name, group in groups.items():
+        for piece in group:
+            piece.split = "validation" if name in held_out else "train"
+
+
+def join_pieces(pieces: list[Piece], split: str, grammar: Grammar) -> np.ndarray:
+    """(N,) int16: all pieces of one split one after another, each between BOS and EOS."""
+    parts = [[[grammar.bos], p.encoded.ids, [grammar.eos]] for p in pieces if p.split == split]
+    return np.concatenate([np.empty(0, np.int16), *(x for part in parts for x in part)]).astype(np.int16)
+
+
+@dataclass
+class Batches:
+    """Training batch number i, as a pure function of the seed and i."""
+
+    ids: Tensor  # (N,) int16, on the device of the training
+    pitches: range  # the ids of the Pitch tokens, from the lowest to the highest
+    batch_size: int
+    block_size: int
+    transpose: int
+    seed: int
+
+    def __post_init__(self):
+        # Music shorter than one window is repeated until a window fits.
+        self.ids = self.ids.repeat(-(-(self.block_size + 2) // len(self.ids)))
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Batch i: inputs and targets, each (B, T) int64, drawn from anywhere in any piece and moved in pitch."""
+        # A window may cross from one piece into the next; the EOS BOS pair between them is all the model gets told.
+        random, B = np.random.default_rng((self.seed, i)), self.batch_size
+        starts = torch.from_numpy(random.integers(len(self.ids) - self.block_size, size=B))
+        shifts = torch.from_numpy(random.integers(-self.transpose, self.transpose + 1, size=B))
+        window = torch.arange(self.block_size + 1, device=self.ids.device)
+        ids = self.ids[starts.to(self.ids.device)[:, None] + window].long()  # (B, T + 1)
+        ids = transpose_ids(ids, shifts.to(ids.device), self.pitches)
+        return ids[:, :-1], ids[:, 1:]
+
+
+def transpose_ids(ids: Tensor, shifts: Tensor, pitches: range) -> Tensor:
+    """ids (B, T) with row b moved by shifts[b] semitones, or by as much of it as keeps every note on the piano."""
+    is_pitch = (ids >= pitches[0]) & (ids <= pitches[-1])
+    lowest = ids.masked_fill(~is_pitch, pitches[-1]).amin(1)
+    highest = ids.masked_fill(~is_pitch, pitches[0]).amax(1)
+    shifts = torch.minimum(torch.maximum(shifts, pitches[0] - lowest), pitches[-1] - highest)
+    return ids + shifts[:, None] * is_pitch
+
+
+IGNORE = -1  # a target that is not scored
+
+
+def validation_windows(ids: np.ndarray, block_size: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (W, T) of at most limit windows side by side, evenly spread over ids; the same every time."""
+    count = max(0, -(-(len(ids) - 1) // block_size))
+    padded = np.full(count * block_size + 1, IGNORE, np.int64)
+    padded[: len(ids)] = ids
+    chosen = np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)) if count else np.empty(0, int)
+    at = chosen[:, None] * block_size + np.arange(block_size)
+    return torch.from_numpy(np.maximum(padded[at], 0)), torch.from_numpy(padded[at + 1])
+
+
+def sliding_windows(ids: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (W, T) that score each token of one piece once, with half a window before it where there is."""
+    half, targets = block_size // 2, len(ids) - 1
+    starts = range(0, max(1, targets - block_size + half), half) if targets > block_size else [0]
+    x, y = np.zeros((len(starts), block_size), np.int64), np.full((len(starts), block_size), IGNORE, np.int64)
+    for row, start in enumerate(starts):
+        window = ids[start : start + block_size + 1]
+        x[row, : len(window) - 1] = window[:-1]
+        seen = half if row else 0  # these were targets of the window before
+        y[row, seen : len(window) - 1] = window[1 + seen :]
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Model: a causal Transformer with rotary positions and a key/value cache.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class KeyValueCache:
+    """Keys and values of the tokens read so far, for every layer, so that a new token reads only itself."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device):
+        nh, hs = config.n_head, config.n_embd // config.n_head
+        # (layers, keys and values, B, nh, T, hs)
+        self.store = torch.zeros(config.n_layer, 2, batch_size, nh, config.block_size, hs, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v (B, nh, t, hs) of one layer; everything kept of that layer, (B, nh, length + t, hs) each."""
+        end = self.length + k.size(2)
+        self.store[layer, 0, :, :, self.length : end] = k
+        self.store[layer, 1, :, :, self.length : end] = v
+        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+
+
+def rotary_angles(block_size: int, hs: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, hs), of the angle by which each pair of channels turns at each position; the sine is signed."""
+    frequency = 10_000.0 ** -(torch.arange(0, hs, 2) / hs)
+    angle = torch.arange(block_size)[:, None] * frequency  # (T, hs / 2)
+    return torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, nh, T, hs) turned by its position, after which a product of two depends on their distance alone."""
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+
+
+class Attention(nn.Module):
+    """Causal scaled dot-product attention; all heads' queries, keys and values come from one matrix."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), where position t has looked at positions up to t."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            assert T == 1 or cache.length == 0, (T, cache.length)  # else is_causal would mean the wrong corner
+            k, v = cache.extend(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, nh, T, hs)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """One layer: tokens look at each other, then each thinks for itself; both add to what was there."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attention = Attention(config, layer)
+        self.expand = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.contract = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin, cache))
+        hidden = self.expand(self.norm_2(x)).relu().square()  # (B, T, 4 C)
+        return x + self.dropout(self.contract(hidden))
+
+
+class PianoGPT(nn.Module):
+    """Ids in, logits of the next id out."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        cos, sin = rotary_angles(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(self.initialise)
+
+    def initialise(self, module: nn.Module) -> None:
+        """Matrices that keep the size of what passes; what writes to the residual stream, and the head, start small."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Block):
+            for out in (module.attention.proj, module.contract):
+                nn.init.normal_(out.weight, std=(2 * self.config.n_layer * out.in_features) ** -0.5)
+        if isinstance(module, PianoGPT):
+            nn.init.normal_(module.head.weight, std=0.1 * self.config.n_embd**-0.5)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """idx (B, T) -> logits (B, T, V); with targets (B, T) the summed loss in nats; with a cache the last logits (B, V)."""
+        start, T = cache.length if cache else 0, idx.size(1)
+        assert start + T <= self.config.block_size, (start, T, self.config.block_size)
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        x = self.dropout(self.embedding(idx))  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+            return self.head(self.norm(x[:, -1]))
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Checkpoint: the one file that is the model. The only torch.save and torch.load are here.
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORMAT = "pianogpt 1"
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write a checkpoint: plain values, lists, dicts and tensors; the old file stays whole until the new one is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile() as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.seek(0)
+        write_atomically(path, file.read())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote, on the CPU; nothing in the file can run. Raises UserError for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} is damaged or no PianoGPT checkpoint ({type(e).__name__}): pass another --checkpoint") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by this version of PianoGPT: pass another --checkpoint, or train anew")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Training: optimizer, schedule, evaluation, the loop.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LR_WIDTH = 1024  # the width at which --lr is the rate of every matrix
+SAVE_SECONDS = 120  # the most training that a crash can cost
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate at a step as a share of the peak: a line up to it, then half a cosine down to nothing."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
+
+
+def make_optimizer(model: PianoGPT, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; a matrix learns at lr x 1024 / its inputs, so that one lr suits every width, and only matrices decay."""
+    groups = []
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() == 2 and not name.startswith("embedding")
+        peak = config.lr * LR_WIDTH / model.config.n_embd if is_matrix else 10 * config.lr
+        groups.append({"params": [p], "peak": peak, "weight_decay": config.weight_decay if is_matrix else 0.0})
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+
+
+@torch.no_grad()
+def evaluate(model: PianoGPT, windows: tuple[Tensor, Tensor], batch_size: int = 32) -> float:
+    """The summed loss, in nats, of windows (W, T) of inputs and targets."""
+    device, was_training = model.head.weight.device, model.training
+    model.eval()
+    parts = zip(*(w.split(batch_size) for w in windows))
+    total = sum(model(x.to(device), y.to(device)).item() for x, y in parts)
+    model.train(was_training)
+    return total
+
+
+@dataclass
+class Validation:
+    """A fixed set of held-out windows, and how many tokens and notes they score."""
+
+    windows: tuple[Tensor, Tensor]  # inputs and targets, (W, T) each
+    pitches: range  # the ids of the Pitch tokens
+
+    @property
+    def tokens(self) -> int:
+        """The number of targets that are scored."""
+        return int((self.windows[1] != IGNORE).sum())
+
+    @property
+    def notes(self) -> int:
+        """The number of Pitch tokens among the targets."""
+        return int(((self.windows[1] >= self.pitches[0]) & (self.windows[1] <= self.pitches[-1])).sum())
+
+
+class Trainer:
+    """A model in training: everything that changes from step to step, and so everything a checkpoint must hold."""
+
+    def __init__(self, model: PianoGPT, config: TrainConfig):
+        self.model, self.config = model, config
+        self.optimizer = make_optimizer(model, config)
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict] = []  # a row for each validation
+        self.loss_sum, self.loss_count = 0.0, 0  # nats and steps since the last validation
+        self.best_loss, self.best = math.inf, self.weights()
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the model's weights on the CPU."""
+        return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+
+    def state(self) -> dict:
+        """All of the trainer that is not configuration, for load_state."""
+        kept = {k: getattr(self, k) for k in ("step", "seconds", "history", "loss_sum", "loss_count", "best_loss", "best")}
+        return {**kept, "weights": self.weights(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        """Go on where another trainer's state() left off; the bits of the next step are the same."""
+        for key in ("step", "seconds", "history", "loss_sum", "loss_count", "best_loss", "best"):
+            setattr(self, key, state[key])
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def train_step(self, idx: Tensor, targets: Tensor) -> float:
+        """Learn from one batch (B, T); the mean loss in nats."""
+        # Dropout is seeded by the step, so a resumed run drops what the uninterrupted one would have.
+        torch.manual_seed((self.config.seed << 32) + self.step)
+        share = learning_rate(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        loss = self.model(idx, targets) / targets.numel()
+        loss.backward()
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss.item()
+
+    def validate(self, validation: Validation) -> None:
+        """Add a row to the history, and keep the weights if they are the best so far."""
+        row = {"step": self.step, "train_loss": self.loss_sum / max(1, self.loss_count), "val_loss": None}
+        self.loss_sum, self.loss_count = 0.0, 0
+        if validation.tokens:
+            total = evaluate(self.model, validation.windows)
+            row |= {"val_loss": total / validation.tokens, "val_nats_per_note": total / max(1, validation.notes)}
+        if not validation.tokens or row["val_loss"] < self.best_loss:
+            self.best_loss, self.best = row["val_loss"] or math.inf, self.weights()
+        self.history.append(row)
+
+    def run(self, batches: Batches, validation: Validation, save, stopped) -> None:
+        """Train to the last step, or until stopped() is true; save() is called now and then, and at the end."""
+        self.model.train()
+        start, saved, seconds_before = time.monotonic(), time.monotonic(), self.seconds
+        bar = tqdm(total=self.config.steps, initial=self.step, desc="training", unit="step")
+        tokens_per_step = batches.batch_size * batches.block_size
+        while self.step < self.config.steps and not stopped():
+            loss = self.train_step(*batches[self.step])
+            if not math.isfinite(loss):
+                raise UserError(f"the loss became {loss} at step {self.step}: train with a smaller --lr; the checkpoint is the last good one")
+            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+            if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
+                self.validate(validation)
+            self.seconds = seconds_before + time.monotonic() - start
+            rate = bar.format_dict["rate"] or 0
+            last = self.history[-1]["val_loss"] if self.history else None
+            bar.set_postfix_str(f"loss {loss:.3f}, val {last or math.nan:.3f}, {rate * tokens_per_step:,.0f} tok/s", refresh=False)
+            bar.update()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+        bar.close()
+        save()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Sampling: logits -> the next id -> a sequence. It sees ids and a mask only.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def filter_logits(logits: Tensor, config: SampleConfig) -> Tensor:
+    """logits (B, V), already masked, divided by the temperature and minus infinity outside of top-k and top-p."""
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], -math.inf)
+    if 0 < config.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= config.top_p  # the token that crosses top_p is kept, so one always is
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
+    return logits
+
+
+def draw(logits: Tensor, config: SampleConfig, random: torch.Generator) -> Tensor:
+    """The next ids (B,), drawn from masked logits (B, V)."""
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    p = filter_logits(logits, config).softmax(-1)
+    return torch.multinomial(p, 1, generator=random)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model: PianoGPT, grammar: Grammar, config: SampleConfig, seed: int) -> list[list[int]]:
+    """config.num_samples new pieces, drawn together from BOS on; each ends at EOS or after config.bars bars."""
+    device, B, T = model.head.weight.device, config.num_samples, model.config.block_size
+    rows = torch.from_numpy(grammar.rows).to(device)  # (R, V)
+    update = torch.from_numpy(grammar.update).to(device)  # (V, 4)
+    state = torch.from_numpy(grammar.start).to(device).repeat(B, 1)  # (B, 4)
+    random = torch.Generator(device).manual_seed(seed)
+    model.eval()
+    cache = KeyValueCache(model.config, B, device)
+    ids = torch.full((B, 1), grammar.bos, device=device)
+    bar = tqdm(desc="writing", unit="token", unit_scale=B)
+    while True:
+        if cache.length == T:
+            # The window is full: read its newer half again, so that it is what training showed: a window from its start.
+            cache.length = 0
+        new = ids[:, -1:] if cache.length else ids[:, -(T // 2) :]
+        logits = model(new, cache=cache) + rows[state].sum(1)  # (B, V)
+        id = draw(logits, config, random)
+        moved = update[id]
+        state = torch.where(moved < 0, state, moved)
+        ids = torch.cat([ids, id[:, None]], 1)
+        bar.update()
+        if ids.size(1) % 16 == 0 and bool(finished(ids, grammar, config.bars).all()):
+            bar.close()
+            return [cut_piece(row, grammar, config.bars) for row in ids.tolist()]
+
+
+def finished(ids: Tensor, grammar: Grammar, bars: int) -> Tensor:
+    """(B,) bool: which sequences (B, T) hold an EOS or begin a bar more than they should."""
+    return (ids == grammar.eos).any(1) | ((ids == grammar.bar).sum(1) > bars)
+
+
+def cut_piece(ids: list[int], grammar: Grammar, bars: int) -> list[int]:
+    """The ids of one piece without BOS, up to its EOS or to the end of its last bar."""
+    seen = 0
+    for i, id in enumerate(ids):
+        seen += id == grammar.bar
+        if id == grammar.eos or seen > bars:
+            return ids[1:i]
+    return ids[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Command line: parse, choose the device, call, print.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print one line, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; python pianogpt.py --help lists the flags")
+
+
+def make_parser() -> Parser:
+    """A flag for each field of the configuration; one that is not given leaves no trace."""
+    parser = Parser(prog="pianogpt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    for group in fields(Config):
+        config = group.default_factory()
+        section = parser.add_argument_group(group.name, config.__doc__)
+        for f in fields(config):
+            flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+            if isinstance(f.default, bool):
+                section.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            else:
+                text += f" (default: {f.default if f.default != '' else 'none'})"
+                kind = {"type": type(f.default), "choices": f.metadata["choices"], "metavar": type(f.default).__name__.upper()}
+                if kind["choices"]:
+                    del kind["metavar"]
+                section.add_argument(flag, **kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    return parser
+
+
+# What may differ between the runs that train one checkpoint: how long, from where, and how often one looks.
+MAY_CHANGE = {"steps", "eval_every", "midi_dir", "cache_dir"}
+STORED = ("data", "music", "model", "train")
+
+
+def make_config(given: dict, checkpoint: dict | None, training: bool) -> Config:
+    """The settings in force: what the command line says, else what the checkpoint says, else the defaults."""
+    config = Config()
+    for group in fields(config):
+        settings = getattr(config, group.name)
+        if checkpoint and group.name in STORED:
+            for name, value in checkpoint["config"][group.name].items():
+                setattr(settings, name, value)
+        for f in fields(settings):
+            if f.name not in given:
+                continue
+            fixed = checkpoint and f.name not in MAY_CHANGE and (group.name in ("music", "model") or training and group.name in STORED)
+            if fixed and given[f.name] != getattr(settings, f.name):
+                flag = "--" + f.name.replace("_", "-")
+                raise UserError(
+                    f"{flag} is {given[f.name]}, but the checkpoint was made with {getattr(settings, f.name)}: "
+                    "leave the flag out, pass another --checkpoint, or start over with --fresh"
+                )
+            setattr(settings, f.name, given[f.name])
+    check_options(config)
+    return config
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a --device flag; auto is CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
+
+
+def load_tokenizer(checkpoint: dict | None, music: MusicConfig) -> miditok.REMI:
+    """The tokenizer of these settings; with a checkpoint, only if its ids mean what they meant when it was made."""
+    tokenizer = make_tokenizer(music)
+    if checkpoint and checkpoint["vocabulary"] != make_vocabulary(tokenizer):
+        raise UserError("the checkpoint's vocabulary is not what this MidiTok makes of its settings: install the versions of requirements.txt")
+    return tokenizer
+
+
+def pitch_range(tokenizer: miditok.REMI) -> range:
+    """The ids of the Pitch tokens; they are contiguous, so a semitone is one id."""
+    ids = tokenizer.token_ids_of_type("Pitch")
+    assert sorted(ids) == list(range(min(ids), max(ids) + 1)), ids
+    return range(min(ids), max(ids) + 1)
+
+
+def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> None:
+    """Say what was found, what was skipped and what was changed, by name and number."""
+    for reason in sorted(set(skipped.values())):
+        names = [name for name, why in skipped.items() if why == reason]
+        say(f"skipped {len(names)} ({reason}): {', '.join(ascii_name(n) for n in names)}")
+    if not pieces:
+        raise UserError(f"none of the {len(skipped)} MIDI files under {folder} holds music for a piano: try another --midi-dir")
+    sides = ", ".join(f"{sum(p.split == s for p in pieces)} {s}" for s in SPLITS)
+    encoded = [p.encoded for p in pieces]
+    hours, notes = sum(e.seconds for e in encoded) / 3600, sum(e.notes for e in encoded)
+    say(f"music: {len(pieces)} files ({sides}) under {folder}, {hours:.1f} hours, {notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens")
+    for change in encoded[0].changes:
+        count = sum(e.changes[change] for e in encoded)
+        if count:
+            say(f"  {count:,} {change}")
+
+
+def ascii_name(name: str) -> str:
+    """A file's name that any terminal can print, bytes that are no UTF-8 escaped."""
+    return name.encode("utf-8", "backslashreplace" if name.isprintable() else "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def print_block(values: dict) -> None:
+    """Print key: value lines that a script can read."""
+    for key, value in values.items():
+        say(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+class StopSignal:
+    """True once Ctrl-C or SIGTERM came; the second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number: int, frame) -> None:
+        """Remember the signal, and let the next one through."""
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self.number != 0
+
+
+def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device) -> tuple[Batches, Validation]:
+    """Read the MIDI folder, say what is in it, and cut it into training batches and validation windows."""
+    data, model, train = config.data, config.model, config.train
+    pieces, skipped = read_folder(Path(data.midi_dir), config.music, data.cache_dir)
+    split_pieces(pieces, Path(data.midi_dir), data)
+    print_reading(data.midi_dir, pieces, skipped)
+    grammar, pitches = make_grammar(tokenizer), pitch_range(tokenizer)
+    ids = {split: join_pieces(pieces, split, grammar) for split in SPLITS}
+    if not len(ids["train"]):
+        raise UserError(f"no piece under {data.midi_dir} is left to train on: see which are held out above")
+    if not len(ids["validation"]):
+        say("no piece is held out, so there is no validation loss: the last weights will be used")
+    train_ids = torch.from_numpy(ids["train"]).to(device)
+    batches = Batches(train_ids, pitches, train.batch_size, model.block_size, data.transpose, train.seed)
+    return batches, Validation(validation_windows(ids["validation"], model.block_size, limit=128), pitches)
+
+
+def keep_old(path: Path) -> None:
+    """Give an existing checkpoint a free name beside it, and say which."""
+    if path.exists():
+        number = 1
+        while (new := path.with_name(f"{path.stem}-old-{number:03d}{path.suffix}")).exists():
+            number += 1
+        path.rename(new)
+        say(f"kept the old checkpoint as {new}")
+
+
+def run_training(config: Config, checkpoint: dict | None, device: torch.device) -> int:
+    """Train to the last step and print the result; 0, or 128 + the number of the signal that stopped it."""
+    path, tokenizer = Path(config.run.checkpoint), load_tokenizer(checkpoint, config.music)
+    batches, validation = prepare_data(config, tokenizer, device)
+    torch.manual_seed(config.train.seed)
+    model = PianoGPT(config.model, len(tokenizer)).to(device)
+    trainer = Trainer(model, config.train)
+    if checkpoint:
+        trainer.load_state(checkpoint["trainer"])
+        say(f"going on with {path} from step {trainer.step} of {config.train.steps}")
+    elif config.run.fresh:
+        keep_old(path)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"model: {parameters:,} parameters on {device}")
+    stored = {"config": {name: asdict(getattr(config, name)) for name in STORED}, "vocabulary": make_vocabulary(tokenizer)}
+    stored["tokenizer"] = tokenizer.config.to_dict()
+    stop, start, first = StopSignal(), time.monotonic(), trainer.step
+    trainer.run(batches, validation, lambda: save_checkpoint(path, {**stored, "trainer": trainer.state()}), stop)
+    if stop():
+        say(f"stopped at step {trainer.step} of {config.train.steps} and saved {path}: the same command goes on from there")
+        return 128 + stop.number
+    tokens_per_step = batches.batch_size * batches.block_size
+    last = min((r for r in trainer.history if r["val_loss"]), key=lambda r: r["val_loss"], default={})
+    print_block(
+        {
+            "steps": trainer.step,
+            "tokens": trainer.step * tokens_per_step,
+            "seconds": trainer.seconds,
+            "tokens_per_second": round((trainer.step - first) * tokens_per_step / (time.monotonic() - start)),
+            "train_loss": trainer.history[-1]["train_loss"],
+            "val_loss": last.get("val_loss", math.nan),
+            "val_nats_per_note": last.get("val_nats_per_note", math.nan),
+            "parameters": parameters,
+            "checkpoint": path,
+        }
+    )
+    return 0
+
+
+def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device: torch.device) -> PianoGPT:
+    """The model of a checkpoint, with the weights that validated best."""
+    model = PianoGPT(config.model, len(tokenizer))
+    model.load_state_dict(checkpoint["trainer"]["best"])
+    return model.to(device).eval()
+
+
+def run_generation(config: Config, checkpoint: dict, device: torch.device) -> None:
+    """Write the samples and announce each."""
+    tokenizer = load_tokenizer(checkpoint, config.music)
+    model = load_model(checkpoint, config, tokenizer, device)
+    step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
+    if step < steps:
+        say(f"{config.run.checkpoint} is trained for {step} of {steps} steps: python pianogpt.py would finish it")
+    for ids in generate(model, make_grammar(tokenizer), config.sample, config.train.seed):
+        score = decode_ids(ids, tokenizer)
+        if not score.note_num():
+            raise UserError("the model wrote a piece without notes: train it longer, or try another --seed or --temperature")
+        path = write_new_file(Path(config.sample.samples_dir), "sample", ".mid", score.dumps_midi())
+        bars, seconds = ids.count(tokenizer.vocab["Bar_None"]), score.to("second").end()
+        say(f"sample: {bars} bars, {score.note_num()} notes, {seconds:.1f} seconds, {path}")
+
+
+def run_evaluation(config: Config, checkpoint: dict, device: torch.device) -> None:
+    """Print the loss of a checkpoint on every piece of a folder."""
+    tokenizer = load_tokenizer(checkpoint, config.music)
+    model, grammar = load_model(checkpoint, config, tokenizer, device), make_grammar(tokenizer)
+    pieces, skipped = read_folder(Path(config.run.evaluate), config.music, config.data.cache_dir)
+    print_reading(config.run.evaluate, pieces, skipped)
+    loss, tokens, notes = 0.0, 0, 0
+    for piece in tqdm(pieces, desc="evaluating", unit="piece"):
+        ids = np.r_[grammar.bos, piece.encoded.ids, grammar.eos]
+        loss += evaluate(model, sliding_windows(ids, config.model.block_size))
+        tokens, notes = tokens + len(ids) - 1, notes + piece.encoded.notes
+    perplexity = math.exp(loss / tokens)
+    print_block(
+        {"pieces": len(pieces), "tokens": tokens, "notes": notes, "nats_per_token": loss / tokens, "nats_per_note": loss / notes, "perplexity": perplexity}
+    )
+
+
+def run(argv: list[str] | None) -> int:
+    """Do what the command line asks; the exit code."""
+    given = vars(make_parser().parse_args(argv))
+    asked = make_config(given, None, training=False).run
+    path, exists = Path(asked.checkpoint), Path(asked.checkpoint).exists()
+    checkpoint = load_checkpoint(path) if asked.evaluate or exists and not asked.fresh else None
+    device = choose_device(asked.device)
+    done, wanted = (checkpoint["trainer"]["step"], given.get("steps", checkpoint["config"]["train"]["steps"])) if checkpoint else (0, 1)
+    train = not asked.evaluate and (done < wanted and (not asked.generate or not checkpoint or "steps" in given))
+    config = make_config(given, checkpoint, training=train)
+    if asked.evaluate:
+        run_evaluation(config, checkpoint, device)
+        return 0
+    if train:
+        code = run_training(config, checkpoint, device)
+        if code:
+            return code
+    elif not asked.generate:
+        say(f"{path} has been trained for its {done} steps: pass a larger --steps to train further, or --fresh to start over")
+    if asked.generate:
+        run_generation(config, load_checkpoint(path), device)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; 0, or 2 for a mistake of the user's, or 128 + a signal's number."""
+    try:
+        return run(argv)
+    except UserError as e:
+        print(f"pianogpt: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
