@@ -1,0 +1,63 @@
+"""Tiny MIDI files, written with symusic, and a tiny model: everything the tests read is made here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pianogpt as pg  # noqa: E402
+
+TPQ = 480
+TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--batch-size", "4", "--device", "cpu"]
+
+
+def write_midi(path, tracks, metre=(4, 4), bpm=120.0, controls=(), drums=()):
+    """Write tracks, lists of (start in quarters, length in quarters, pitch, velocity); those numbered in drums are drums.
+
+    controls are (track, quarter, number, value).
+    """
+    score = Score(TPQ)
+    score.tempos.append(Tempo(0, bpm))
+    score.time_signatures.append(TimeSignature(0, *metre))
+    for number, notes in enumerate(tracks):
+        track = Track(is_drum=number in drums)
+        for start, length, pitch, velocity in notes:
+            track.notes.append(Note(round(start * TPQ), round(length * TPQ), pitch, velocity))
+        for t, quarter, control, value in controls:
+            if t == number:
+                track.controls.append(ControlChange(round(quarter * TPQ), control, value))
+        score.tracks.append(track)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    score.dump_midi(path)
+    return path
+
+
+def scale(seed=0, bars=8):
+    """Two hands that run up and down, a little different for each seed."""
+    right = [(i / 2, 0.5, 60 + (i * (1 + seed % 3) + seed) % 24, 70 + i % 20) for i in range(bars * 8)]
+    left = [(i * 2, 2, 36 + (i * 5 + seed) % 12, 60) for i in range(bars * 2)]
+    return [right, left]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of twelve small two-track pieces."""
+    for i in range(12):
+        write_midi(tmp_path / "midi" / f"piece{i:02d}.mid", scale(i))
+    return tmp_path / "midi"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The default tokenizer."""
+    return pg.make_tokenizer(pg.MusicConfig())
