@@ -38,6 +38,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from importlib.metadata import version
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -615,7 +616,7 @@ def split_pieces(pieces: list[Piece], folder: Path, data: DataConfig) -> None:
     held_out = {name for name in groups if in_validation(name, data.val_percent)}
     if data.val_percent and not validation_is_given and not held_out and len(groups) > 1:
         held_out = {min(groups, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())}
-    if len(held_out) == len(groups) > 1:
+    if held_out and len(held_out) == len(groups):
         held_out.pop()
     for name, group in groups.items():
         for piece in group:
@@ -858,7 +859,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """What save_checkpoint wrote, on the CPU; nothing in the file can run. Raises UserError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about pickles that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
@@ -994,7 +997,7 @@ class Trainer:
         """Train to the last step, or until stopped() is true; save() is called now and then, and at the end."""
         self.model.train()
         start, saved, seconds_before = time.monotonic(), time.monotonic(), self.seconds
-        bar = tqdm(total=self.config.steps, initial=self.step, desc="training", unit="step")
+        bar = tqdm(total=self.config.steps, initial=self.step, desc="training", unit="step", mininterval=0.5)
         tokens_per_step = batches.batch_size * batches.block_size
         while self.step < self.config.steps and not stopped():
             loss = self.train_step(*batches[self.step])

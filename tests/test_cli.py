@@ -1,0 +1,199 @@
+"""Room 8: the command line, run in-process in a temporary folder."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, pg, write_midi
+from symusic import Score
+
+SHORT = ["--midi-dir", "midi", *TINY, "--steps", "30", "--eval-every", "10", "--warmup", "5", "--seed", "1"]
+SCRIPT = str(Path(pg.__file__))
+
+
+def block(text):
+    """The key: value lines of an output."""
+    return dict(re.findall(r"^(\w+): (.+)$", text, re.M))
+
+
+@pytest.fixture
+def trained(folder, here, capsys):
+    """A folder with MIDI and a checkpoint trained for 30 steps."""
+    assert pg.main(SHORT) == 0
+    capsys.readouterr()
+    return here
+
+
+def test_trains_generates_and_its_loss_falls(folder, here, capsys):
+    assert pg.main([*SHORT, "--lr", "1e-3", "--steps", "60", "--generate", "--bars", "4"]) == 0
+    out = capsys.readouterr().out
+    keys = ["steps", "tokens", "seconds", "tokens_per_second", "train_loss", "val_loss", "val_nats_per_note", "parameters", "checkpoint"]
+    values = block(out)
+    assert [k for k in values if k in keys] == keys
+    assert values["steps"] == "60" and values["tokens"] == str(60 * 4 * 64)
+    history = pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["history"]
+    assert history[-1]["val_loss"] < history[0]["val_loss"] < 6
+    assert float(values["val_loss"]) == pytest.approx(min(r["val_loss"] for r in history), abs=1e-4)
+    samples = sorted(Path("samples").glob("*.mid"))
+    assert len(samples) == 3 and all(Score(p).note_num() for p in samples)
+    lines = re.findall(r"^sample: (\d+) bars, (\d+) notes, ([\d.]+) seconds, (.+)$", out, re.M)
+    assert [line[3] for line in lines] == [str(p) for p in samples]
+    assert [int(line[1]) for line in lines] == [Score(p).note_num() for p in samples]
+
+
+def test_interrupted_training_goes_on_and_equals_the_uninterrupted(trained, capsys, monkeypatch):
+    whole = pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]
+
+    class StopAtTen(pg.StopSignal):
+        def __call__(self):
+            self.count = getattr(self, "count", 0) + 1
+            self.number = 2 if self.count > 10 else 0
+            return self.number != 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pg, "StopSignal", StopAtTen)
+        assert pg.main([*SHORT, "--checkpoint", "b.pt"]) == 130
+    assert "stopped at step 10 of 30" in capsys.readouterr().out
+    assert pg.main(["--checkpoint", "b.pt", "--device", "cpu"]) == 0, "what the command line does not say, the checkpoint says"
+    assert "going on with b.pt from step 10 of 30" in capsys.readouterr().out
+    again = pg.load_checkpoint(Path("b.pt"))["trainer"]
+    assert all(torch.equal(again["weights"][k], v) for k, v in whole["weights"].items())
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(folder, here):
+    command = [sys.executable, "-u", SCRIPT, *SHORT, "--steps", "100000", "--compile", "off"]
+    with open("out", "w") as out, open("err", "w") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err)
+        while "loss" not in Path("err").read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert "the same command goes on from there" in Path("out").read_text()
+    assert pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["step"] > 0
+
+
+def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsys):
+    before = Path("pianogpt.pt").read_bytes()
+    assert pg.main([]) == 0
+    out = capsys.readouterr().out
+    assert "--steps" in out and "--fresh" in out and Path("pianogpt.pt").read_bytes() == before
+
+
+def test_larger_steps_train_a_finished_model_further(trained):
+    assert pg.main(["--steps", "40", "--device", "cpu"]) == 0
+    assert pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["step"] == 40
+
+
+def test_fresh_starts_over_and_keeps_the_old_file(trained, capsys):
+    before = Path("pianogpt.pt").read_bytes()
+    assert pg.main([*SHORT, "--fresh", "--n-embd", "16"]) == 0
+    assert Path("pianogpt-old-001.pt").read_bytes() == before
+    assert pg.load_checkpoint(Path("pianogpt.pt"))["config"]["model"]["n_embd"] == 16
+
+
+def test_fresh_run_that_cannot_start_leaves_the_old_file_in_place(trained):
+    assert pg.main([*SHORT, "--fresh", "--midi-dir", "nowhere"]) == 2
+    assert Path("pianogpt.pt").exists() and not Path("pianogpt-old-001.pt").exists()
+
+
+def test_checkpoint_alone_is_enough_to_generate(trained, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("another machine")
+    (elsewhere / "x.pt").write_bytes(Path("pianogpt.pt").read_bytes())
+    monkeypatch.chdir(elsewhere)
+    assert pg.main(["--generate", "--checkpoint", "x.pt", "--num-samples", "2", "--bars", "2", "--seed", "9"]) == 0
+    assert len(list(Path("samples").iterdir())) == 2
+
+
+def test_same_seed_and_checkpoint_write_the_same_bytes_into_new_files(trained):
+    for name in ("a", "a", "b"):
+        assert pg.main(["--generate", "--samples-dir", name, "--bars", "3", "--num-samples", "2"]) == 0
+    files = [sorted(Path(n).iterdir()) for n in ("a", "b")]
+    assert len(files[0]) == 4
+    assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]] * 2
+    assert pg.main(["--generate", "--samples-dir", "c", "--bars", "3", "--num-samples", "2", "--seed", "8"]) == 0
+    assert sorted(Path("c").iterdir())[0].read_bytes() != files[1][0].read_bytes()
+
+
+def test_evaluate_prints_the_loss_of_every_token_of_a_folder(trained, capsys):
+    assert pg.main(["--evaluate", "midi", "--device", "cpu"]) == 0
+    values = block(capsys.readouterr().out)
+    assert list(values)[-6:] == ["pieces", "tokens", "notes", "nats_per_token", "nats_per_note", "perplexity"]
+    pieces = pg.read_folder(Path("midi"), pg.MusicConfig(), "")[0]
+    assert int(values["tokens"]) == sum(len(p.encoded.ids) + 1 for p in pieces)
+    assert int(values["notes"]) == sum(Score(p).note_num() for p in Path("midi").iterdir())
+    per_token, per_note = float(values["nats_per_token"]), float(values["nats_per_note"])
+    assert per_note == pytest.approx(per_token * int(values["tokens"]) / int(values["notes"]), rel=1e-3)
+    assert float(values["perplexity"]) == pytest.approx(2.718281828**per_token, rel=1e-3)
+
+
+MISTAKES = {
+    "no folder": (["--midi-dir", "nowhere"], "there is no folder nowhere"),
+    "no MIDI": (["--midi-dir", "empty"], "no .mid or .midi file under empty"),
+    "only bad MIDI": (["--midi-dir", "bad"], "none of the 1 MIDI files under bad"),
+    "unknown flag": (["--n-layers", "3"], "--n-layers"),
+    "no number": (["--steps", "many"], "--steps"),
+    "shape": (["--n-embd", "100", "--n-head", "3"], "--n-embd 100 must be an even multiple of --n-head 3"),
+    "device": (["--device", "tpu9"], "there is no device tpu9"),
+    "negative": (["--steps", "-5"], "--steps is -5 but must be at least 1"),
+    "no temperature": (["--temperature", "-1"], "--temperature is -1.0 but must be from 0 to 10"),
+    "not a number": (["--lr", "nan"], "--lr is nan"),
+    "not a checkpoint": (["--checkpoint", "bad/page.mid"], "bad/page.mid is damaged or no PianoGPT checkpoint"),
+    "nothing to evaluate": (["--evaluate", "midi", "--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
+    "other sizes": (["--n-embd", "64"], "--n-embd is 64, but the checkpoint was made with 32"),
+    "other sizes to generate": (["--generate", "--n-layer", "5"], "--n-layer is 5, but the checkpoint was made with 2"),
+    "other tokens": (["--grid", "4"], "--grid is 4, but the checkpoint was made with 8"),
+    "other training": (["--steps", "99", "--batch-size", "9"], "--batch-size is 9, but the checkpoint was made with 4"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_sentence_and_exit_code_2(name, trained, capsys):
+    Path("empty").mkdir()
+    Path("bad").mkdir()
+    Path("bad/page.mid").write_text("<html>")
+    before = Path("pianogpt.pt").read_bytes()
+    argv, sentence = MISTAKES[name]
+    checkpoint = [] if name.startswith("other") or "--checkpoint" in argv else ["--checkpoint", "new.pt"]
+    assert pg.main([*argv, *checkpoint]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pianogpt: ") and sentence in error
+    assert Path("pianogpt.pt").read_bytes() == before and not Path("new.pt").exists()
+
+
+def test_checkpoint_of_another_vocabulary_is_refused(trained, capsys):
+    content = pg.load_checkpoint(Path("pianogpt.pt"))
+    content["vocabulary"] = content["vocabulary"][1:] + content["vocabulary"][:1]  # as many, in another order
+    pg.save_checkpoint(Path("shifted.pt"), content)
+    assert pg.main(["--generate", "--checkpoint", "shifted.pt"]) == 2
+    assert "vocabulary" in capsys.readouterr().err
+
+
+def test_one_file_trains_without_validation_and_says_so(here, capsys):
+    write_midi(here / "midi" / "a.mid", [[(i, 1, 60 + i % 12, 80) for i in range(64)]])
+    assert pg.main(SHORT) == 0
+    assert "no piece is held out" in capsys.readouterr().out
+
+
+def test_help_shows_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        pg.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for group in pg.fields(pg.Config):
+        for f in pg.fields(group.default_factory):
+            assert "--" + f.name.replace("_", "-") in text
+            assert isinstance(f.default, bool) or f"(default: {f.default if f.default != '' else 'none'})" in text
+
+
+def test_unprintable_names_are_skipped_by_a_name_that_prints(here, capsys):
+    Path("midi").mkdir()
+    with open(os.fsencode("midi/") + b"caf\xe9.mid", "wb") as file:
+        file.write(b"no music")
+    assert pg.main(SHORT) == 2
+    assert "caf" in capsys.readouterr().out

@@ -1,0 +1,170 @@
+"""Room 3: a folder becomes pieces, pieces a split, ids become batches."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import pg, scale, write_midi
+
+PITCHES = range(4, 92)
+
+
+def read(folder, cache=""):
+    """The pieces of a folder and what was skipped."""
+    return pg.read_folder(folder, pg.MusicConfig(), str(cache))
+
+
+def split(names, folder, **data):
+    """The side of each of these paths."""
+    pieces = [pg.Piece(name, pg.Encoded()) for name in names]
+    pg.split_pieces(pieces, folder, pg.DataConfig(**data))
+    return {p.path: p.split for p in pieces}
+
+
+def test_every_file_is_read_or_reported_by_name(folder):
+    (folder / "page.mid").write_text("<html>")
+    (folder / "folder.mid").mkdir()
+    (folder / "link.mid").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe.mid")
+    write_midi(folder / "drums.mid", [[(0, 1, 38, 90)]], drums=[0])
+    pieces, skipped = read(folder)
+    assert [p.path for p in pieces] == [f"piece{i:02d}.mid" for i in range(12)]
+    assert set(skipped) == {"page.mid", "folder.mid", "link.mid", "pipe.mid", "drums.mid"}
+    assert skipped["pipe.mid"] == "not a file" and skipped["drums.mid"] == "only drums"
+
+
+def test_parallel_reading_gives_what_one_process_gives(folder, tokenizer):
+    for piece in read(folder)[0]:
+        alone = pg.encode_file(folder / piece.path, tokenizer, pg.MusicConfig())
+        assert np.array_equal(alone.ids, piece.encoded.ids)
+
+
+def test_file_that_kills_or_hangs_its_worker_costs_that_file_alone(folder, monkeypatch):
+    def encode_file(path, tokenizer, music):
+        if path.name == "piece03.mid":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if path.name == "piece05.mid":
+            time.sleep(60)
+        return real(path, tokenizer, music)
+
+    real = pg.encode_file
+    monkeypatch.setattr(pg, "encode_file", encode_file)  # the forked workers see it too
+    monkeypatch.setattr(pg, "FILE_SECONDS", 2)
+    pieces, skipped = read(folder)
+    assert len(pieces) == 10
+    assert "crashed" in skipped["piece03.mid"] and "longer than" in skipped["piece05.mid"]
+
+
+def test_cache_is_used_and_notices_a_changed_file_and_a_changed_setting(folder, tmp_path, monkeypatch):
+    encoded = []
+    real = pg.WorkerPool.encode
+    monkeypatch.setattr(pg.WorkerPool, "encode", lambda self, paths: encoded.append(len(paths)) or real(self, paths))
+    first = read(folder, tmp_path / "cache")[0]
+    second = read(folder, tmp_path / "cache")[0]
+    assert all(np.array_equal(a.encoded.ids, b.encoded.ids) for a, b in zip(first, second))
+    old = (folder / "piece00.mid").stat()
+    write_midi(folder / "piece00.mid", scale(7))
+    os.utime(folder / "piece00.mid", ns=(old.st_atime_ns, old.st_mtime_ns))
+    read(folder, tmp_path / "cache")
+    pg.read_folder(folder, pg.MusicConfig(grid=4), str(tmp_path / "cache"))
+    assert encoded == [12, 0, 0, 12], "piece00 is now the same music as piece07, which is known"
+
+
+def test_split_by_hash_moves_no_old_piece_when_a_new_one_comes(tmp_path):
+    names = [f"{i}.mid" for i in range(300)]
+    before, after = split(names, tmp_path), split([*names, "new.mid", "b.mid"], tmp_path)
+    assert all(after[n] == before[n] for n in names)
+    assert 15 <= list(before.values()).count("validation") <= 50
+
+
+def test_folders_named_train_validation_and_test_are_honoured(tmp_path):
+    names = ["train/a.mid", "validation/b.mid", "test/c.mid", *(f"train/{i}.mid" for i in range(50))]
+    sides = split(names, tmp_path)
+    assert all(sides[n] == n.split("/")[0] for n in names)
+
+
+def test_maestro_csv_is_honoured(tmp_path):
+    (tmp_path / "m").mkdir()
+    rows = [f"2004/{i}.mid,{s}" for i, s in enumerate(("train", "validation", "test", "train"))]
+    (tmp_path / "m" / "maestro.csv").write_text("midi_filename,split\n" + "\n".join(rows))
+    sides = split([f"m/2004/{i}.mid" for i in range(4)], tmp_path)
+    assert list(sides.values()) == ["train", "validation", "test", "train"]
+
+
+def test_recordings_of_one_piece_stay_on_one_side(tmp_path):
+    names = [f"{piece}/{take}.mid" for piece in range(60) for take in range(4)]
+    together = split(names, tmp_path, piece_is_folder=True)
+    assert all(len({together[f"{p}/{t}.mid"] for t in range(4)}) == 1 for p in range(60))
+    apart = split(names, tmp_path)
+    assert any(len({apart[f"{p}/{t}.mid"] for t in range(4)}) == 2 for p in range(60))
+    assert "validation" in together.values()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_few_files_still_have_a_validation_piece(count, tmp_path):
+    sides = list(split([f"{i}.mid" for i in range(count)], tmp_path).values())
+    assert "validation" in sides and "train" in sides
+
+
+def batches(ids=None, **changes):
+    """Batches over random ids in which about half are pitches."""
+    ids = torch.arange(1000).mul(7919).remainder(180).short() if ids is None else ids
+    return pg.Batches(**{"ids": ids, "pitches": PITCHES, "batch_size": 4, "block_size": 32, "transpose": 5, "seed": 3} | changes)
+
+
+def test_batch_i_is_the_same_whatever_came_before():
+    a, b = batches(), batches()
+    for i in range(5):
+        a[i]
+    assert torch.equal(torch.stack(a[7]), torch.stack(b[7]))
+    assert not torch.equal(a[7][0], a[8][0])
+    assert not torch.equal(a[7][0], batches(seed=4)[7][0])
+
+
+def test_targets_are_the_inputs_one_token_later():
+    x, y = batches(transpose=0)[0]
+    assert x.shape == y.shape == (4, 32) and torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_every_token_of_the_corpus_is_drawn():
+    ids = torch.arange(200).short()
+    drawn = torch.cat([batches(ids, transpose=0)[i][1].flatten() for i in range(100)])
+    assert set(drawn.tolist()) == set(range(1, 200))
+
+
+def test_transposing_moves_pitches_alone_and_never_out_of_the_piano():
+    ids = torch.tensor([[3, 50, 60, 92], [4, 91, 100, 0], [80, 85, 2, 2]])
+    moved = pg.transpose_ids(ids, torch.tensor([5, 5, 24]), PITCHES)
+    assert moved.tolist() == [[3, 55, 65, 92], [4, 91, 100, 0], [86, 91, 2, 2]]
+
+
+def test_training_windows_are_transposed_both_ways():
+    ids = torch.full((100,), 48).short()
+    seen = {batches(ids)[i][0][row, 0].item() for i in range(40) for row in range(4)}
+    assert seen == set(range(43, 54))
+
+
+def test_corpus_shorter_than_a_window_still_makes_batches():
+    assert batches(torch.arange(5).short())[0][0].shape == (4, 32)
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 16, 17, 18, 31, 100, 101])
+def test_sliding_windows_score_every_token_once_with_half_a_window_before_it(length):
+    ids, T = np.arange(100, 100 + length), 16
+    x, y = pg.sliding_windows(ids, T)
+    scored = y[y != pg.IGNORE]
+    assert sorted(scored.tolist()) == list(range(101, 100 + length))
+    for row in range(len(x)):
+        at = (y[row] != pg.IGNORE).nonzero()[:, 0]
+        assert torch.equal(x[row][at] + 1, y[row][at])
+        assert row == 0 or at.min() >= T // 2
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 17, 33, 1000])
+def test_validation_windows_lie_side_by_side_and_score_no_padding(length):
+    x, y = pg.validation_windows(np.arange(length), 16, limit=10_000)
+    assert y[y != pg.IGNORE].tolist() == list(range(1, length))
+    assert len(pg.validation_windows(np.arange(length), 16, limit=4)[0]) == min(4, len(x))

@@ -1,0 +1,100 @@
+"""Room 4: the Transformer."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import pg
+
+V = 100
+CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
+
+
+@pytest.fixture
+def model():
+    """A small model whose head is not near zero, so that its logits differ."""
+    torch.manual_seed(0)
+    model = pg.PianoGPT(CONFIG, V).eval()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def test_initial_loss_is_near_ln_v():
+    torch.manual_seed(0)
+    model, ids = pg.PianoGPT(CONFIG, V), torch.randint(V, (8, 65))
+    loss = model.loss(model.embedding(ids[:, :-1]), ids[:, 1:]) / (8 * 64)
+    assert abs(loss.item() - math.log(V)) < 0.1
+
+
+def test_future_tokens_do_not_change_past_logits(model):
+    ids = torch.randint(V, (2, 96))
+    changed = ids.clone()
+    changed[:, 50] = (ids[:, 50] + 1) % V
+    a, b = model(ids), model(changed)
+    assert torch.equal(a[:, :50], b[:, :50])
+    assert not torch.allclose(a[:, 50], b[:, 50]) and not torch.allclose(a[:, 95], b[:, 95])
+
+
+def plain_attention(attention, x):
+    """One head at a time, one query at a time: what Attention is meant to compute."""
+    B, T, C = x.shape
+    hs = C // attention.n_head
+    wq, wk, wv = attention.qkv.weight.split(C)
+    cos, sin = pg.rotary_angles(T, hs)
+    out = torch.zeros(B, T, C)
+    for h in range(attention.n_head):
+        rows = slice(h * hs, (h + 1) * hs)
+        q, k, v = (x @ w[rows].T for w in (wq, wk, wv))
+        q, k = pg.rotate(q, cos, sin), pg.rotate(k, cos, sin)
+        for t in range(T):
+            p = (k[:, : t + 1] @ q[:, t, :, None] / math.sqrt(hs)).softmax(1)
+            out[:, t, rows] = (p * v[:, : t + 1]).sum(1)
+    return attention.proj(out)
+
+
+def test_fused_attention_equals_a_plain_reference_head_by_head(model):
+    attention, x = model.blocks[0].attention, torch.randn(3, 20, 32)
+    assert torch.allclose(attention(x, *pg.rotary_angles(20, 8)), plain_attention(attention, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 96, 200])
+def test_tiled_attention_equals_pytorchs(T):
+    q, k, v = (torch.randn(2, 4, T, 8, requires_grad=True) for _ in range(3))
+    a, b = pg.tiled_attention(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(a, b, atol=1e-5)
+    weight = torch.randn_like(a)
+    for one, other in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (a, b))):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    cos, sin = pg.rotary_angles(50, 8)
+    q, k = torch.randn(8), torch.randn(8)
+    products = [(pg.rotate(q, cos[t], sin[t]) * pg.rotate(k, cos[t - 7], sin[t - 7])).sum() for t in range(7, 50)]
+    assert torch.allclose(torch.stack(products), products[0], atol=1e-4)
+    assert not torch.allclose((pg.rotate(q, cos[9], sin[9]) * pg.rotate(k, cos[3], sin[3])).sum(), products[0], atol=1e-3)
+
+
+def test_cached_logits_equal_uncached(model):
+    ids, cache = torch.randint(V, (3, 96)), pg.KeyValueCache(CONFIG, 3, torch.device("cpu"))
+    whole = model(ids)
+    assert torch.allclose(model.read(ids[:, :10], cache), whole[:, 9], atol=1e-4)
+    for t in range(10, 96):
+        assert torch.allclose(model.read(ids[:, t : t + 1], cache), whole[:, t], atol=1e-4)
+
+
+def test_bfloat16_loss_is_near_float32(model):
+    ids = torch.randint(V, (4, 97))
+    x = model.embedding(ids[:, :-1])
+    exact = model.loss(x, ids[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(model.loss(x, ids[:, 1:]) / exact - 1) < 0.01
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation():
+    model, ids = pg.PianoGPT(pg.ModelConfig(2, 4, 32, 96, dropout=0.5), V), torch.randint(V, (2, 96))
+    torch.nn.init.normal_(model.head.weight)
+    assert not torch.allclose(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))

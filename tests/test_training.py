@@ -1,0 +1,119 @@
+"""Room 6: learning."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import pg
+
+V = 60
+MODEL = pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1)
+PITCHES = range(10, 50)
+
+
+def parts(ids=None, **train):
+    """A trainer, batches and validation windows over a small periodic corpus."""
+    config = pg.TrainConfig(**{"steps": 40, "batch_size": 4, "warmup": 5, "eval_every": 10, "seed": 1} | train)
+    ids = np.arange(500) * 7 % V if ids is None else ids
+    torch.manual_seed(config.seed)
+    trainer = pg.Trainer(pg.PianoGPT(MODEL, V), config)
+    batches = pg.Batches(torch.from_numpy(ids).short(), PITCHES, config.batch_size, MODEL.block_size, 2, config.seed)
+    validation = pg.Validation(pg.validation_windows(ids[:100], MODEL.block_size, 8), PITCHES)
+    return trainer, batches, validation
+
+
+def run(trainer, batches, validation, until=None):
+    """Train to the end or until a step."""
+    trainer.run(batches, validation, save=lambda: None, stopped=lambda: trainer.step == until)
+    return trainer
+
+
+def same(a, b):
+    """Whether two weight dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_one_batch_can_be_overfitted():
+    trainer, batches, _ = parts(steps=300, lr=1e-3)
+    trainer.model.train()
+    trainer.model.dropout.p = 0
+    losses = [trainer.train_step(*batches[0]) for _ in range(300)]
+    assert losses[0] > 3.5 and losses[-1] < 0.2
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
+    whole = run(*parts())
+    for stop in (1, 17, 30):
+        first = run(*parts(), until=stop)
+        pg.save_checkpoint(tmp_path / "m.pt", first.state())
+        second, *data = parts()
+        second.load_state(pg.load_checkpoint(tmp_path / "m.pt"))
+        assert second.step == stop
+        run(second, *data)
+        assert same(second.weights(), whole.weights()) and same(second.best, whole.best)
+        assert second.history == whole.history
+
+
+def test_another_seed_gives_other_weights():
+    assert not same(run(*parts(seed=1)).weights(), run(*parts(seed=2)).weights())
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
+    config = pg.TrainConfig(steps=1000, warmup=100)
+    rates = [pg.learning_rate(s, config) for s in range(1000)]
+    assert rates[0] == 0.01 and max(rates) == rates[99] == 1.0 and rates[-1] < 1e-4
+    assert all(a < b for a, b in zip(rates[:99], rates[1:])) and all(a >= b for a, b in zip(rates[100:], rates[101:]))
+
+
+def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
+    def groups(n_embd):
+        model = pg.PianoGPT(pg.ModelConfig(n_embd=n_embd), V)
+        optimizer = pg.make_optimizer(model, pg.TrainConfig())
+        return {name: g for (name, _), g in zip(model.named_parameters(), optimizer.param_groups)}
+
+    narrow, wide = groups(128), groups(512)
+    assert narrow["blocks.0.expand.weight"]["peak"] == pytest.approx(3e-4 * 8)
+    assert wide["blocks.0.expand.weight"]["peak"] == pytest.approx(3e-4 * 2)
+    assert narrow["embedding.weight"]["peak"] == wide["embedding.weight"]["peak"]
+    assert {name for name, g in narrow.items() if g["weight_decay"]} == {n for n in narrow if "norm" not in n and "embedding" not in n}
+
+
+def test_best_validation_weights_are_kept():
+    trainer, batches, validation = parts(steps=20, lr=3e-3)
+    run(trainer, batches, validation)
+    good, best_loss = trainer.best, trainer.best_loss
+    with torch.no_grad():
+        trainer.model.head.weight.normal_()
+    trainer.validate(validation)
+    assert trainer.history[-1]["val_loss"] > best_loss and trainer.best_loss == best_loss and trainer.best is good
+
+
+def test_validation_loss_per_note_is_the_same_loss_over_fewer_counts():
+    trainer, batches, validation = parts()
+    trainer.validate(validation)
+    row = trainer.history[0]
+    targets = np.arange(1, 100) * 7 % V
+    assert validation.tokens == 99 and validation.notes == ((targets >= 10) & (targets < 50)).sum()
+    assert row["val_nats_per_note"] == pytest.approx(row["val_loss"] * validation.tokens / validation.notes)
+
+
+def test_evaluation_does_not_depend_on_how_windows_are_batched():
+    trainer, _, validation = parts()
+    assert pg.evaluate(trainer.model, validation.windows, 1) == pytest.approx(pg.evaluate(trainer.model, validation.windows), rel=1e-5)
+
+
+def test_run_without_validation_keeps_the_last_weights():
+    trainer, batches, _ = parts(steps=20)
+    run(trainer, batches, pg.Validation(pg.validation_windows(np.arange(0), 32, 8), PITCHES))
+    assert same(trainer.best, trainer.weights()) and trainer.history[-1]["val_loss"] is None
+
+
+def test_loss_that_is_no_number_stops_the_run_before_it_is_saved():
+    trainer, batches, validation = parts()
+    with torch.no_grad():
+        trainer.model.head.weight.fill_(math.inf)
+    saved = []
+    with pytest.raises(pg.UserError, match="smaller --lr"):
+        trainer.run(batches, validation, save=lambda: saved.append(1), stopped=lambda: False)
+    assert not saved
