@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -356,18 +357,16 @@ def decode_ids(ids: list[int], tokenizer: miditok.REMI) -> Score:
     return score
 
 
-def write_new_file(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
-    """The path of a file that did not exist before: folder/stem-001.suffix or the next number that is free."""
+def free_path(folder: Path, stem: str, suffix: str) -> Path:
+    """A new empty file folder/stem-001.suffix, or the next number that is free: made here, so that nobody else gets it."""
     folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
+    for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
         try:
-            with open(path, "xb") as file:
-                file.write(data)
+            path.touch(exist_ok=False)
             return path
         except FileExistsError:
-            number += 1
+            continue
 
 
 @dataclass
@@ -442,98 +441,59 @@ class Piece:
 
 
 def encode_worker(pipe: multiprocessing.connection.Connection, music: MusicConfig) -> None:
-    """Answer each path that comes through the pipe with what encode_file makes of it, until None or no parent."""
+    """Answer each path that comes through the pipe with what encode_file makes of it, as long as there is a parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the workers
     tokenizer = make_tokenizer(music)
     while pipe.poll(5) or multiprocessing.parent_process().is_alive():
         if pipe.poll():
-            path = pipe.recv()
-            if path is None:
-                return
-            pipe.send(encode_file(path, tokenizer, music))
+            pipe.send(encode_file(pipe.recv(), tokenizer, music))
 
 
-class WorkerPool:
-    """Processes that encode files, because a damaged file can kill or hang the C++ parser below Python."""
+def start_worker(music: MusicConfig) -> tuple:
+    """A new process that encodes files, and the pipe to it."""
+    # A forked worker starts in milliseconds; elsewhere than on Linux forking is unsafe or unknown.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pipe, far_end = context.Pipe()
+    process = context.Process(target=encode_worker, args=(far_end, music), daemon=True)
+    process.start()
+    far_end.close()
+    return process, pipe
 
-    def __init__(self, music: MusicConfig):
-        self.music = music
-        # A forked worker starts in milliseconds; elsewhere than on Linux forking is unsafe or unknown.
-        self.context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.busy: dict = {}  # pipe -> (process, path, deadline)
 
-    def give(self, path: Path, worker: tuple | None = None) -> None:
-        """Hand a path to a (process, pipe) that is free, or to a new one."""
-        if worker is None:
-            pipe, far_end = self.context.Pipe()
-            process = self.context.Process(target=encode_worker, args=(far_end, self.music), daemon=True)
-            process.start()
-            far_end.close()
-        else:
-            process, pipe = worker
-        pipe.send(path)
-        self.busy[pipe] = process, path, time.monotonic() + FILE_SECONDS
-
-    def take(self) -> list[tuple[Path, Encoded, tuple | None]]:
-        """Wait for files to end: each with its result and its worker, or None where the worker did not survive it."""
-        ready, done = multiprocessing.connection.wait(list(self.busy), timeout=1), []
-        for pipe, (process, path, deadline) in list(self.busy.items()):
-            if pipe in ready:
+def encode_in_workers(paths: list[Path], music: MusicConfig):
+    """Yield (path, Encoded) for every path as it gets ready; a file that kills or hangs the parser costs itself alone."""
+    waiting, busy = paths[::-1], {}  # busy: pipe -> (process, path, deadline)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    idle = [start_worker(music) for _ in range(min(cores, len(waiting)))]
+    try:
+        while busy or waiting:
+            while waiting and len(busy) < cores:
+                process, pipe = idle.pop() if idle else start_worker(music)
+                path = waiting.pop()
+                pipe.send(path)
+                busy[pipe] = process, path, time.monotonic() + FILE_SECONDS
+            ready = multiprocessing.connection.wait(list(busy), timeout=1)
+            late = [pipe for pipe, (*_, deadline) in busy.items() if time.monotonic() > deadline and pipe not in ready]
+            for pipe in ready + late:
+                process, path, _ = busy.pop(pipe)
                 try:
-                    done.append((path, pipe.recv(), (process, pipe)))
+                    encoded = pipe.recv() if pipe in ready else Encoded(problem=f"it took longer than {FILE_SECONDS} s to read")
                 except (EOFError, OSError):
-                    done.append((path, Encoded(problem="it crashed the MIDI parser"), None))
-            elif time.monotonic() > deadline:
-                done.append((path, Encoded(problem=f"it took longer than {FILE_SECONDS} s to read"), None))
-            else:
-                continue
-            del self.busy[pipe]
-            if done[-1][2] is None:
-                process.kill()
-        return done
-
-    def encode(self, paths: list[Path]):
-        """Yield (path, Encoded) for every path, in the order in which they get ready."""
-        waiting = paths[::-1]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        try:
-            for _ in range(min(cores, len(waiting))):
-                self.give(waiting.pop())
-            while self.busy:
-                for path, encoded, worker in self.take():
-                    if waiting:
-                        self.give(waiting.pop(), worker)
-                    elif worker:
-                        worker[1].send(None)
-                    yield path, encoded
-        finally:
-            for process, _, _ in self.busy.values():
-                process.kill()
+                    encoded = Encoded(problem="it crashed the MIDI parser")
+                if encoded.problem.startswith("it "):  # the worker is dead or hangs
+                    process.kill()
+                else:
+                    idle.append((process, pipe))
+                yield path, encoded
+    finally:
+        for process in [p for p, _ in idle] + [p for p, *_ in busy.values()]:
+            process.kill()
 
 
-class Cache:
-    """What files gave when they were last read: one small file for each content of a file and each set of settings."""
-
-    def __init__(self, folder: str, music: MusicConfig):
-        versions = [version("miditok"), version("symusic"), asdict(music), METRES, LONGEST_NOTE, "1"]
-        self.folder = Path(folder, hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]) if folder else None
-
-    def get(self, key: str) -> Encoded | None:
-        """What is kept under a key, if anything is."""
-        try:
-            return Encoded.from_bytes((self.folder / key).read_bytes()) if self.folder else None
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def put(self, key: str, encoded: Encoded) -> None:
-        """Keep a result; a cache that cannot be written is said once and then not used."""
-        try:
-            if self.folder:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.folder / key, encoded.to_bytes())
-        except OSError as e:
-            say(f"the cache {self.folder} cannot be written ({e.strerror}): files will be read again next time")
-            self.folder = None
+def cache_folder(folder: str, music: MusicConfig) -> Path:
+    """Where the cache keeps what files gave under these settings: in a file for each content that a file had."""
+    versions = [version("miditok"), version("symusic"), asdict(music), METRES, LONGEST_NOTE, "1"]
+    return Path(folder, hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16])
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -566,23 +526,35 @@ def read_folder(folder: Path, music: MusicConfig, cache_dir: str) -> tuple[list[
     paths = find_midi_files(folder)
     if not paths:
         raise UserError(f"no .mid or .midi file under {folder}: put some there, or pass --midi-dir")
-    cache, keys, results = Cache(cache_dir, music), {}, {}
+    cache, kept, results = cache_folder(cache_dir, music), {}, {}
     for path in paths:
         try:
-            keys[path] = file_key(path)
-            results[path] = cache.get(keys[path])
+            kept[path] = cache / file_key(path)
+            results[path] = Encoded.from_bytes(kept[path].read_bytes())
         except Unusable as e:
             results[path] = Encoded(problem=str(e))
-        except OSError as e:
-            results[path] = Encoded(problem=e.strerror)
-    new = [path for path in paths if results[path] is None]
-    bar = tqdm(WorkerPool(music).encode(new), total=len(new), desc="reading MIDI", unit="file", disable=not new)
+        except (OSError, ValueError, TypeError):
+            pass  # not in the cache, or not as this version writes it
+    new = [path for path in paths if path not in results]
+    bar = tqdm(encode_in_workers(new, music), total=len(new), desc="reading MIDI", unit="file", disable=not new)
     for path, encoded in bar:
         results[path] = encoded
-        cache.put(keys[path], encoded)
+        if cache_dir and path in kept:
+            cache_dir = keep_encoded(kept[path], encoded) and cache_dir
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     pieces = [Piece(names[p], results[p]) for p in paths if not results[p].problem]
     return pieces, {names[p]: results[p].problem for p in paths if results[p].problem}
+
+
+def keep_encoded(path: Path, encoded: Encoded) -> bool:
+    """Write a result into the cache; False, with a sentence, if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, encoded.to_bytes())
+        return True
+    except OSError as e:
+        say(f"the cache {path.parent} cannot be written ({e.strerror}): files will be read again next time")
+        return False
 
 
 def in_validation(piece: str, percent: float) -> bool:
@@ -898,31 +870,13 @@ def make_optimizer(model: PianoGPT, config: TrainConfig) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def evaluate(model: PianoGPT, windows: tuple[Tensor, Tensor], batch_size: int = 32) -> float:
-    """The summed loss, in nats, of windows (W, T) of inputs and targets."""
+    """The summed loss, in nats, of windows (W, T) of inputs and targets; in float32, whatever the training is in."""
     device, was_training = model.head.weight.device, model.training
     model.eval()
-    parts = zip(*(w.split(batch_size) for w in windows))
-    total = sum(model.loss(model.embedding(x.to(device)), y.to(device)).item() for x, y in parts)
+    parts = zip(*(w.to(device).split(batch_size) for w in windows))
+    total = sum(model.loss(model.embedding(x), y).item() for x, y in parts)
     model.train(was_training)
     return total
-
-
-@dataclass
-class Validation:
-    """A fixed set of held-out windows, and how many tokens and notes they score."""
-
-    windows: tuple[Tensor, Tensor]  # inputs and targets, (W, T) each
-    pitches: range  # the ids of the Pitch tokens
-
-    @property
-    def tokens(self) -> int:
-        """The number of targets that are scored."""
-        return int((self.windows[1] != IGNORE).sum())
-
-    @property
-    def notes(self) -> int:
-        """The number of Pitch tokens among the targets."""
-        return int(((self.windows[1] >= self.pitches[0]) & (self.windows[1] <= self.pitches[-1])).sum())
 
 
 class Trainer:
@@ -982,18 +936,19 @@ class Trainer:
         self.step += 1
         return loss.item()
 
-    def validate(self, validation: Validation) -> None:
-        """Add a row to the history, and keep the weights if they are the best so far."""
+    def validate(self, windows: tuple[Tensor, Tensor], pitches: range) -> None:
+        """Add a row to the history, and keep the weights if they are the best so far on windows (W, T)."""
         row = {"step": self.step, "train_loss": self.loss_sum / max(1, self.loss_count), "val_loss": None}
         self.loss_sum, self.loss_count = 0.0, 0
-        if validation.tokens:
-            total = evaluate(self.model, validation.windows)
-            row |= {"val_loss": total / validation.tokens, "val_nats_per_note": total / max(1, validation.notes)}
-        if not validation.tokens or row["val_loss"] < self.best_loss:
+        if len(windows[0]):
+            total, targets = evaluate(self.model, windows), windows[1]
+            notes = ((targets >= pitches[0]) & (targets <= pitches[-1])).sum().item()
+            row |= {"val_loss": total / (targets != IGNORE).sum().item(), "val_nats_per_note": total / max(1, notes)}
+        if row["val_loss"] is None or row["val_loss"] < self.best_loss:
             self.best_loss, self.best = row["val_loss"] or math.inf, self.weights()
         self.history.append(row)
 
-    def run(self, batches: Batches, validation: Validation, save, stopped) -> None:
+    def run(self, batches: Batches, windows: tuple[Tensor, Tensor], save, stopped) -> None:
         """Train to the last step, or until stopped() is true; save() is called now and then, and at the end."""
         self.model.train()
         start, saved, seconds_before = time.monotonic(), time.monotonic(), self.seconds
@@ -1005,7 +960,7 @@ class Trainer:
                 raise UserError(f"the loss became {loss} at step {self.step}: train with a smaller --lr; the checkpoint is the last good one")
             self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                self.validate(validation)
+                self.validate(windows, batches.pitches)
             self.seconds = seconds_before + time.monotonic() - start
             rate = bar.format_dict["rate"] or 0
             last = self.history[-1]["val_loss"] if self.history else None
@@ -1236,8 +1191,8 @@ class StopSignal:
         return self.number != 0
 
 
-def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device) -> tuple[Batches, Validation]:
-    """Read the MIDI folder, say what is in it, and cut it into training batches and validation windows."""
+def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device) -> tuple[Batches, tuple]:
+    """Read the MIDI folder, say what is in it, and cut it into training batches and validation windows (W, T)."""
     data, model, train = config.data, config.model, config.train
     pieces, skipped = read_folder(Path(data.midi_dir), config.music, data.cache_dir)
     split_pieces(pieces, Path(data.midi_dir), data)
@@ -1250,23 +1205,21 @@ def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device) 
         say("no piece is held out, so there is no validation loss: the last weights will be used")
     train_ids = torch.from_numpy(ids["train"]).to(device)
     batches = Batches(train_ids, pitches, train.batch_size, model.block_size, data.transpose, train.seed)
-    return batches, Validation(validation_windows(ids["validation"], model.block_size, limit=128), pitches)
+    return batches, validation_windows(ids["validation"], model.block_size, limit=128)
 
 
 def keep_old(path: Path) -> None:
     """Give an existing checkpoint a free name beside it, and say which."""
     if path.exists():
-        number = 1
-        while (new := path.with_name(f"{path.stem}-old-{number:03d}{path.suffix}")).exists():
-            number += 1
-        path.rename(new)
+        new = free_path(path.parent, f"{path.stem}-old", path.suffix)
+        path.replace(new)
         say(f"kept the old checkpoint as {new}")
 
 
 def run_training(config: Config, checkpoint: dict | None, device: torch.device) -> int:
     """Train to the last step and print the result; 0, or 128 + the number of the signal that stopped it."""
     path, tokenizer = Path(config.run.checkpoint), load_tokenizer(checkpoint, config.music)
-    batches, validation = prepare_data(config, tokenizer, device)
+    batches, windows = prepare_data(config, tokenizer, device)
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, len(tokenizer)).to(device)
     done = checkpoint["trainer"]["step"] if checkpoint else 0
@@ -1282,7 +1235,7 @@ def run_training(config: Config, checkpoint: dict | None, device: torch.device) 
     stored = {"config": {name: asdict(getattr(config, name)) for name in STORED}, "vocabulary": make_vocabulary(tokenizer)}
     stored["tokenizer"] = tokenizer.config.to_dict()
     stop, start, first = StopSignal(), time.monotonic(), trainer.step
-    trainer.run(batches, validation, lambda: save_checkpoint(path, {**stored, "trainer": trainer.state()}), stop)
+    trainer.run(batches, windows, lambda: save_checkpoint(path, {**stored, "trainer": trainer.state()}), stop)
     if stop():
         say(f"stopped at step {trainer.step} of {config.train.steps} and saved {path}: the same command goes on from there")
         return 128 + stop.number
@@ -1322,7 +1275,8 @@ def run_generation(config: Config, checkpoint: dict, device: torch.device) -> No
         score = decode_ids(ids, tokenizer)
         if not score.note_num():
             raise UserError("the model wrote a piece without notes: train it longer, or try another --seed or --temperature")
-        path = write_new_file(Path(config.sample.samples_dir), "sample", ".mid", score.dumps_midi())
+        path = free_path(Path(config.sample.samples_dir), "sample", ".mid")
+        path.write_bytes(score.dumps_midi())
         bars, seconds = ids.count(tokenizer.vocab["Bar_None"]), score.to("second").end()
         say(f"sample: {bars} bars, {score.note_num()} notes, {seconds:.1f} seconds, {path}")
 

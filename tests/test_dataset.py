@@ -60,8 +60,8 @@ def test_file_that_kills_or_hangs_its_worker_costs_that_file_alone(folder, monke
 
 def test_cache_is_used_and_notices_a_changed_file_and_a_changed_setting(folder, tmp_path, monkeypatch):
     encoded = []
-    real = pg.WorkerPool.encode
-    monkeypatch.setattr(pg.WorkerPool, "encode", lambda self, paths: encoded.append(len(paths)) or real(self, paths))
+    real = pg.encode_in_workers
+    monkeypatch.setattr(pg, "encode_in_workers", lambda paths, music: encoded.append(len(paths)) or real(paths, music))
     first = read(folder, tmp_path / "cache")[0]
     second = read(folder, tmp_path / "cache")[0]
     assert all(np.array_equal(a.encoded.ids, b.encoded.ids) for a, b in zip(first, second))

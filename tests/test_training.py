@@ -19,13 +19,12 @@ def parts(ids=None, **train):
     torch.manual_seed(config.seed)
     trainer = pg.Trainer(pg.PianoGPT(MODEL, V), config)
     batches = pg.Batches(torch.from_numpy(ids).short(), PITCHES, config.batch_size, MODEL.block_size, 2, config.seed)
-    validation = pg.Validation(pg.validation_windows(ids[:100], MODEL.block_size, 8), PITCHES)
-    return trainer, batches, validation
+    return trainer, batches, pg.validation_windows(ids[:100], MODEL.block_size, 8)
 
 
-def run(trainer, batches, validation, until=None):
+def run(trainer, batches, windows, until=None):
     """Train to the end or until a step."""
-    trainer.run(batches, validation, save=lambda: None, stopped=lambda: trainer.step == until)
+    trainer.run(batches, windows, save=lambda: None, stopped=lambda: trainer.step == until)
     return trainer
 
 
@@ -80,40 +79,39 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
 
 
 def test_best_validation_weights_are_kept():
-    trainer, batches, validation = parts(steps=20, lr=3e-3)
-    run(trainer, batches, validation)
+    trainer, batches, windows = parts(steps=20, lr=3e-3)
+    run(trainer, batches, windows)
     good, best_loss = trainer.best, trainer.best_loss
     with torch.no_grad():
         trainer.model.head.weight.normal_()
-    trainer.validate(validation)
+    trainer.validate(windows, PITCHES)
     assert trainer.history[-1]["val_loss"] > best_loss and trainer.best_loss == best_loss and trainer.best is good
 
 
 def test_validation_loss_per_note_is_the_same_loss_over_fewer_counts():
-    trainer, batches, validation = parts()
-    trainer.validate(validation)
-    row = trainer.history[0]
-    targets = np.arange(1, 100) * 7 % V
-    assert validation.tokens == 99 and validation.notes == ((targets >= 10) & (targets < 50)).sum()
-    assert row["val_nats_per_note"] == pytest.approx(row["val_loss"] * validation.tokens / validation.notes)
+    trainer, _, windows = parts()
+    trainer.validate(windows, PITCHES)
+    row, targets = trainer.history[0], np.arange(1, 100) * 7 % V
+    notes = ((targets >= 10) & (targets < 50)).sum()
+    assert row["val_nats_per_note"] == pytest.approx(row["val_loss"] * 99 / notes)
 
 
 def test_evaluation_does_not_depend_on_how_windows_are_batched():
-    trainer, _, validation = parts()
-    assert pg.evaluate(trainer.model, validation.windows, 1) == pytest.approx(pg.evaluate(trainer.model, validation.windows), rel=1e-5)
+    trainer, _, windows = parts()
+    assert pg.evaluate(trainer.model, windows, 1) == pytest.approx(pg.evaluate(trainer.model, windows), rel=1e-5)
 
 
 def test_run_without_validation_keeps_the_last_weights():
     trainer, batches, _ = parts(steps=20)
-    run(trainer, batches, pg.Validation(pg.validation_windows(np.arange(0), 32, 8), PITCHES))
+    run(trainer, batches, pg.validation_windows(np.arange(0), 32, 8))
     assert same(trainer.best, trainer.weights()) and trainer.history[-1]["val_loss"] is None
 
 
 def test_loss_that_is_no_number_stops_the_run_before_it_is_saved():
-    trainer, batches, validation = parts()
+    trainer, batches, windows = parts()
     with torch.no_grad():
         trainer.model.head.weight.fill_(math.inf)
     saved = []
     with pytest.raises(pg.UserError, match="smaller --lr"):
-        trainer.run(batches, validation, save=lambda: saved.append(1), stopped=lambda: False)
+        trainer.run(batches, windows, save=lambda: saved.append(1), stopped=lambda: False)
     assert not saved
