@@ -693,7 +693,7 @@ def rotary_angles(block_size: int, hs: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, nh, T, hs) turned by its position, after which a product of two depends on their distance alone."""
+    """x (..., T, hs) turned by its position, after which a product of two depends on their distance alone."""
     return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, -1) * sin.to(x.dtype)
 
 
@@ -727,8 +727,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C), where position t has looked at positions up to t."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]
         if cache is not None:
             assert T == 1 or cache.length == 0, (T, cache.length)  # else is_causal would mean the wrong corner
             k, v = cache.extend(self.layer, k, v)
@@ -1000,46 +1000,53 @@ def draw(logits: Tensor, config: SampleConfig, random: torch.Generator) -> Tenso
 
 
 @torch.inference_mode()
-def generate(model: PianoGPT, grammar: Grammar, config: SampleConfig, seed: int) -> list[list[int]]:
-    """config.num_samples new pieces, drawn together from BOS on; each ends at EOS or after config.bars bars."""
-    device, B, T = model.head.weight.device, config.num_samples, model.config.block_size
+def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Tensor, seed: int):
+    """Yield the ids (B,) that follow ids (B, T), one token of every sequence at a time, without end."""
+    device, size = ids.device, model.config.block_size
     rows = torch.from_numpy(grammar.rows).to(device)  # (R, V)
     update = torch.from_numpy(grammar.update).to(device)  # (V, 4)
-    state = torch.from_numpy(grammar.start).to(device).repeat(B, 1)  # (B, 4)
+    state = torch.from_numpy(grammar.start).to(device).repeat(len(ids), 1)  # (B, 4)
     random = torch.Generator(device).manual_seed(seed)
-    model.eval()
-    cache = KeyValueCache(model.config, B, device)
-    ids = torch.full((B, 1), grammar.bos, device=device)
-    bar = tqdm(desc="writing", unit="token", unit_scale=B)
+    cache = KeyValueCache(model.config, len(ids), device)
+    recent = list(ids.unbind(1))
+    for id in recent[1:]:
+        state = torch.where(update[id] < 0, state, update[id])
     while True:
-        if cache.length == T:
-            # The window is full: read its newer half again, so that it is what training showed: a window from its start.
-            cache.length = 0
-        new = ids[:, -1:] if cache.length else ids[:, -(T // 2) :]
-        logits = model.read(new, cache) + rows[state].sum(1)  # (B, V)
-        id = draw(logits, config, random)
+        if cache.length in (0, size):
+            # The window is full: read its newer half again, so that it is what training showed, a window from its start.
+            cache.length, recent = 0, recent[-(size // 2) :]
+            logits = model.read(torch.stack(recent, 1), cache)
+        else:
+            logits = model.read(recent[-1][:, None], cache)
+        id = draw(logits + rows[state].sum(1), config, random)
         moved = update[id]
         state = torch.where(moved < 0, state, moved)
-        ids = torch.cat([ids, id[:, None]], 1)
-        bar.update()
-        if ids.size(1) % 16 == 0 and bool(finished(ids, grammar, config.bars).all()):
-            bar.close()
-            return [cut_piece(row, grammar, config.bars) for row in ids.tolist()]
+        recent.append(id)
+        yield id
 
 
-def finished(ids: Tensor, grammar: Grammar, bars: int) -> Tensor:
-    """(B,) bool: which sequences (B, T) hold an EOS or begin a bar more than they should."""
-    return (ids == grammar.eos).any(1) | ((ids == grammar.bar).sum(1) > bars)
+def generate(model: PianoGPT, grammar: Grammar, config: SampleConfig, seed: int) -> list[list[int]]:
+    """config.num_samples new pieces, drawn together from BOS on; each ends at EOS or after config.bars bars."""
+    ids = torch.full((config.num_samples, 1), grammar.bos, device=model.head.weight.device)
+    drawn, bars, ended = [], 0, False
+    model.eval()
+    for id in tqdm(draw_tokens(model, grammar, config, ids, seed), desc="writing", unit="token", unit_scale=len(ids)):
+        drawn.append(id)
+        if len(drawn) % 16 == 0:  # looking at every token would make a GPU wait
+            new = torch.stack(drawn[-16:], 1)
+            bars, ended = bars + (new == grammar.bar).sum(1), ended | (new == grammar.eos).any(1)
+            if bool((ended | (bars > config.bars)).all()):
+                return [cut_piece(row, grammar, config.bars) for row in torch.stack(drawn, 1).tolist()]
 
 
 def cut_piece(ids: list[int], grammar: Grammar, bars: int) -> list[int]:
-    """The ids of one piece without BOS, up to its EOS or to the end of its last bar."""
+    """The ids of one piece up to its EOS or to the end of its last bar."""
     seen = 0
     for i, id in enumerate(ids):
         seen += id == grammar.bar
         if id == grammar.eos or seen > bars:
-            return ids[1:i]
-    return ids[1:]
+            return ids[:i]
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------

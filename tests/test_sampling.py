@@ -78,8 +78,8 @@ def test_cached_generation_equals_uncached_past_the_window_too(model, grammar):
 
 def test_piece_ends_at_its_eos_or_after_its_last_bar(grammar):
     bar, eos, x = grammar.bar, grammar.eos, 50
-    assert pg.cut_piece([grammar.bos, bar, x, bar, x, x, eos, 0, 0], grammar, 9) == [bar, x, bar, x, x]
-    assert pg.cut_piece([grammar.bos, bar, x, bar, x, x, bar, x], grammar, 2) == [bar, x, bar, x, x]
+    assert pg.cut_piece([bar, x, bar, x, x, eos, 0, 0], grammar, 9) == [bar, x, bar, x, x]
+    assert pg.cut_piece([bar, x, bar, x, x, bar, x], grammar, 2) == [bar, x, bar, x, x]
 
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens():
