@@ -492,8 +492,10 @@ def encode_in_workers(paths: list[Path], music: MusicConfig):
 
 def cache_folder(folder: str, music: MusicConfig) -> Path:
     """Where the cache keeps what files gave under these settings: in a file for each content that a file had."""
-    versions = [version("miditok"), version("symusic"), asdict(music), METRES, LONGEST_NOTE, "1"]
-    return Path(folder, hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16])
+    tokenizer = make_tokenizer(music)
+    settings = [tokenizer.config.to_dict(serialize=True), make_vocabulary(tokenizer), asdict(music)]
+    versions = [version("miditok"), version("symusic"), "1"]  # raise the last where reading itself changes
+    return Path(folder, hashlib.sha256(json.dumps([settings, versions], default=str).encode()).hexdigest()[:16])
 
 
 def write_atomically(path: Path, data: bytes) -> None:
