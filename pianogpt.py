@@ -129,7 +129,8 @@ class SampleConfig:
     bars: int = option(32, "longest piece, in bars", 1)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
     top_k: int = option(0, "draw from the k likeliest tokens only; 0: off", 0)
-    top_p: float = option(0.95, "draw from the likeliest tokens that together reach this probability; 0: off", 0, 1)
+    top_p: float = option(0.0, "draw from the likeliest tokens that together reach this probability; 0: off", 0, 1)
+    min_p: float = option(0.03, "drop tokens less likely than this share of the likeliest; 0: off", 0, 1)
     samples_dir: str = option("samples", "folder for the new .mid files; nothing in it is overwritten")
 
 
@@ -666,25 +667,8 @@ def sliding_windows(ids: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Model: a causal Transformer with rotary positions and a key/value cache.
+# 4. Model: a causal Transformer with rotary positions, and a decoder that keeps its keys and values.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class KeyValueCache:
-    """Keys and values of the tokens read so far, for every layer, so that a new token reads only itself."""
-
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device):
-        nh, hs = config.n_head, config.n_embd // config.n_head
-        # (layers, keys and values, B, nh, T, hs)
-        self.store = torch.zeros(config.n_layer, 2, batch_size, nh, config.block_size, hs, device=device)
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v (B, nh, t, hs) of one layer; everything kept of that layer, (B, nh, length + t, hs) each."""
-        end = self.length + k.size(2)
-        self.store[layer, 0, :, :, self.length : end] = k
-        self.store[layer, 1, :, :, self.length : end] = v
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
 
 def rotary_angles(block_size: int, hs: int) -> tuple[Tensor, Tensor]:
@@ -720,42 +704,39 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 class Attention(nn.Module):
     """Causal scaled dot-product attention; all heads' queries, keys and values come from one matrix."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C), where position t has looked at positions up to t."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]
-        if cache is not None:
-            assert T == 1 or cache.length == 0, (T, cache.length)  # else is_causal would mean the wrong corner
-            k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and cache is None:
+        if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             y = tiled_attention(q, k, v, dropout)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Block(nn.Module):
     """One layer: tokens look at each other, then each thinks for itself; both add to what was there."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.expand = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.contract = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin, cache))
+        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
         hidden = self.expand(self.norm_2(x)).relu().square()  # (B, T, 4 C)
         return x + self.dropout(self.contract(hidden))
 
@@ -768,7 +749,7 @@ class PianoGPT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         cos, sin = rotary_angles(config.block_size, config.n_embd // config.n_head)
@@ -788,14 +769,11 @@ class PianoGPT(nn.Module):
         if isinstance(module, PianoGPT):
             nn.init.normal_(module.head.weight, std=0.1 * self.config.n_embd**-0.5)
 
-    def hidden(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Embedded tokens (B, T, C), after those in the cache if there is one -> what the head reads, (B, T, C)."""
-        start, T = cache.length if cache else 0, x.size(1)
-        assert start + T <= self.config.block_size, (start, T, self.config.block_size)
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
-        x = self.dropout(x)
+    def hidden(self, x: Tensor) -> Tensor:
+        """Embedded tokens (B, T, C) -> what the head reads, (B, T, C)."""
+        x, T = self.dropout(x), x.size(1)
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            x = block(x, self.cos[:T], self.sin[:T])
         return self.norm(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -807,11 +785,44 @@ class PianoGPT(nn.Module):
         """idx (B, T) -> logits (B, T, V)."""
         return self.head(self.hidden(self.embedding(idx)))
 
-    def read(self, idx: Tensor, cache: KeyValueCache) -> Tensor:
-        """idx (B, t), which follow the tokens in the cache and join them -> the logits of the next token, (B, V)."""
-        x = self.hidden(self.embedding(idx), cache)
-        cache.length += idx.size(1)
-        return self.head(x[:, -1])
+
+class Decoder:
+    """A model that reads token after token and keeps their keys and values, so that a new token reads only itself.
+
+    The arithmetic of PianoGPT.forward in as few operators as it can be: for one token, starting an operator costs more
+    than what it computes.
+    """
+
+    def __init__(self, model: PianoGPT, batch_size: int):
+        c, weight = model.config, model.head.weight
+        self.model, self.length = model, 0
+        shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)  # keys, then values
+        self.store = [torch.empty(shape, device=weight.device) for _ in model.blocks]
+        # Queries and keys turn with their position; values stand still, at cos 1 and sin 0.
+        angles = [(model.cos, torch.ones_like(model.cos)), (model.sin, torch.zeros_like(model.sin))]
+        self.cos, self.sin = (torch.stack([a] * 2 * c.n_head + [b] * c.n_head, 1) for a, b in angles)  # (T, 3 nh, hs)
+
+    def read(self, idx: Tensor) -> Tensor:
+        """idx (B, t), one token or, at the beginning, several -> the logits of the token that follows, (B, V)."""
+        (B, t), start, end = idx.shape, self.length, self.length + idx.size(1)
+        C, nh = self.model.config.n_embd, self.model.config.n_head
+        assert (t == 1 or start == 0) and end <= self.model.config.block_size, (t, start, end)
+        cos, sin, self.length = self.cos[start:end], self.sin[start:end], end
+        x = F.embedding(idx.reshape(-1), self.model.embedding.weight)  # (B t, C)
+        for block, store in zip(self.model.blocks, self.store):
+            h = F.layer_norm(x, (C,), block.norm_1.weight, block.norm_1.bias)
+            qkv = F.linear(h, block.attention.qkv.weight).view(B, t, 3 * nh, C // nh)
+            qkv = torch.addcmul(qkv * cos, qkv.roll(C // nh // 2, -1), sin)  # rotate()
+            q, *kv = qkv.view(B, t, 3, nh, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, t, hs)
+            store[0, :, :, start:end], store[1, :, :, start:end] = kv
+            k, v = store[:, :, :, :end]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+            x = torch.addmm(x, y.transpose(1, 2).reshape(-1, C), block.attention.proj.weight.t())
+            h = F.layer_norm(x, (C,), block.norm_2.weight, block.norm_2.bias)
+            h = F.linear(h, block.expand.weight).relu_().square_()
+            x = torch.addmm(x, h, block.contract.weight.t())
+        x = F.layer_norm(x.view(B, t, C)[:, -1], (C,), self.model.norm.weight, self.model.norm.bias)
+        return F.linear(x, self.model.head.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -981,8 +992,10 @@ class Trainer:
 
 
 def filter_logits(logits: Tensor, config: SampleConfig) -> Tensor:
-    """logits (B, V), already masked, divided by the temperature and minus infinity outside of top-k and top-p."""
+    """logits (B, V), already masked, divided by the temperature and minus infinity where a filter drops the token."""
     logits = logits / config.temperature
+    if config.min_p:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(config.min_p), -math.inf)
     if 0 < config.top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], -math.inf)
     if 0 < config.top_p < 1:
@@ -997,8 +1010,10 @@ def draw(logits: Tensor, config: SampleConfig, random: torch.Generator) -> Tenso
     """The next ids (B,), drawn from masked logits (B, V)."""
     if config.temperature == 0:
         return logits.argmax(-1)
-    p = filter_logits(logits, config).softmax(-1)
-    return torch.multinomial(p, 1, generator=random)[:, 0]
+    reached = filter_logits(logits, config).softmax(-1).cumsum(-1)  # (B, V)
+    # The first token whose cumulative probability reaches a number above 0 and up to the total is never an illegal one.
+    u = 1 - torch.rand(len(logits), 1, generator=random, device=logits.device)
+    return torch.searchsorted(reached, u * reached[:, -1:])[:, 0]
 
 
 @torch.inference_mode()
@@ -1009,17 +1024,17 @@ def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Te
     update = torch.from_numpy(grammar.update).to(device)  # (V, 4)
     state = torch.from_numpy(grammar.start).to(device).repeat(len(ids), 1)  # (B, 4)
     random = torch.Generator(device).manual_seed(seed)
-    cache = KeyValueCache(model.config, len(ids), device)
+    decoder = Decoder(model, len(ids))
     recent = list(ids.unbind(1))
     for id in recent[1:]:
         state = torch.where(update[id] < 0, state, update[id])
     while True:
-        if cache.length in (0, size):
+        if decoder.length in (0, size):
             # The window is full: read its newer half again, so that it is what training showed, a window from its start.
-            cache.length, recent = 0, recent[-(size // 2) :]
-            logits = model.read(torch.stack(recent, 1), cache)
+            decoder.length, recent = 0, recent[-(size // 2) :]
+            logits = decoder.read(torch.stack(recent, 1))
         else:
-            logits = model.read(recent[-1][:, None], cache)
+            logits = decoder.read(recent[-1][:, None])
         id = draw(logits + rows[state].sum(1), config, random)
         moved = update[id]
         state = torch.where(moved < 0, state, moved)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import PlainAttention
 from conftest import pg
 
 V = 100
@@ -36,26 +37,15 @@ def test_future_tokens_do_not_change_past_logits(model):
     assert not torch.allclose(a[:, 50], b[:, 50]) and not torch.allclose(a[:, 95], b[:, 95])
 
 
-def plain_attention(attention, x):
-    """One head at a time, one query at a time: what Attention is meant to compute."""
-    B, T, C = x.shape
-    hs = C // attention.n_head
-    wq, wk, wv = attention.qkv.weight.split(C)
-    cos, sin = pg.rotary_angles(T, hs)
-    out = torch.zeros(B, T, C)
-    for h in range(attention.n_head):
-        rows = slice(h * hs, (h + 1) * hs)
-        q, k, v = (x @ w[rows].T for w in (wq, wk, wv))
-        q, k = pg.rotate(q, cos, sin), pg.rotate(k, cos, sin)
-        for t in range(T):
-            p = (k[:, : t + 1] @ q[:, t, :, None] / math.sqrt(hs)).softmax(1)
-            out[:, t, rows] = (p * v[:, : t + 1]).sum(1)
-    return attention.proj(out)
-
-
-def test_fused_attention_equals_a_plain_reference_head_by_head(model):
-    attention, x = model.blocks[0].attention, torch.randn(3, 20, 32)
-    assert torch.allclose(attention(x, *pg.rotary_angles(20, 8)), plain_attention(attention, x), atol=1e-5)
+def test_fused_attention_equals_the_textbook_head_by_head(model):
+    """Without rotation (cos 1, sin 0) it is what the benchmark's plain attention computes from the same matrices."""
+    attention, plain, x = model.blocks[0].attention, PlainAttention(32, 4, 20), torch.randn(3, 20, 32)
+    plain.proj.weight = attention.proj.weight
+    for h, head in enumerate(plain.heads):
+        for part, linear in enumerate((head.q, head.k, head.v)):
+            linear.weight.data = attention.qkv.weight.split(32)[part][h * 8 : h * 8 + 8]
+    assert torch.allclose(attention(x, torch.ones(20, 8), torch.zeros(20, 8)), plain(x), atol=1e-5)
+    assert not torch.allclose(attention(x, *pg.rotary_angles(20, 8)), plain(x), atol=1e-2)
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 96, 200])
@@ -77,11 +67,11 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 def test_cached_logits_equal_uncached(model):
-    ids, cache = torch.randint(V, (3, 96)), pg.KeyValueCache(CONFIG, 3, torch.device("cpu"))
+    ids, decoder = torch.randint(V, (3, 96)), pg.Decoder(model, 3)
     whole = model(ids)
-    assert torch.allclose(model.read(ids[:, :10], cache), whole[:, 9], atol=1e-4)
+    assert torch.allclose(decoder.read(ids[:, :10]), whole[:, 9], atol=1e-4)
     for t in range(10, 96):
-        assert torch.allclose(model.read(ids[:, t : t + 1], cache), whole[:, t], atol=1e-4)
+        assert torch.allclose(decoder.read(ids[:, t : t + 1]), whole[:, t], atol=1e-4)
 
 
 def test_bfloat16_loss_is_near_float32(model):

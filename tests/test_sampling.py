@@ -35,7 +35,7 @@ def inside_bars(ids, tokenizer):
     return True
 
 
-FILTERS = [{}, {"temperature": 0.0}, {"temperature": 10.0, "top_p": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"top_k": 5, "top_p": 0.5}]
+FILTERS = [{}, {"temperature": 0.0}, {"temperature": 10.0, "min_p": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"top_k": 5, "top_p": 0.5}]
 
 
 @pytest.mark.parametrize("filters", FILTERS)
@@ -82,19 +82,27 @@ def test_piece_ends_at_its_eos_or_after_its_last_bar(grammar):
     assert pg.cut_piece([bar, x, bar, x, x, bar, x], grammar, 2) == [bar, x, bar, x, x]
 
 
-def test_top_k_and_top_p_keep_the_likeliest_tokens():
+def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log() + torch.tensor([0, -math.inf, 0, 0])
 
     def kept(**filters):
-        return pg.filter_logits(logits, pg.SampleConfig(**{"top_k": 0, "top_p": 0.0} | filters)).isfinite()[0].tolist()
+        return pg.filter_logits(logits, pg.SampleConfig(**{"top_k": 0, "top_p": 0.0, "min_p": 0.0} | filters)).isfinite()[0].tolist()
 
     assert kept() == [True, False, True, True]
+    assert kept(min_p=0.3) == [True, False, True, False] and kept(min_p=0.5) == [True, False, False, False]
     assert kept(top_k=2) == [True, False, True, False]
     assert kept(top_p=0.6) == [True, False, False, False]  # 0.5 / 0.8 of the legal probability
     assert kept(top_p=0.7) == [True, False, True, False]
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    config, random = pg.SampleConfig(min_p=0.0), torch.Generator().manual_seed(0)
+    drawn = pg.draw(p.log().repeat(20_000, 1), config, random).bincount(minlength=6) / 20_000
+    assert torch.allclose(drawn, p, atol=0.02) and drawn[p == 0].sum() == 0
+
+
 def test_temperature_sharpens():
     logits = torch.tensor([[1.0, 0.0]])
-    cold, hot = (pg.filter_logits(logits, pg.SampleConfig(temperature=t, top_p=0.0)).softmax(-1)[0, 0] for t in (0.5, 2.0))
+    cold, hot = (pg.filter_logits(logits, pg.SampleConfig(temperature=t, min_p=0.0)).softmax(-1)[0, 0] for t in (0.5, 2.0))
     assert cold == pytest.approx(1 / (1 + math.exp(-2))) and hot == pytest.approx(1 / (1 + math.exp(-0.5)))
