@@ -7,7 +7,7 @@
 
 In:   a folder of .mid files, each read as one piano: drums dropped, tracks merged, the pedal folded into the notes.
 Out:  pianogpt.pt (the model, all that is needed to go on training or to generate), samples/*.mid, and
-      .pianogpt-cache/ (the files as token ids; delete it whenever you like).
+      pianogpt.csv (its validations), .pianogpt-cache/ (the files as token ids; delete it whenever you like).
 
 The music becomes REMI tokens (MidiTok), a causal Transformer (PyTorch) learns to predict the next one, and drawing one
 token after another writes new music. The file reads in the order of the data:
@@ -25,8 +25,11 @@ Yang et al., "Tensor Programs V" (one learning rate for every width), 2022.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -39,6 +42,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from importlib.metadata import version
 from dataclasses import asdict, dataclass, field, fields
@@ -49,9 +53,10 @@ import numpy as np
 import symusic
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from miditok.constants import SCORE_LOADING_EXCEPTION
 from symusic import Note, Score, Track
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 
@@ -118,6 +123,8 @@ class TrainConfig:
     weight_decay: float = option(0.1, "AdamW's decay of the matrices; 0: off", 0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
     eval_every: int = option(250, "steps between two validations", 1)
+    save_every: int = option(0, "steps between two checkpoints; 0: two minutes", 0)
+    accumulate: int = option(1, "parts in which a batch is worked off, to need less memory", 1)
     seed: int = option(0, "seed of everything random: the same seed gives the same bytes", 0, 2**31 - 1)
 
 
@@ -429,7 +436,8 @@ def make_grammar(tokenizer: miditok.REMI) -> Grammar:
 
 SPLITS = ("train", "validation", "test")
 FILE_SECONDS = 120  # a file that takes a worker longer than this is given up
-FILE_MEGABYTES = 32  # an hour of dense piano is under 1 MB
+FILE_MEGABYTES = 16  # an hour of dense piano is under 1 MB
+WORKER_GIGABYTES = 4  # a million notes take 2
 
 
 @dataclass
@@ -444,6 +452,11 @@ class Piece:
 def encode_worker(pipe: multiprocessing.connection.Connection, music: MusicConfig) -> None:
     """Answer each path that comes through the pipe with what encode_file makes of it, as long as there is a parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the workers
+    if sys.platform == "linux":  # a file that needs more memory than this fails alone
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + WORKER_GIGABYTES * 2**30,) * 2)
     tokenizer = make_tokenizer(music)
     while pipe.poll(5) or multiprocessing.parent_process().is_alive():
         if pipe.poll():
@@ -501,15 +514,15 @@ def cache_folder(folder: str, music: MusicConfig) -> Path:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that at every moment path holds either all of the old bytes or all of the new ones."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    new = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(handle, "wb") as file:
+        with open(new, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(new, path)
     except BaseException:
-        os.unlink(name)
+        new.unlink(missing_ok=True)
         raise
 
 
@@ -614,17 +627,21 @@ class Batches:
     block_size: int
     transpose: int
     seed: int
+    rank: int = 0  # of so many processes, which each take their share of every batch
+    processes: int = 1
 
     def __post_init__(self):
         # Music shorter than one window is repeated until a window fits.
         self.ids = self.ids.repeat(-(-(self.block_size + 2) // len(self.ids)))
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Batch i: inputs and targets, each (B, T) int64, drawn from anywhere in any piece and moved in pitch."""
+        """This process's share of batch i: inputs and targets (B / processes, T) from anywhere in any piece, transposed."""
         # A window may cross from one piece into the next; the EOS BOS pair between them is all the model gets told.
         random, B = np.random.default_rng((self.seed, i)), self.batch_size
         starts = torch.from_numpy(random.integers(len(self.ids) - self.block_size, size=B))
         shifts = torch.from_numpy(random.integers(-self.transpose, self.transpose + 1, size=B))
+        share = slice(self.rank * B // self.processes, (self.rank + 1) * B // self.processes)
+        starts, shifts = starts[share], shifts[share]
         window = torch.arange(self.block_size + 1, device=self.ids.device)
         ids = self.ids[starts.to(self.ids.device)[:, None] + window].long()  # (B, T + 1)
         ids = transpose_ids(ids, shifts.to(ids.device), self.pitches)
@@ -781,9 +798,10 @@ class PianoGPT(nn.Module):
         logits = self.head(self.hidden(x)).float().flatten(0, 1)  # (B T, V)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """idx (B, T) -> logits (B, T, V)."""
-        return self.head(self.hidden(self.embedding(idx)))
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """idx (B, T) -> logits (B, T, V), or with targets (B, T) the summed loss in nats."""
+        x = self.embedding(idx)
+        return self.head(self.hidden(x)) if targets is None else self.loss(x, targets)
 
 
 class Decoder:
@@ -835,10 +853,9 @@ FORMAT = "pianogpt 1"
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint: plain values, lists, dicts and tensors; the old file stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile() as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.seek(0)
-        write_atomically(path, file.read())
+    file = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, file)
+    write_atomically(path, file.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -887,18 +904,32 @@ def evaluate(model: PianoGPT, windows: tuple[Tensor, Tensor], batch_size: int = 
     device, was_training = model.head.weight.device, model.training
     model.eval()
     parts = zip(*(w.to(device).split(batch_size) for w in windows))
-    total = sum(model.loss(model.embedding(x), y).item() for x, y in parts)
+    total = sum(model(x, y).item() for x, y in parts)
     model.train(was_training)
     return total
+
+
+def sum_over_processes(value: float, device: torch.device) -> float:
+    """The sum of what every process of this run passes; the value itself where there is only one."""
+    if not distributed.is_initialized():
+        return value
+    total = torch.tensor([value], dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return total.item()
 
 
 class Trainer:
     """A model in training: everything that changes from step to step, and so everything a checkpoint must hold."""
 
+    KEPT = ("step", "seconds", "history", "loss_sum", "loss_count", "best_loss", "best")
+
     def __init__(self, model: PianoGPT, config: TrainConfig, bfloat16: bool = False, compiled: bool = False):
         self.model, self.config, self.bfloat16 = model, config, bfloat16
-        # The look-up in the embedding stays out: its compiled backward pass adds in an order that changes from run to run.
-        self.compiled_loss = torch.compile(model.loss) if compiled else None
+        self.device = model.head.weight.device
+        if compiled:
+            # The look-up in the embedding stays out: its compiled backward adds in an order that changes from run to run.
+            model.loss = torch.compile(model.loss)
+        self.parallel = nn.parallel.DistributedDataParallel(model) if distributed.is_initialized() else model
         self.optimizer = make_optimizer(model, config)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict] = []  # a row for each validation
@@ -911,79 +942,88 @@ class Trainer:
 
     def state(self) -> dict:
         """All of the trainer that is not configuration, for load_state."""
-        kept = {k: getattr(self, k) for k in ("step", "seconds", "history", "loss_sum", "loss_count", "best_loss", "best")}
+        kept = {k: getattr(self, k) for k in self.KEPT}
         return {**kept, "weights": self.weights(), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict) -> None:
         """Go on where another trainer's state() left off; the bits of the next step are the same."""
-        for key in ("step", "seconds", "history", "loss_sum", "loss_count", "best_loss", "best"):
+        for key in self.KEPT:
             setattr(self, key, state[key])
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of one batch (B, T), compiled if that works here."""
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bfloat16):
-            x = self.model.embedding(idx)
-            if self.compiled_loss:
-                try:
-                    return self.compiled_loss(x, targets) / targets.numel()
-                except torch._dynamo.exc.TorchDynamoException as e:
-                    say(f"torch.compile does not work here ({type(e).__name__}), so training goes on without it")
-                    self.compiled_loss = None
-            return self.model.loss(x, targets) / targets.numel()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            try:
+                return self.parallel(idx, targets) / targets.numel()
+            except torch._dynamo.exc.TorchDynamoException as e:
+                say(f"torch.compile does not work here ({type(e).__name__}), so training goes on without it")
+                del self.model.loss  # the compiled one, which hides the method
+                return self.parallel(idx, targets) / targets.numel()
 
-    def train_step(self, idx: Tensor, targets: Tensor) -> float:
+    def add_gradients(self, idx: Tensor, targets: Tensor) -> float:
+        """Leave the gradient of a batch (B, T) in the parameters; the mean loss over all processes."""
+        parts, total = self.config.accumulate, 0.0
+        for n, (x, y) in enumerate(zip(idx.chunk(parts), targets.chunk(parts)), 1):
+            wait = n < parts and self.parallel is not self.model
+            with self.parallel.no_sync() if wait else contextlib.nullcontext():
+                loss = self.loss(x, y) / parts
+                loss.backward()
+            total += loss.item()
+        return sum_over_processes(total, self.device) / sum_over_processes(1, self.device)
+
+    def train_step(self, idx: Tensor, targets: Tensor, rank: int = 0) -> float:
         """Learn from one batch (B, T); the mean loss in nats."""
         # Dropout is seeded by the step, so a resumed run drops what the uninterrupted one would have.
-        torch.manual_seed((self.config.seed << 32) + self.step)
+        torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)
         share = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        loss = self.loss(idx, targets)
-        loss.backward()
+        loss = self.add_gradients(idx, targets)
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss.item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss} at step {self.step}: train with a smaller --lr; the last good checkpoint stays")
+        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        return loss
 
-    def validate(self, windows: tuple[Tensor, Tensor], pitches: range) -> None:
+    def validate(self, windows: tuple[Tensor, Tensor], batches: Batches) -> None:
         """Add a row to the history, and keep the weights if they are the best so far on windows (W, T)."""
-        row = {"step": self.step, "train_loss": self.loss_sum / max(1, self.loss_count), "val_loss": None}
+        row = {"step": self.step, "seconds": self.seconds, "tokens": self.step * batches.batch_size * batches.block_size}
+        row |= {"lr": self.config.lr * learning_rate(self.step - 1, self.config), "train_loss": self.loss_sum / max(1, self.loss_count)}
+        row |= {"val_loss": None, "val_nats_per_note": None}
         self.loss_sum, self.loss_count = 0.0, 0
         if len(windows[0]):
             total, targets = evaluate(self.model, windows), windows[1]
-            notes = ((targets >= pitches[0]) & (targets <= pitches[-1])).sum().item()
+            notes = ((targets >= batches.pitches[0]) & (targets <= batches.pitches[-1])).sum().item()
             row |= {"val_loss": total / (targets != IGNORE).sum().item(), "val_nats_per_note": total / max(1, notes)}
         if row["val_loss"] is None or row["val_loss"] < self.best_loss:
             self.best_loss, self.best = row["val_loss"] or math.inf, self.weights()
         self.history.append(row)
 
     def run(self, batches: Batches, windows: tuple[Tensor, Tensor], save, stopped) -> None:
-        """Train to the last step, or until stopped() is true; save() is called now and then, and at the end."""
+        """Train to the last step, or until stopped() is true in any process; save() is called now and then."""
         self.model.train()
-        start, saved, seconds_before = time.monotonic(), time.monotonic(), self.seconds
+        saved, before = time.monotonic(), time.monotonic() - self.seconds
         bar = tqdm(total=self.config.steps, initial=self.step, desc="training", unit="step", mininterval=0.5)
-        tokens_per_step = batches.batch_size * batches.block_size
-        while self.step < self.config.steps and not stopped():
-            loss = self.train_step(*batches[self.step])
-            if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} at step {self.step}: train with a smaller --lr; the checkpoint is the last good one")
-            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        while self.step < self.config.steps and not sum_over_processes(stopped(), self.device):
+            loss = self.train_step(*batches[self.step], rank=batches.rank)
+            self.seconds = time.monotonic() - before
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                self.validate(windows, batches.pitches)
-            self.seconds = seconds_before + time.monotonic() - start
-            rate = bar.format_dict["rate"] or 0
-            last = self.history[-1]["val_loss"] if self.history else None
-            bar.set_postfix_str(f"loss {loss:.3f}, val {last or math.nan:.3f}, {rate * tokens_per_step:,.0f} tok/s", refresh=False)
+                self.validate(windows, batches)
+            rate = (bar.format_dict["rate"] or 0) * batches.batch_size * batches.block_size
+            val = self.history[-1]["val_loss"] if self.history else None
+            bar.set_postfix_str(f"loss {loss:.3f}, val {val or math.nan:.3f}, {rate:,.0f} tok/s", refresh=False)
             bar.update()
-            if time.monotonic() - saved > SAVE_SECONDS:
+            every = self.config.save_every
+            if self.step % every == 0 if every else time.monotonic() - saved > SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
         bar.close()
-        save()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1101,7 +1141,7 @@ def make_parser() -> Parser:
 
 
 # What may differ between the runs that train one checkpoint: how long, from where, and how often one looks.
-MAY_CHANGE = {"steps", "eval_every", "midi_dir", "cache_dir"}
+MAY_CHANGE = {"steps", "eval_every", "save_every", "accumulate", "midi_dir", "cache_dir"}
 STORED = ("data", "music", "model", "train")
 
 
@@ -1173,7 +1213,7 @@ def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> 
     """Say what was found, what was skipped and what was changed, by name and number."""
     for reason in sorted(set(skipped.values())):
         names = [name for name, why in skipped.items() if why == reason]
-        say(f"skipped {len(names)} ({reason}): {', '.join(ascii_name(n) for n in names)}")
+        say(f"skipped {len(names)} ({reason}): {', '.join(names)}")
     if not pieces:
         raise UserError(f"none of the {len(skipped)} MIDI files under {folder} holds music for a piano: try another --midi-dir")
     sides = ", ".join(f"{sum(p.split == s for p in pieces)} {s}" for s in SPLITS)
@@ -1186,11 +1226,6 @@ def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> 
             say(f"  {count:,} {change}")
 
 
-def ascii_name(name: str) -> str:
-    """A file's name that any terminal can print, bytes that are no UTF-8 escaped."""
-    return name.encode("utf-8", "backslashreplace" if name.isprintable() else "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def print_block(values: dict) -> None:
     """Print key: value lines that a script can read."""
     for key, value in values.items():
@@ -1198,15 +1233,20 @@ def print_block(values: dict) -> None:
 
 
 class StopSignal:
-    """True once Ctrl-C or SIGTERM came; the second Ctrl-C stops at once."""
+    """Within its with-block, true once Ctrl-C or SIGTERM came; the second Ctrl-C stops at once."""
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
+    number = 0
+
+    def __enter__(self) -> StopSignal:
+        self.old = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
 
     def catch(self, number: int, frame) -> None:
-        """Remember the signal, and let the next one through."""
+        """Remember the signal, and let the next Ctrl-C through."""
         self.number = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -1215,10 +1255,31 @@ class StopSignal:
         return self.number != 0
 
 
-def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device) -> tuple[Batches, tuple]:
+def join_processes(device: str) -> tuple[str, int, int]:
+    """Under torchrun, this process's device, its rank and how many there are; else the device alone."""
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if rank:  # one process speaks for all; what goes wrong in another is still shown
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    return device, rank, processes
+
+
+def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device, rank: int, processes: int) -> tuple[Batches, tuple]:
     """Read the MIDI folder, say what is in it, and cut it into training batches and validation windows (W, T)."""
     data, model, train = config.data, config.model, config.train
+    if train.batch_size % (processes * train.accumulate):
+        raise UserError(f"--batch-size {train.batch_size} must be a multiple of {processes} processes x --accumulate {train.accumulate}")
+    if rank:
+        distributed.barrier()  # the first process reads the files; the others then find them in the cache
     pieces, skipped = read_folder(Path(data.midi_dir), config.music, data.cache_dir)
+    if rank == 0 and processes > 1:
+        distributed.barrier()
     split_pieces(pieces, Path(data.midi_dir), data)
     print_reading(data.midi_dir, pieces, skipped)
     grammar, pitches = make_grammar(tokenizer), pitch_range(tokenizer)
@@ -1228,8 +1289,52 @@ def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device) 
     if not len(ids["validation"]):
         say("no piece is held out, so there is no validation loss: the last weights will be used")
     train_ids = torch.from_numpy(ids["train"]).to(device)
-    batches = Batches(train_ids, pitches, train.batch_size, model.block_size, data.transpose, train.seed)
-    return batches, validation_windows(ids["validation"], model.block_size, limit=128)
+    batches = Batches(train_ids, pitches, train.batch_size, model.block_size, data.transpose, train.seed, rank, processes)
+    return batches, validation_windows(ids["validation"], model.block_size, limit=0 if rank else 128)
+
+
+def write_log(path: Path, history: list[dict]) -> None:
+    """Write the history as csv beside the checkpoint: all of it, so that no row is doubled or missing after a crash."""
+    file = io.StringIO()
+    if history:
+        writer = csv.DictWriter(file, list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+    write_atomically(path.with_suffix(".csv"), file.getvalue().encode())
+
+
+def save_or_say(path: Path, content: dict) -> bool:
+    """Save a checkpoint and its log; False, with a sentence, if that fails: what was there before stays whole."""
+    try:
+        save_checkpoint(path, content)
+        write_log(path, content["trainer"]["history"])
+        return True
+    except OSError as e:
+        say(f"cannot save {path} ({e.strerror}): training goes on and tries again")
+        return False
+
+
+def save_at_the_end(path: Path, content: dict) -> None:
+    """Save a checkpoint, in the system's folder for temporary files if nowhere else; that is an error of its own."""
+    if not save_or_say(path, content):
+        elsewhere = Path(tempfile.mkdtemp(prefix="pianogpt-"), path.name)
+        save_checkpoint(elsewhere, content)
+        raise UserError(f"{path} cannot be written, so the model is in {elsewhere}: move it before it is cleaned away")
+
+
+def lock_checkpoint(path: Path) -> FileLock:
+    """Hold a checkpoint for this run alone, until the lock is released or the process ends, however it ends."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            stale.unlink()  # of a run that was killed while it wrote
+    except Timeout:
+        raise UserError(f"another run is training {path}: wait for it, or pass another --checkpoint") from None
+    except OSError as e:
+        raise UserError(f"cannot write beside {path} ({e.strerror}): pass a --checkpoint in a folder of yours") from None
+    return lock
 
 
 def keep_old(path: Path) -> None:
@@ -1240,45 +1345,49 @@ def keep_old(path: Path) -> None:
         say(f"kept the old checkpoint as {new}")
 
 
-def run_training(config: Config, checkpoint: dict | None, device: torch.device) -> int:
+def run_training(config: Config, checkpoint: dict | None, rank: int, processes: int, device: torch.device) -> int:
     """Train to the last step and print the result; 0, or 128 + the number of the signal that stopped it."""
     path, tokenizer = Path(config.run.checkpoint), load_tokenizer(checkpoint, config.music)
-    batches, windows = prepare_data(config, tokenizer, device)
+    batches, windows = prepare_data(config, tokenizer, device, rank, processes)
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, len(tokenizer)).to(device)
     done = checkpoint["trainer"]["step"] if checkpoint else 0
     bfloat16, compiled = choose_speed(config.run, device, config.train.steps - done)
     trainer = Trainer(model, config.train, bfloat16, compiled)
+    music = hashlib.sha256(batches.ids.cpu().numpy().tobytes()).hexdigest()
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
         say(f"going on with {path} from step {trainer.step} of {config.train.steps}")
-    elif config.run.fresh:
+        if checkpoint["music"] != music:
+            say(f"the training music under {config.data.midi_dir} has changed since")
+    elif config.run.fresh and rank == 0:
         keep_old(path)
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' if compiled else ''}, on {device}")
-    stored = {"config": {name: asdict(getattr(config, name)) for name in STORED}, "vocabulary": make_vocabulary(tokenizer)}
-    stored["tokenizer"] = tokenizer.config.to_dict()
-    stop, start, first = StopSignal(), time.monotonic(), trainer.step
-    trainer.run(batches, windows, lambda: save_checkpoint(path, {**stored, "trainer": trainer.state()}), stop)
-    if stop():
+    how = ("bfloat16" if bfloat16 else "float32") + (", compiled" if compiled else "")
+    say(f"model: {parameters:,} parameters, {how}, on {device}" + (f" and {processes - 1} more" if processes > 1 else ""))
+    stored = {"config": {name: asdict(getattr(config, name)) for name in STORED}, "music": music}
+    stored |= {"vocabulary": make_vocabulary(tokenizer), "tokenizer": tokenizer.config.to_dict()}
+    first, start = trainer.step, time.monotonic()
+    with StopSignal() as stop:
+        trainer.run(batches, windows, lambda: rank or save_or_say(path, stored | {"trainer": trainer.state()}), stop)
+        if rank == 0:
+            save_at_the_end(path, stored | {"trainer": trainer.state()})
+    if trainer.step < config.train.steps:
         say(f"stopped at step {trainer.step} of {config.train.steps} and saved {path}: the same command goes on from there")
-        return 128 + stop.number
-    tokens_per_step = batches.batch_size * batches.block_size
-    last = min((r for r in trainer.history if r["val_loss"]), key=lambda r: r["val_loss"], default={})
-    print_block(
-        {
-            "steps": trainer.step,
-            "tokens": trainer.step * tokens_per_step,
-            "seconds": trainer.seconds,
-            "tokens_per_second": round((trainer.step - first) * tokens_per_step / (time.monotonic() - start)),
-            "train_loss": trainer.history[-1]["train_loss"],
-            "val_loss": last.get("val_loss", math.nan),
-            "val_nats_per_note": last.get("val_nats_per_note", math.nan),
-            "parameters": parameters,
-            "checkpoint": path,
-        }
-    )
+        return 128 + (stop.number or signal.SIGTERM)
+    rate = (trainer.step - first) * batches.batch_size * batches.block_size / (time.monotonic() - start)
+    print_result(trainer, {"tokens_per_second": round(rate), "parameters": parameters, "checkpoint": path})
     return 0
+
+
+def print_result(trainer: Trainer, more: dict) -> None:
+    """Print the last block of a training run; the validation loss is the best, that of the weights that are used."""
+    last, nothing = trainer.history[-1], {"val_loss": math.nan, "val_nats_per_note": math.nan}
+    best = min((r for r in trainer.history if r["val_loss"]), key=lambda r: r["val_loss"], default=nothing)
+    values = {"steps": trainer.step, "tokens": last["tokens"], "seconds": trainer.seconds, "train_loss": last["train_loss"]}
+    values |= {"val_loss": best["val_loss"], "val_nats_per_note": best["val_nats_per_note"], **more}
+    order = "steps tokens seconds tokens_per_second train_loss val_loss val_nats_per_note parameters checkpoint".split()
+    print_block({key: values[key] for key in order})
 
 
 def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device: torch.device) -> PianoGPT:
@@ -1327,8 +1436,9 @@ def run(argv: list[str] | None) -> int:
     given = vars(make_parser().parse_args(argv))
     asked = make_config(given, None, training=False).run
     path, exists = Path(asked.checkpoint), Path(asked.checkpoint).exists()
+    name, rank, processes = join_processes(asked.device)
+    device = choose_device(name)
     checkpoint = load_checkpoint(path) if asked.evaluate or exists and not asked.fresh else None
-    device = choose_device(asked.device)
     done, wanted = (checkpoint["trainer"]["step"], given.get("steps", checkpoint["config"]["train"]["steps"])) if checkpoint else (0, 1)
     train = not asked.evaluate and (done < wanted and (not asked.generate or not checkpoint or "steps" in given))
     config = make_config(given, checkpoint, training=train)
@@ -1336,23 +1446,30 @@ def run(argv: list[str] | None) -> int:
         run_evaluation(config, checkpoint, device)
         return 0
     if train:
-        code = run_training(config, checkpoint, device)
+        with contextlib.nullcontext() if rank else lock_checkpoint(path):
+            code = run_training(config, checkpoint, rank, processes, device)
         if code:
             return code
     elif not asked.generate:
         say(f"{path} has been trained for its {done} steps: pass a larger --steps to train further, or --fresh to start over")
-    if asked.generate:
+    if asked.generate and rank == 0:
         run_generation(config, load_checkpoint(path), device)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The program; 0, or 2 for a mistake of the user's, or 128 + a signal's number."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         return run(argv)
     except UserError as e:
         print(f"pianogpt: {e}", file=sys.stderr)
         return 2
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

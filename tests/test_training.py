@@ -51,7 +51,8 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
         assert second.step == stop
         run(second, *data)
         assert same(second.weights(), whole.weights()) and same(second.best, whole.best)
-        assert second.history == whole.history
+        keep = [[{k: v for k, v in row.items() if k != "seconds"} for row in t.history] for t in (second, whole)]
+        assert keep[0] == keep[1]
 
 
 def test_another_seed_gives_other_weights():
@@ -84,13 +85,13 @@ def test_best_validation_weights_are_kept():
     good, best_loss = trainer.best, trainer.best_loss
     with torch.no_grad():
         trainer.model.head.weight.normal_()
-    trainer.validate(windows, PITCHES)
+    trainer.validate(windows, batches)
     assert trainer.history[-1]["val_loss"] > best_loss and trainer.best_loss == best_loss and trainer.best is good
 
 
 def test_validation_loss_per_note_is_the_same_loss_over_fewer_counts():
-    trainer, _, windows = parts()
-    trainer.validate(windows, PITCHES)
+    trainer, batches, windows = parts()
+    trainer.validate(windows, batches)
     row, targets = trainer.history[0], np.arange(1, 100) * 7 % V
     notes = ((targets >= 10) & (targets < 50)).sum()
     assert row["val_nats_per_note"] == pytest.approx(row["val_loss"] * 99 / notes)
