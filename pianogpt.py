@@ -269,6 +269,8 @@ def read_piano(data: bytes, fold: bool) -> Score:
     Raises Unusable for a file without notes for a piano, and what symusic raises for one that is no MIDI.
     """
     score = Score.from_midi(data)
+    if score.ticks_per_quarter < 1:
+        raise Unusable("no ticks in a quarter note")
     tracks = [t for t in score.tracks if not t.is_drum and t.note_num()]
     if not tracks:
         raise Unusable("only drums" if score.note_num() else "no notes")
@@ -491,13 +493,13 @@ def encode_in_workers(paths: list[Path], music: MusicConfig):
             for pipe in ready + late:
                 process, path, _ = busy.pop(pipe)
                 try:
-                    encoded = pipe.recv() if pipe in ready else Encoded(problem=f"it took longer than {FILE_SECONDS} s to read")
+                    encoded = pipe.recv() if pipe in ready else Encoded(problem=f"longer than {FILE_SECONDS} s to read")
                 except (EOFError, OSError):
-                    encoded = Encoded(problem="it crashed the MIDI parser")
-                if encoded.problem.startswith("it "):  # the worker is dead or hangs
-                    process.kill()
-                else:
+                    encoded = Encoded(problem="crashed the MIDI parser")
+                if pipe in ready and process.is_alive():
                     idle.append((process, pipe))
+                else:
+                    process.kill()
                 yield path, encoded
     finally:
         for process in [p for p, _ in idle] + [p for p, *_ in busy.values()]:
@@ -1328,8 +1330,9 @@ def lock_checkpoint(path: Path) -> FileLock:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-            stale.unlink()  # of a run that was killed while it wrote
+        for name in (path.name, path.with_suffix(".csv").name):
+            for stale in path.parent.glob(f"{glob.escape(name)}.*.tmp"):
+                stale.unlink()  # of a run that was killed while it wrote
     except Timeout:
         raise UserError(f"another run is training {path}: wait for it, or pass another --checkpoint") from None
     except OSError as e:

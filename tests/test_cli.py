@@ -1,7 +1,10 @@
 """Room 8: the command line, run in-process in a temporary folder."""
 
+import errno
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, pg, write_midi
+from conftest import TINY, pg, scale, write_midi
 from symusic import Score
 
 SHORT = ["--midi-dir", "midi", *TINY, "--steps", "30", "--eval-every", "10", "--warmup", "5", "--seed", "1"]
@@ -66,17 +69,136 @@ def test_interrupted_training_goes_on_and_equals_the_uninterrupted(trained, caps
     assert all(torch.equal(again["weights"][k], v) for k, v in whole["weights"].items())
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(folder, here):
-    command = [sys.executable, "-u", SCRIPT, *SHORT, "--steps", "100000", "--compile", "off"]
-    with open("out", "w") as out, open("err", "w") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
-        while "loss" not in Path("err").read_text():
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+def start(*argv):
+    """A training process of its own."""
+    command = [sys.executable, "-u", SCRIPT, *SHORT, "--compile", "off", *argv]
+    return subprocess.Popen(command, stdout=open("out", "w"), stderr=open("err", "w"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_says_how_to_go_on_and_exits_with_128_and_its_number(number, folder, here):
+    process = start("--steps", "100000")
+    while "loss" not in Path("err").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
     assert "the same command goes on from there" in Path("out").read_text()
     assert pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["step"] > 0
+
+
+def same_weights(a, b):
+    """Whether two checkpoints hold the same last and best weights bit for bit."""
+    a, b = (pg.load_checkpoint(Path(p))["trainer"] for p in (a, b))
+    return all(torch.equal(a[which][k], b[which][k]) for which in ("weights", "best") for k in a[which])
+
+
+def test_run_killed_at_any_moment_ends_with_the_weights_of_the_uninterrupted(folder, here):
+    argv = ["--steps", "150", "--save-every", "3", "--dropout", "0.1", "--compile", "off"]
+    assert pg.main([*SHORT, *argv, "--checkpoint", "whole.pt"]) == 0
+    rng, kills = random.Random(0), 0
+    while True:
+        process = start(*argv)
+        while process.poll() is None and "loss" not in Path("err").read_text():
+            time.sleep(0.01)
+        if kills < 3 and process.poll() is None:
+            time.sleep(rng.random() * 0.3)
+            process.kill()
+            kills += 1
+        if process.wait(60) == 0:
+            break
+    assert kills == 3 and same_weights("whole.pt", "pianogpt.pt")
+    columns = [[line.split(",")[0] for line in Path(n).read_text().splitlines()] for n in ("whole.csv", "pianogpt.csv")]
+    assert columns[0] == columns[1] == ["step", *(str(n) for n in range(10, 151, 10))]
+
+
+@pytest.mark.parametrize("write, step", [(1, None), (3, 5), (4, 10)])
+def test_run_killed_while_it_writes_loses_nothing(write, step, folder, here):
+    """With a warm cache the writes are those of checkpoint and log in turn."""
+    assert pg.main([*SHORT, "--save-every", "5", "--checkpoint", "whole.pt"]) == 0
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import pianogpt as pg; writes = []\n"
+        "def die(handle): writes.append(1); len(writes) == int(sys.argv[2]) and os.kill(os.getpid(), 9)\n"
+        "os.fsync = die; pg.main(sys.argv[3:])"
+    )
+    argv = [str(Path(SCRIPT).parent), str(write), *SHORT, "--save-every", "5"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True)
+    assert done.returncode == -9 and list(here.glob("pianogpt*.tmp"))
+    assert not step and not Path("pianogpt.pt").exists() or pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["step"] == step
+    assert pg.main([*SHORT, "--save-every", "5"]) == 0
+    assert same_weights("whole.pt", "pianogpt.pt") and not list(here.glob("*.tmp"))
+
+
+def test_two_runs_on_one_checkpoint_the_second_is_refused(trained, capsys):
+    before = Path("pianogpt.pt").read_bytes()
+    with pg.lock_checkpoint(Path("pianogpt.pt")):
+        assert pg.main(["--steps", "50"]) == 2
+    assert "another run is training pianogpt.pt" in capsys.readouterr().err
+    assert Path("pianogpt.pt").read_bytes() == before
+
+
+def full_disk(monkeypatch, failing):
+    """Make every write_atomically to a path for which failing(path) is true fail as on a full disk."""
+
+    def write(path, data):
+        if failing(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, data)
+
+    real = pg.write_atomically
+    monkeypatch.setattr(pg, "write_atomically", write)
+
+
+def test_full_disk_is_said_and_training_goes_on(folder, here, monkeypatch, capsys):
+    times = []
+    full_disk(monkeypatch, lambda path: path.suffix == ".pt" and (times.append(1) or len(times) <= 2))
+    assert pg.main([*SHORT, "--save-every", "5"]) == 0
+    assert capsys.readouterr().out.count("cannot save pianogpt.pt (No space left on device)") == 2
+    assert pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["step"] == 30
+
+
+def test_model_that_cannot_be_saved_at_the_end_is_saved_elsewhere(trained, monkeypatch, capsys):
+    before = Path("pianogpt.pt").read_bytes()
+    full_disk(monkeypatch, lambda path: path == Path("pianogpt.pt"))
+    assert pg.main(["--steps", "40"]) == 2
+    elsewhere = re.search(r"the model is in (.+?): move it", capsys.readouterr().err)[1]
+    assert pg.load_checkpoint(Path(elsewhere))["trainer"]["step"] == 40 and Path("pianogpt.pt").read_bytes() == before
+    shutil.rmtree(Path(elsewhere).parent)
+
+
+def test_folder_that_cannot_be_written_is_said_before_training(folder, here, monkeypatch, capsys):
+    Path("file").touch()
+    assert pg.main([*SHORT, "--checkpoint", "file/x.pt"]) == 2
+    assert "pass a --checkpoint in a folder of yours" in capsys.readouterr().err
+
+
+def test_changed_music_is_said_and_training_goes_on(trained, capsys):
+    assert pg.main(["--steps", "35"]) == 0
+    assert "has changed" not in capsys.readouterr().out
+    write_midi(Path("midi/new.mid"), scale(99))
+    assert pg.main(["--steps", "40"]) == 0
+    assert "the training music under midi has changed" in capsys.readouterr().out
+
+
+def torchrun(processes, *argv):
+    """Train with several processes on the CPU; what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", SCRIPT]
+    done = subprocess.run([*command, *SHORT, *argv], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_two_processes_train_as_one_and_their_run_resumes_with_one(folder, here, capsys):
+    argv = ["--eval-every", "1", "--precision", "float32"]
+    assert pg.main([*SHORT, *argv, "--checkpoint", "one.pt"]) == 0
+    out = torchrun(2, *argv, "--checkpoint", "two.pt")
+    assert out.count("music: ") == 1 and "on cpu and 1 more" in out
+    one, two = (pg.load_checkpoint(Path(n))["trainer"] for n in ("one.pt", "two.pt"))
+    assert len(one["history"]) == len(two["history"]) == 30
+    for a, b in zip(one["history"], two["history"]):
+        assert abs(a["train_loss"] - b["train_loss"]) < 1e-3 and abs(a["val_loss"] - b["val_loss"]) < 1e-3
+    assert pg.main(["--checkpoint", "two.pt", "--steps", "35"]) == 0
+    assert pg.load_checkpoint(Path("two.pt"))["trainer"]["step"] == 35
 
 
 def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsys):
@@ -149,6 +271,7 @@ MISTAKES = {
     "other sizes": (["--n-embd", "64"], "--n-embd is 64, but the checkpoint was made with 32"),
     "other sizes to generate": (["--generate", "--n-layer", "5"], "--n-layer is 5, but the checkpoint was made with 2"),
     "other tokens": (["--grid", "4"], "--grid is 4, but the checkpoint was made with 8"),
+    "shares": (["--accumulate", "3"], "--batch-size 4 must be a multiple of 1 processes x --accumulate 3"),
     "other training": (["--steps", "99", "--batch-size", "9"], "--batch-size is 9, but the checkpoint was made with 4"),
 }
 
@@ -160,6 +283,7 @@ def test_mistake_is_one_sentence_and_exit_code_2(name, trained, capsys):
     Path("bad/page.mid").write_text("<html>")
     before = Path("pianogpt.pt").read_bytes()
     argv, sentence = MISTAKES[name]
+    argv = [*argv, *SHORT] if name == "shares" else argv
     checkpoint = [] if name.startswith("other") or "--checkpoint" in argv else ["--checkpoint", "new.pt"]
     assert pg.main([*argv, *checkpoint]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import pg, scale, write_midi
+from fuzz_midi import check
 
 PITCHES = range(4, 92)
 
@@ -56,6 +58,34 @@ def test_file_that_kills_or_hangs_its_worker_costs_that_file_alone(folder, monke
     pieces, skipped = read(folder)
     assert len(pieces) == 10
     assert "crashed" in skipped["piece03.mid"] and "longer than" in skipped["piece05.mid"]
+
+
+def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used():
+    counts = check(500)
+    assert counts.total() == 500 + 15
+    outcomes = {kind: {outcome for k, outcome in counts if k == kind} for kind, _ in counts}
+    assert outcomes["a million notes.mid"] == outcomes["pedal never lifted"] == outcomes["zero length"] == {"used"}
+    assert outcomes["only drums"] == {"only drums"} and outcomes["a pipe.mid"] == outcomes["a link.mid"] == {"not a file"}
+    assert outcomes["zero ticks"] == {"no ticks in a quarter note"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_file_that_needs_too_much_memory_fails_alone(folder, monkeypatch):
+    def read_piano(data, fold):
+        if data == greedy:
+            np.ones(2**31).tolist()
+        return real(data, fold)
+
+    real, greedy = pg.read_piano, (folder / "piece03.mid").read_bytes()
+    monkeypatch.setattr(pg, "read_piano", read_piano)
+    pieces, skipped = read(folder)
+    assert len(pieces) == 11 and "MemoryError" in skipped["piece03.mid"] or "allocate" in skipped["piece03.mid"]
+
+
+def test_file_of_more_megabytes_than_music_has_is_not_opened(folder, monkeypatch):
+    monkeypatch.setattr(pg, "FILE_MEGABYTES", 0.0005)
+    (folder / "big.mid").write_bytes(b"x" * 1000)
+    assert "larger than" in read(folder)[1]["big.mid"]
 
 
 def test_cache_is_used_and_notices_a_changed_file_and_a_changed_setting(folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Room 6: learning."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -57,6 +58,30 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
 
 def test_another_seed_gives_other_weights():
     assert not same(run(*parts(seed=1)).weights(), run(*parts(seed=2)).weights())
+
+
+def test_batch_worked_off_in_parts_leaves_the_gradient_of_the_whole():
+    gradients = []
+    for accumulate in (1, 4):
+        trainer, batches, _ = parts(batch_size=8, accumulate=accumulate)
+        trainer.model.eval()  # without dropout, which would differ
+        loss = trainer.add_gradients(*batches[0])
+        gradients.append([loss, *(p.grad for p in trainer.model.parameters())])
+    for whole, summed in zip(*gradients):
+        assert torch.allclose(torch.as_tensor(whole), torch.as_tensor(summed), atol=1e-6)
+
+
+def test_shares_of_a_batch_make_the_batch():
+    _, batches, _ = parts()
+    shares = [dataclasses.replace(batches, rank=r, processes=2)[3] for r in range(2)]
+    assert all(torch.equal(torch.cat(x), whole) for x, whole in zip(zip(*shares), batches[3]))
+
+
+def test_checkpoints_are_written_as_often_as_asked():
+    saved = []
+    trainer, batches, windows = parts(save_every=7)
+    trainer.run(batches, windows, save=lambda: saved.append(trainer.step), stopped=lambda: False)
+    assert saved == [7, 14, 21, 28, 35]
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
