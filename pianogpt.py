@@ -45,7 +45,7 @@ import time
 import traceback
 import warnings
 from importlib.metadata import version
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import miditok
@@ -133,12 +133,19 @@ class SampleConfig:
     """The music that is written."""
 
     num_samples: int = option(3, "pieces to write", 1)
-    bars: int = option(32, "longest piece, in bars", 1)
+    prompt: str = option("", "a MIDI file to continue")
+    prompt_bars: int = option(0, "bars of the prompt to continue from; 0: all of it", 0)
+    prompt_seconds: float = option(0.0, "the same in seconds, to the last bar line before them; 0: all of it", 0)
+    continuation_only: bool = option(False, "leave the prompt out of the file")
+    bars: int = option(0, "length of the whole piece in bars; 0: until the model ends it, at most 32 new bars", 0)
+    seconds: float = option(0.0, "the same in seconds, to the next bar line; 0: see --bars", 0, 86_400)
+    tempo: float = option(0.0, "one tempo for the whole piece, in quarter notes a minute; 0: as the model wrote it", 0, 1000)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
     top_k: int = option(0, "draw from the k likeliest tokens only; 0: off", 0)
     top_p: float = option(0.0, "draw from the likeliest tokens that together reach this probability; 0: off", 0, 1)
     min_p: float = option(0.03, "drop tokens less likely than this share of the likeliest; 0: off", 0, 1)
     samples_dir: str = option("samples", "folder for the new .mid files; nothing in it is overwritten")
+    report: bool = option(False, "compare the new pieces with training and validation music, in a table")
 
 
 @dataclass
@@ -175,6 +182,10 @@ def check_options(config: Config) -> None:
             if low is not None and not value >= low or high is not None and not value <= high:
                 limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
                 raise UserError(f"{flag} is {value} but must be {limits}")
+    for one, other in (("prompt_bars", "prompt_seconds"), ("bars", "seconds")):
+        if getattr(config.sample, one) and getattr(config.sample, other):
+            one, other = ("--" + name.replace("_", "-") for name in (one, other))
+            raise UserError(f"{one} and {other} say the same thing twice: pass one of them")
     m = config.model
     if m.n_embd % (2 * m.n_head):
         raise UserError(f"--n-embd {m.n_embd} must be an even multiple of --n-head {m.n_head}: heads share the channels")
@@ -358,13 +369,173 @@ class Encoded:
         return cls(**json.loads(head), ids=np.frombuffer(ids, "<i2"))
 
 
-def decode_ids(ids: list[int], tokenizer: miditok.REMI) -> Score:
-    """The score that ids stand for, in 480 ticks a quarter note."""
+class BarClock:
+    """Where the bar lines of a growing piece lie, in quarter notes and in seconds, and when the piece is over."""
+
+    def __init__(self, tokenizer: miditok.REMI, bars: int = 0, seconds: float = 0.0, tempo: float = 0.0):
+        self.bars, self.limit, self.fixed = bars, seconds, bool(tempo)
+        self.grid, self.words = tokenizer.config.max_num_pos_per_beat, [w.split("_") for w in make_vocabulary(tokenizer)]
+        self.start = self.now = self.length = 0.0  # quarters: of the bar, of the last event, from bar line to bar line
+        self.seconds, self.tempo, self.unit = 0.0, tempo or 120.0, 1.0
+        self.lines: list[tuple[int, float, float]] = []  # of each bar line: ids before it, quarters, seconds
+        self.kept, self.over = 0, False
+
+    def advance(self, quarters: float) -> None:
+        """Move the clock on to a moment of the piece."""
+        self.seconds += (quarters - self.now) * 60 / self.tempo
+        self.now = quarters
+
+    def feed(self, ids: list[int]) -> BarClock:
+        """Read more ids, until the piece is over: at EOS, or at the bar line that completes its length."""
+        for id in ids:
+            if not self.over:
+                self.hear(*self.words[id])
+        return self
+
+    def hear(self, kind: str, value: str) -> None:
+        """Read one token."""
+        if kind == "EOS":
+            self.end()
+            return
+        if kind == "Bar":
+            self.advance(self.start + self.length)
+            self.start = self.now
+            if self.bars and len(self.lines) == self.bars or self.limit and self.seconds >= self.limit:
+                self.over = True
+                return
+            self.lines.append((self.kept, self.now, self.seconds))
+        elif kind == "TimeSig":
+            beats, unit = map(int, value.split("/"))
+            self.unit, self.length = 4 / unit, beats * 4 / unit
+        elif kind == "Position":
+            self.advance(self.start + int(value) * self.unit / self.grid)
+        elif kind == "Tempo" and not self.fixed:
+            self.tempo = float(value)
+        self.kept += 1
+
+    def end(self) -> None:
+        """The piece is over, and the clock stands at the end of its last bar."""
+        self.over = True
+        self.advance(self.start + self.length)
+
+
+def decode_ids(ids: list[int], tokenizer: miditok.REMI, tempo: float = 0.0) -> Score:
+    """The score that ids stand for, in 480 ticks a quarter note; no note hangs past the end of the last bar."""
+    clock = BarClock(tokenizer).feed(ids)
+    clock.end()
     score = tokenizer.decode([ids]).resample(480, min_dur=1)
     for track in score.tracks:
-        track.name = "Piano"
-        track.notes = Note.from_numpy(**repair_overlaps(track.notes.numpy()))
+        track.name, notes = "Piano", repair_overlaps(track.notes.numpy())
+        notes["duration"] = np.minimum(notes["duration"], round(clock.now * 480) - notes["time"])
+        track.notes = Note.from_numpy(**notes)
+    if tempo:
+        score.tempos = score.tempos.__class__([symusic.Tempo(0, tempo)])
     return score
+
+
+def read_prompt(sample: SampleConfig, tokenizer: miditok.REMI, music: MusicConfig) -> list[int]:
+    """The ids of the prompt up to a bar line; a note that sounds across it ends there. Raises UserError."""
+    path = Path(sample.prompt)
+    if not path.is_file():
+        raise UserError(f"there is no MIDI file {path}: pass another --prompt")
+    encoded = encode_file(path, tokenizer, music)
+    if encoded.problem:
+        raise UserError(f"{path} cannot be continued ({encoded.problem}): pass another --prompt")
+    clock = BarClock(tokenizer).feed(encoded.ids.tolist())
+    clock.end()
+    ends = [seconds for _, _, seconds in clock.lines[1:]] + [clock.seconds]
+    if sample.prompt_bars > len(ends) or sample.prompt_seconds > ends[-1]:
+        raise UserError(f"{path} is only {len(ends)} bars, {ends[-1]:.1f} seconds long: ask for less of it")
+    bars = sample.prompt_bars or max(1, sum(s <= sample.prompt_seconds for s in ends) if sample.prompt_seconds else len(ends))
+    lines = [index for index, _, _ in clock.lines] + [len(encoded.ids)]
+    score = decode_ids(encoded.ids[: lines[bars]].tolist(), tokenizer)
+    if not score.note_num():
+        raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
+    ids, bar = encode_piano(score, tokenizer), tokenizer.vocab["Bar_None"]
+    last = [i for i in ids if i in tokenizer.token_ids_of_type("TimeSig")][-1]
+    return ids + [bar, last] * (bars - ids.count(bar))  # bars of silence at the end count too
+
+
+def bar_contents(ids: list[int], grammar: Grammar) -> list[tuple[int, ...]]:
+    """The ids of each bar without the bar line and the metre."""
+    starts = [i for i, id in enumerate(ids) if id == grammar.bar] + [len(ids)]
+    return [tuple(ids[a + 2 : b]) for a, b in zip(starts, starts[1:])]
+
+
+def describe(score: Score, ids: list[int], grammar: Grammar) -> dict[str, float]:
+    """The figures of a piece: density, polyphony, range, lengths, loudness, silence and repetition."""
+    second = score.to("second")
+    notes = {k: np.concatenate([t.notes.numpy()[k] for t in second.tracks]) for k in ("time", "duration", "pitch", "velocity")}
+    order = np.argsort(notes["time"], kind="stable")
+    start, end = notes["time"][order], (notes["time"] + notes["duration"])[order]
+    reached = np.maximum.accumulate(np.r_[0.0, end[:-1]])  # when all notes before have ended
+    sounding, total = float(np.maximum(0, end - np.maximum(start, reached)).sum()), float(end.max())
+    classes = np.bincount(notes["pitch"] % 12, minlength=12) / len(start)
+    contents = bar_contents(ids, grammar)
+    repeated = sum(bool(c) and c in contents[:i] for i, c in enumerate(contents))
+    return {
+        "notes_per_second": len(start) / total,
+        "polyphony": float(notes["duration"].sum()) / sounding,
+        "lowest": int(notes["pitch"].min()),
+        "highest": int(notes["pitch"].max()),
+        "pitch_class_entropy_bits": float(-(classes[classes > 0] * np.log2(classes[classes > 0])).sum()),
+        "length_mean_seconds": float(notes["duration"].mean()),
+        "length_spread_seconds": float(notes["duration"].std()),
+        "velocity_mean": float(notes["velocity"].mean()),
+        "velocity_spread": float(notes["velocity"].std()),
+        "silence_percent": 100 * (1 - sounding / total),
+        "empty_bars_percent": 100 * contents.count(()) / len(contents),
+        "repeated_bars_percent": 100 * repeated / len(contents),
+    }
+
+
+class KnownRuns:
+    """Finds the longest run of notes that also stands in a corpus, whatever the key and the timing.
+
+    All windows of one length are compared at once by a polynomial hash modulo 2**64, and what agrees is compared note by
+    note; the length is found by bisection, since a run holds all shorter ones.
+    """
+
+    def __init__(self, pieces: dict[str, np.ndarray]):
+        self.names = list(pieces)
+        steps = [np.append(np.diff(p.astype(np.int16)), 200) for p in pieces.values()]  # 200: no step of a piano is as large
+        self.ends, self.steps = np.cumsum([len(x) for x in steps]), np.concatenate([*steps, [200]])
+        self.sums, self.unshift = self.hash_parts(self.steps)
+
+    @staticmethod
+    def hash_parts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of value(step i) b^i up to each i, and b^-i, from which any window's hash is one product; all uint64."""
+        values = np.random.default_rng(0).integers(2**63, size=512).astype(np.uint64)[steps + 256]
+        base = 0x9E3779B97F4A7C15
+        powers, inverse = (np.full(len(steps), b % 2**64, np.uint64) for b in (base, pow(base, -1, 2**64)))
+        powers[0] = inverse[0] = 1
+        return np.r_[np.uint64(0), np.cumsum(values * np.multiply.accumulate(powers))], np.multiply.accumulate(inverse)
+
+    def find(self, steps: np.ndarray, length: int) -> int:
+        """Where in the corpus any window of `length` steps stands, or -1."""
+        sums, unshift = self.hash_parts(steps)
+        mine = (sums[length:] - sums[:-length]) * unshift[: len(steps) - length + 1]
+        theirs = (self.sums[length:] - self.sums[:-length]) * self.unshift[: len(self.steps) - length + 1]
+        low_bits = np.zeros(2**16, bool)
+        low_bits[mine & np.uint64(0xFFFF)] = True
+        for at in np.flatnonzero(low_bits[theirs & np.uint64(0xFFFF)]):
+            for i in np.flatnonzero(mine == theirs[at]):
+                if np.array_equal(steps[i : i + length], self.steps[at : at + length]):
+                    return int(at)
+        return -1
+
+    def longest(self, pitches: np.ndarray) -> tuple[int, str]:
+        """The number of notes in the longest run of pitches that the corpus holds, and the name of a piece that holds it."""
+        steps, found = np.diff(pitches.astype(np.int16)), (0, "")
+        low, high = 0, min(len(steps), len(self.steps))
+        while low < high:
+            length = (low + high + 1) // 2
+            at = self.find(steps, length)
+            if at < 0:
+                high = length - 1
+            else:
+                low, found = length, (length + 1, self.names[int(np.searchsorted(self.ends, at, side="right"))])
+        return found
 
 
 def free_path(folder: Path, stem: str, suffix: str) -> Path:
@@ -1073,7 +1244,8 @@ def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Te
     while True:
         if decoder.length in (0, size):
             # The window is full: read its newer half again, so that it is what training showed, a window from its start.
-            decoder.length, recent = 0, recent[-(size // 2) :]
+            recent = recent[-(size // 2 if decoder.length else size) :]
+            decoder.length = 0
             logits = decoder.read(torch.stack(recent, 1))
         else:
             logits = decoder.read(recent[-1][:, None])
@@ -1084,28 +1256,30 @@ def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Te
         yield id
 
 
-def generate(model: PianoGPT, grammar: Grammar, config: SampleConfig, seed: int) -> list[list[int]]:
-    """config.num_samples new pieces, drawn together from BOS on; each ends at EOS or after config.bars bars."""
-    ids = torch.full((config.num_samples, 1), grammar.bos, device=model.head.weight.device)
-    drawn, bars, ended = [], 0, False
+def generate(model: PianoGPT, grammar: Grammar, config: SampleConfig, seed: int, prompt: list[int], clocks: list) -> list[list[int]]:
+    """A piece for each of the clocks, drawn together after BOS and the prompt; a clock says when its piece is over.
+
+    A clock is fed the ids of its piece; `over` tells that it has heard enough, `kept` how many of the ids belong to it.
+    """
+    ids = torch.tensor([[grammar.bos, *prompt]] * len(clocks), device=model.head.weight.device)
+    pieces = [list(prompt) for _ in clocks]
+    drawn: list[Tensor] = []
+    for clock in clocks:
+        clock.feed(prompt)
+    if config.bars or config.seconds:
+        rows = grammar.rows.copy()
+        rows[:, grammar.eos] = -math.inf  # the piece ends where it was asked to, not before
+        grammar = replace(grammar, rows=rows)
     model.eval()
     for id in tqdm(draw_tokens(model, grammar, config, ids, seed), desc="writing", unit="token", unit_scale=len(ids)):
         drawn.append(id)
-        if len(drawn) % 16 == 0:  # looking at every token would make a GPU wait
-            new = torch.stack(drawn[-16:], 1)
-            bars, ended = bars + (new == grammar.bar).sum(1), ended | (new == grammar.eos).any(1)
-            if bool((ended | (bars > config.bars)).all()):
-                return [cut_piece(row, grammar, config.bars) for row in torch.stack(drawn, 1).tolist()]
-
-
-def cut_piece(ids: list[int], grammar: Grammar, bars: int) -> list[int]:
-    """The ids of one piece up to its EOS or to the end of its last bar."""
-    seen = 0
-    for i, id in enumerate(ids):
-        seen += id == grammar.bar
-        if id == grammar.eos or seen > bars:
-            return ids[:i]
-    return ids
+        if len(drawn) == 16:  # looking at every token would make a GPU wait
+            for piece, clock, new in zip(pieces, clocks, torch.stack(drawn, 1).tolist()):
+                piece += new
+                clock.feed(new)
+            drawn = []
+            if all(clock.over for clock in clocks):
+                return [piece[: clock.kept] for piece, clock in zip(pieces, clocks)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1400,21 +1574,99 @@ def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device
     return model.to(device).eval()
 
 
-def run_generation(config: Config, checkpoint: dict, device: torch.device) -> None:
-    """Write the samples and announce each."""
-    tokenizer = load_tokenizer(checkpoint, config.music)
+def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
+    """The Pitch ids among ids, in order of onset and then of pitch."""
+    return ids[(ids >= pitches[0]) & (ids <= pitches[-1])]
+
+
+def known_music(config: Config) -> list[Piece]:
+    """The pieces on which a checkpoint was trained and validated, or none where they are out of reach."""
+    folder = Path(config.data.midi_dir)
+    if not folder.is_dir():
+        say(f"the training music in {folder} is not here, so how much of a piece is known from it cannot be said")
+        return []
+    pieces, _ = read_folder(folder, config.music, config.data.cache_dir)
+    split_pieces(pieces, folder, config.data)
+    return pieces
+
+
+def write_samples(config: Config, checkpoint: dict, device: torch.device, tokenizer: miditok.REMI) -> list[tuple[list[int], int]]:
+    """Generate the samples: the ids of each, and how many of them are the prompt's."""
+    sample, grammar = config.sample, make_grammar(tokenizer)
+    prompt = read_prompt(sample, tokenizer, config.music) if sample.prompt else []
+    before = BarClock(tokenizer, tempo=sample.tempo).feed(prompt)
+    before.end()
+    if sample.bars and sample.bars <= len(before.lines) or sample.seconds and sample.seconds <= before.seconds:
+        raise UserError(f"the prompt alone is {len(before.lines)} bars, {before.seconds:.1f} seconds: ask for a longer piece")
+    bars = sample.bars or (0 if sample.seconds else len(before.lines) + 32)
+    clocks = [BarClock(tokenizer, bars, sample.seconds, sample.tempo) for _ in range(sample.num_samples)]
     model = load_model(checkpoint, config, tokenizer, device)
+    start = [*prompt, grammar.bar] if prompt else []  # the continuation begins with a bar of its own
+    return [(ids, len(prompt)) for ids in generate(model, grammar, sample, config.train.seed, start, clocks)]
+
+
+def run_generation(config: Config, checkpoint: dict, device: torch.device) -> None:
+    """Write the samples, announce each, and report on them if asked."""
+    tokenizer = load_tokenizer(checkpoint, config.music)
+    grammar, pitches = make_grammar(tokenizer), pitch_range(tokenizer)
     step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
     if step < steps:
         say(f"{config.run.checkpoint} is trained for {step} of {steps} steps: python pianogpt.py would finish it")
-    for ids in generate(model, make_grammar(tokenizer), config.sample, config.train.seed):
-        score = decode_ids(ids, tokenizer)
-        if not score.note_num():
-            raise UserError("the model wrote a piece without notes: train it longer, or try another --seed or --temperature")
-        path = free_path(Path(config.sample.samples_dir), "sample", ".mid")
-        path.write_bytes(score.dumps_midi())
-        bars, seconds = ids.count(tokenizer.vocab["Bar_None"]), score.to("second").end()
-        say(f"sample: {bars} bars, {score.note_num()} notes, {seconds:.1f} seconds, {path}")
+    samples = write_samples(config, checkpoint, device, tokenizer)
+    music = known_music(config)
+    known = KnownRuns({p.path: pitches_of(p.encoded.ids, pitches) for p in music if p.split == "train"}) if music else None
+    rows = []
+    for ids, prompt in samples:
+        written = ids[prompt:] if config.sample.continuation_only else ids
+        score = decode_ids(written, tokenizer, config.sample.tempo)
+        if score.note_num():
+            path = free_path(Path(config.sample.samples_dir), "sample", ".mid")
+            path.write_bytes(score.dumps_midi())
+            figures = describe(score, written, grammar)
+            rows.append(figures | novelty_of(ids[prompt:], pitches, known))
+            say(describe_sample(written.count(grammar.bar), score, rows[-1], path))
+    if config.sample.report and rows:
+        print_report(rows, music, [len(ids) for ids, _ in samples], known, tokenizer)
+    if len(rows) < len(samples):
+        raise UserError(f"{len(samples) - len(rows)} pieces had no notes: train longer, or try another --seed or --temperature")
+
+
+def novelty_of(ids: list[int], pitches: range, known: KnownRuns | None) -> dict:
+    """The longest run of notes of a piece that is known from the training music, and from which file."""
+    if known is None:
+        return {}
+    notes, name = known.longest(pitches_of(np.array(ids), pitches))
+    return {"known_run_notes": notes, "known_from": name}
+
+
+def describe_sample(bars: int, score: Score, row: dict, path: Path) -> str:
+    """The line that announces a sample."""
+    known = f"longest known run {row['known_run_notes']} notes ({row['known_from']}), " if "known_from" in row else ""
+    return (
+        f"sample: {bars} bars, {score.note_num()} notes, {score.to('second').end():.1f} seconds, {row['notes_per_second']:.1f} notes/s, "
+        f"pitches {row['lowest']}-{row['highest']}, {row['silence_percent']:.0f}% silence, {known}{path}"
+    )
+
+
+def print_report(rows: list[dict], music: list[Piece], lengths: list[int], known: KnownRuns | None, tokenizer: miditok.REMI) -> None:
+    """Print the mean of each figure over the samples and over as long openings of up to 50 pieces of each side."""
+    grammar, pitches, length = make_grammar(tokenizer), pitch_range(tokenizer), int(np.median(lengths))
+    columns = {"samples": rows}
+    for split in ("train", "validation"):
+        columns[split] = []
+        side = [p for p in music if p.split == split]
+        for piece in side[:: -(-len(side) // 50) or 1]:
+            ids = piece.encoded.ids.tolist()
+            lines = [i for i, id in enumerate(ids) if id == grammar.bar and i <= length]
+            ids = ids[: lines[-1]] if len(ids) > length and len(lines) > 1 else ids
+            score = decode_ids(ids, tokenizer)
+            if score.note_num():
+                novelty = novelty_of(ids, pitches, known) if split == "validation" else {}
+                columns[split].append(describe(score, ids, grammar) | novelty)
+    say(f"{'mean of':26}" + "".join(f"{f'{len(c)} {name}':>16}" for name, c in columns.items()))
+    for key in [k for k in rows[0] if k != "known_from"]:
+        means = [np.mean([r[key] for r in c]) if c and key in c[0] else math.nan for c in columns.values()]
+        say(f"{key:26}" + "".join(f"{'-' if math.isnan(m) else f'{m:.2f}':>16}" for m in means))
 
 
 def run_evaluation(config: Config, checkpoint: dict, device: torch.device) -> None:

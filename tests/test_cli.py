@@ -45,7 +45,7 @@ def test_trains_generates_and_its_loss_falls(folder, here, capsys):
     assert float(values["val_loss"]) == pytest.approx(min(r["val_loss"] for r in history), abs=1e-4)
     samples = sorted(Path("samples").glob("*.mid"))
     assert len(samples) == 3 and all(Score(p).note_num() for p in samples)
-    lines = re.findall(r"^sample: (\d+) bars, (\d+) notes, ([\d.]+) seconds, (.+)$", out, re.M)
+    lines = re.findall(r"^sample: (\d+) bars, (\d+) notes, ([\d.]+) seconds, .*, (\S+)$", out, re.M)
     assert [line[3] for line in lines] == [str(p) for p in samples]
     assert [int(line[1]) for line in lines] == [Score(p).note_num() for p in samples]
 
@@ -321,3 +321,117 @@ def test_unprintable_names_are_skipped_by_a_name_that_prints(here, capsys):
         file.write(b"no music")
     assert pg.main(SHORT) == 2
     assert "caf" in capsys.readouterr().out
+
+
+@pytest.fixture
+def prompt(trained):
+    """A prompt of eight bars in 3/4 at 90, besides a trained model."""
+    return str(write_midi(trained / "my prompt é.mid", scale(5, bars=6), metre=(3, 4), bpm=90))
+
+
+def generate(*argv):
+    """The scores of the files that a --generate with these flags wrote."""
+    before = set(Path("samples").glob("*"))
+    assert pg.main(["--generate", *argv]) == 0
+    return [Score(p) for p in sorted(set(Path("samples").glob("*")) - before)]
+
+
+def notes_of(score):
+    """(start, end, pitch) in quarters."""
+    return sorted((round(n.time / score.tpq, 3), round((n.time + n.duration) / score.tpq, 3), n.pitch) for t in score.tracks for n in t.notes)
+
+
+def test_sample_begins_with_the_prompts_notes_metre_and_tempo(prompt):
+    source = Score(prompt)
+    for score in generate("--prompt", prompt, "--prompt-bars", "4", "--bars", "8"):
+        start = [n for n in notes_of(score) if n[0] < 12]
+        assert start == [(a, min(b, 12), p) for a, b, p in notes_of(source) if a < 12]
+        assert len(notes_of(score)) > len(start)
+        assert (score.time_signatures[0].numerator, round(score.tempos[0].qpm)) == (3, 90)
+
+
+def test_continuation_only_leaves_the_prompt_out(prompt):
+    flags = ["--prompt", prompt, "--prompt-bars", "4", "--bars", "8", "--num-samples", "1"]
+    whole, rest = generate(*flags)[0], generate(*flags, "--continuation-only")[0]
+    assert notes_of(rest) == [(round(a - 12, 3), round(b - 12, 3), p) for a, b, p in notes_of(whole) if a >= 12]
+
+
+def test_prompt_longer_than_the_context_is_written_whole(prompt):
+    long = str(write_midi(Path("long.mid"), scale(5, bars=40)))
+    notes = notes_of(generate("--prompt", long, "--bars", "44", "--num-samples", "1")[0])
+    assert [n for n in notes if n[0] < 160] == notes_of(Score(long))
+
+
+def test_bars_are_the_length_of_the_whole_piece(trained, capsys):
+    assert len(generate("--bars", "7", "--num-samples", "4")) == 4
+    assert re.findall(r"sample: (\d+) bars", capsys.readouterr().out) == ["7"] * 4
+
+
+def test_seconds_are_reached_and_ended_at_a_bar_line(trained):
+    for score in generate("--seconds", "20", "--num-samples", "4"):
+        assert 14 < score.to("second").end() < 30
+
+
+def test_tempo_is_the_one_that_is_written(trained):
+    flags = ["--bars", "6", "--num-samples", "1"]
+    slow, fast = generate(*flags, "--tempo", "60")[0], generate(*flags, "--tempo", "120")[0]
+    assert [t.qpm for t in slow.tempos] == [60] and [round(t.qpm) for t in fast.tempos] == [120]
+    assert slow.to("second").end() == pytest.approx(2 * fast.to("second").end(), rel=1e-3)
+    assert notes_of(slow) == notes_of(fast)
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--prompt", "none.mid"], "there is no MIDI file none.mid"),
+        (["--prompt", "midi/piece00.mid", "--prompt-bars", "99"], "midi/piece00.mid is only 8 bars"),
+        (["--prompt", "midi/piece00.mid", "--bars", "5"], "the prompt alone is 8 bars"),
+        (["--bars", "5", "--seconds", "5"], "--bars and --seconds say the same thing twice"),
+        (["--prompt-bars", "5", "--prompt-seconds", "5"], "--prompt-bars and --prompt-seconds say the same"),
+    ],
+)
+def test_prompt_mistake_is_one_sentence_and_exit_code_2(argv, sentence, trained, capsys):
+    assert pg.main(["--generate", *argv]) == 2
+    assert sentence in capsys.readouterr().err and not Path("samples").exists()
+
+
+def test_every_filter_changes_what_is_drawn(trained):
+    def drawn(*argv):
+        return notes_of(generate("--bars", "6", "--num-samples", "1", "--min-p", "0", *argv)[0])
+
+    plain = drawn()
+    for flags in (["--temperature", "0.5"], ["--top-k", "3"], ["--top-p", "0.5"], ["--min-p", "0.5"], ["--seed", "4"]):
+        assert drawn(*flags) != plain, flags
+
+
+def test_each_sample_is_described_and_its_longest_known_run_named(trained, capsys):
+    generate("--bars", "6")
+    lines = re.findall(
+        r"sample: 6 bars, (\d+) notes, [\d.]+ seconds, [\d.]+ notes/s, pitches (\d+)-(\d+), \d+% silence, "
+        r"longest known run (\d+) notes \((piece\d\d\.mid)\), samples/sample-00\d\.mid",
+        capsys.readouterr().out,
+    )
+    assert len(lines) == 3 and all(0 < int(run) <= int(notes) for notes, _, _, run, _ in lines)
+
+
+def test_prompt_itself_does_not_count_as_known(trained, capsys):
+    train = next(p.path for p in pg.known_music(pg.make_config({}, pg.load_checkpoint(Path("pianogpt.pt")), False)) if p.split == "train")
+    generate("--prompt", f"midi/{train}", "--bars", "9", "--num-samples", "1")
+    line = re.search(r"(\d+) notes, .*longest known run (\d+) notes", capsys.readouterr().out)
+    assert int(line[2]) < int(line[1]) / 2
+
+
+def test_report_shows_samples_beside_training_and_validation_music(trained, capsys):
+    generate("--bars", "6", "--report")
+    table = capsys.readouterr().out.split("mean of")[1].splitlines()
+    assert table[0].split()[0] == "3" and "train" in table[0] and "validation" in table[0]
+    rows = {line.split()[0]: line.split()[1:] for line in table[1:]}
+    assert {"notes_per_second", "polyphony", "pitch_class_entropy_bits", "repeated_bars_percent", "known_run_notes"} <= set(rows)
+    assert all(len(r) == 3 for r in rows.values()) and rows["known_run_notes"][1] == "-" and float(rows["known_run_notes"][2]) > 0
+
+
+def test_generating_without_the_training_music_says_that_novelty_is_unknown(trained, capsys):
+    Path("midi").rename("away")
+    assert len(generate("--bars", "3")) == 3
+    out = capsys.readouterr().out
+    assert "cannot be said" in out and "longest known run" not in out

@@ -166,3 +166,123 @@ def test_damaged_midi_is_reported_not_raised(tmp_path):
 def test_piece_longer_than_a_day_is_refused(tmp_path):
     path = write_midi(tmp_path / "a.mid", [[(0, 1, 60, 80), (2 * 60 * 60 * 25, 1, 60, 80)]])
     assert Score(path).end() > 0 and encode(path).problem == "longer than a day"
+
+
+def prompt_ids(path, tokenizer, **sample):
+    """The ids of a prompt with the default reading."""
+    return pg.read_prompt(pg.SampleConfig(prompt=str(path), **sample), tokenizer, pg.MusicConfig())
+
+
+def quarters(score):
+    """(start, end, pitch) of every note, in quarters."""
+    return [(n.time / score.tpq, (n.time + n.duration) / score.tpq, n.pitch) for t in score.tracks for n in t.notes]
+
+
+def test_prompt_is_cut_on_a_bar_line_and_a_note_across_it_ends_there(tmp_path, tokenizer):
+    path = write_midi(tmp_path / "a.mid", [[(0, 1, 60, 80), (5, 6, 64, 80), (9, 1, 67, 80)]], metre=(3, 4))
+    ids = prompt_ids(path, tokenizer, prompt_bars=2)
+    assert quarters(pg.decode_ids(ids, tokenizer)) == [(0, 1, 60), (5, 6, 64)]
+    assert ids.count(tokenizer.vocab["Bar_None"]) == 2
+    assert quarters(pg.decode_ids(prompt_ids(path, tokenizer), tokenizer)) == [(0, 1, 60), (5, 11, 64), (9, 10, 67)]
+
+
+def test_prompt_seconds_end_at_the_last_bar_line_before_them(tmp_path, tokenizer):
+    path = write_midi(tmp_path / "a.mid", scale(bars=8), bpm=60)  # a bar is 4 seconds
+    for seconds, bars in ((1, 1), (4, 1), (7.9, 1), (8, 2), (32, 8)):
+        assert prompt_ids(path, tokenizer, prompt_seconds=seconds).count(tokenizer.vocab["Bar_None"]) == bars
+
+
+def test_prompt_that_ends_in_silence_keeps_its_bars(tmp_path, tokenizer):
+    path = write_midi(tmp_path / "a.mid", [[(0, 1, 60, 80), (20, 1, 62, 80)]])
+    assert prompt_ids(path, tokenizer, prompt_bars=4).count(tokenizer.vocab["Bar_None"]) == 4
+
+
+def test_prompt_is_read_as_any_piece_is(tmp_path, tokenizer):
+    tracks = [[(0, 1, 72, 80)], [(0, 1, 40, 80)], [(0, 1, 38, 90)]]
+    path = write_midi(tmp_path / "a.mid", tracks, drums=[2], controls=[(0, 0, 64, 127), (0, 4, 64, 0)])
+    assert quarters(pg.decode_ids(prompt_ids(path, tokenizer), tokenizer)) == [(0, 4, 40), (0, 4, 72)]
+
+
+@pytest.mark.parametrize("sample", [{"prompt_bars": 9}, {"prompt_seconds": 99.0}])
+def test_prompt_shorter_than_asked_for_is_a_sentence(sample, tmp_path, tokenizer):
+    with pytest.raises(pg.UserError, match="is only 8 bars, 16.0 seconds long"):
+        prompt_ids(write_midi(tmp_path / "a.mid", scale(bars=8)), tokenizer, **sample)
+
+
+def test_prompt_without_music_is_a_sentence(tmp_path, tokenizer):
+    (tmp_path / "page.mid").write_text("<html>")
+    write_midi(tmp_path / "late.mid", [[(20, 1, 60, 80)]])
+    for name, sentence, sample in (("none", "no MIDI file", {}), ("page", "cannot be continued", {}), ("late", "hold no notes", {"prompt_bars": 2})):
+        with pytest.raises(pg.UserError, match=sentence):
+            prompt_ids(tmp_path / f"{name}.mid", tokenizer, **sample)
+
+
+def feed(words, tokenizer, **limits):
+    """A clock that has heard these tokens."""
+    return pg.BarClock(tokenizer, **limits).feed([tokenizer.vocab[word] for word in words.split()])
+
+
+def test_clock_knows_bar_lines_under_changing_metre_and_tempo(tokenizer):
+    words = "Bar_None TimeSig_4/4 Position_0 Tempo_60.0 Bar_None TimeSig_6/8 Position_24 Tempo_120.0 Bar_None TimeSig_2/4"
+    clock = feed(words, tokenizer)
+    clock.end()
+    assert [(q, s) for _, q, s in clock.lines] == [(0, 0), (4, 4), (7, 4 + 1.5 + 0.75)]
+    assert (clock.now, clock.seconds) == (9, 7.25) and clock.kept == 10
+
+
+def test_clock_ends_a_piece_at_eos_at_its_bars_or_at_its_seconds(tokenizer):
+    bar = "Bar_None TimeSig_4/4 Position_0 Tempo_120.0"
+    assert feed(f"{bar} EOS_None PAD_None", tokenizer).kept == 4
+    assert feed(" ".join([bar] * 5), tokenizer, bars=2).kept == 8
+    assert feed(" ".join([bar] * 5), tokenizer, seconds=3.0).kept == 8  # a bar is 2 seconds: the line after 3 is at 4
+    assert feed(" ".join([bar] * 9), tokenizer, seconds=7.0, tempo=240).kept == 28
+    assert not feed(" ".join([bar] * 2), tokenizer, bars=2).over
+
+
+def test_no_note_hangs_past_the_last_bar(tokenizer):
+    words = "Bar_None TimeSig_4/4 Position_24 Tempo_120.0 Pitch_60 Velocity_67 Duration_4.0.4"
+    assert quarters(pg.decode_ids([tokenizer.vocab[w] for w in words.split()], tokenizer)) == [(3, 4, 60)]
+
+
+def test_figures_of_a_piece_are_what_one_counts_by_hand(tmp_path, tokenizer):
+    notes = [(0, 2, 60, 60), (0, 2, 64, 80), (4, 1, 72, 100), (12, 2, 60, 60), (12, 2, 64, 80), (15, 1, 60, 60)]
+    ids = encode(write_midi(tmp_path / "a.mid", [notes], bpm=60)).ids.tolist()
+    figures = pg.describe(pg.decode_ids(ids, tokenizer), ids, pg.make_grammar(tokenizer))
+    assert figures["notes_per_second"] == pytest.approx(6 / 16) and (figures["lowest"], figures["highest"]) == (60, 72)
+    assert figures["polyphony"] == pytest.approx(10 / 6) and figures["silence_percent"] == pytest.approx(100 * 10 / 16)
+    assert figures["length_mean_seconds"] == pytest.approx(10 / 6) and figures["empty_bars_percent"] == 25
+    p = np.array([4, 2]) / 6
+    assert figures["pitch_class_entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
+
+
+def test_repeated_bars_are_counted(tmp_path, tokenizer):
+    notes = [(bar * 4, 1, 60 + (bar == 1), 80) for bar in range(4)]
+    ids = encode(write_midi(tmp_path / "a.mid", [notes])).ids.tolist()
+    figures = pg.describe(pg.decode_ids(ids, tokenizer), ids, pg.make_grammar(tokenizer))
+    assert figures["repeated_bars_percent"] == 25  # the fourth; the first also holds the tempo
+
+
+def longest_by_hand(mine, theirs):
+    """The longest common run of intervals, in notes, by trying everything."""
+    a, b = list(np.diff(mine)), list(np.diff(theirs))
+    runs = [n for n in range(1, len(a) + 1) for i in range(len(a) - n + 1) for j in range(len(b) - n + 1) if a[i : i + n] == b[j : j + n]]
+    return max(runs) + 1 if runs else 0
+
+
+def test_longest_known_run_is_exact_whatever_the_key():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        pieces = {str(i): rng.integers(60, 64, size=30).astype(np.int16) for i in range(4)}
+        mine = rng.integers(70, 74, size=20).astype(np.int16)
+        notes, name = pg.KnownRuns(pieces).longest(mine)
+        by_hand = {n: longest_by_hand(mine, p) for n, p in pieces.items()}
+        assert notes == max(by_hand.values()) == by_hand[name]
+
+
+def test_copied_passage_is_found_with_its_file_and_does_not_run_across_pieces():
+    rng = np.random.default_rng(1)
+    pieces = {str(i): rng.integers(30, 90, size=500).astype(np.int16) for i in range(5)}
+    known = pg.KnownRuns(pieces)
+    assert known.longest(np.r_[10, 90, pieces["3"][100:140] + 5, 20]) == (40, "3")
+    assert known.longest(np.r_[pieces["1"][-20:], pieces["2"][:15]]) == (20, "1")
+    assert known.longest(np.array([60], np.int16)) == (0, "")
