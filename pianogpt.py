@@ -619,7 +619,7 @@ class Piece:
 
     path: str  # relative to the MIDI folder, with forward slashes
     encoded: Encoded
-    split: str = "train"
+    split: str = ""
 
 
 def encode_worker(pipe: multiprocessing.connection.Connection, music: MusicConfig) -> None:
@@ -1392,10 +1392,11 @@ def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> 
         say(f"skipped {len(names)} ({reason}): {', '.join(names)}")
     if not pieces:
         raise UserError(f"none of the {len(skipped)} MIDI files under {folder} holds music for a piano: try another --midi-dir")
-    sides = ", ".join(f"{sum(p.split == s for p in pieces)} {s}" for s in SPLITS)
+    counts = {split: sum(p.split == split for p in pieces) for split in SPLITS}
+    sides = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
     encoded = [p.encoded for p in pieces]
     hours, notes = sum(e.seconds for e in encoded) / 3600, sum(e.notes for e in encoded)
-    say(f"music: {len(pieces)} files ({sides}) under {folder}, {hours:.1f} hours, {notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens")
+    say(f"music: {len(pieces)} files{f' ({sides})' if sides else ''} under {folder}, {hours:.1f} hours, {notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens")
     for change in encoded[0].changes:
         count = sum(e.changes[change] for e in encoded)
         if count:
