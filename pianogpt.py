@@ -663,14 +663,15 @@ def encode_in_workers(paths: list[Path], music: MusicConfig):
             late = [pipe for pipe, (*_, deadline) in busy.items() if time.monotonic() > deadline and pipe not in ready]
             for pipe in ready + late:
                 process, path, _ = busy.pop(pipe)
+                encoded = Encoded(problem=f"longer than {FILE_SECONDS} s to read")
                 try:
-                    encoded = pipe.recv() if pipe in ready else Encoded(problem=f"longer than {FILE_SECONDS} s to read")
+                    if pipe in ready:
+                        encoded = pipe.recv()
+                        idle.append((process, pipe))
+                    else:
+                        process.kill()
                 except (EOFError, OSError):
                     encoded = Encoded(problem="crashed the MIDI parser")
-                if pipe in ready and process.is_alive():
-                    idle.append((process, pipe))
-                else:
-                    process.kill()
                 yield path, encoded
     finally:
         for process in [p for p, _ in idle] + [p for p, *_ in busy.values()]:
