@@ -17,8 +17,8 @@ token after another writes new music. The file reads in the order of the data:
 Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd channels, nh heads of size hs = C / nh, V tokens in
 the vocabulary, N tokens in a corpus.
 
-Read on: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et al., "Attention is
-all you need", 2017. Su et al., "RoFormer" (rotary positions), 2021. So et al., "Primer" (squared ReLU), 2021.
+Read on: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et al., "Attention
+is all you need", 2017. Su et al., "RoFormer" (rotary positions), 2021. So et al., "Primer" (squared ReLU), 2021.
 Yang et al., "Tensor Programs V" (one learning rate for every width), 2022.
 """
 
@@ -87,7 +87,9 @@ class MusicConfig:
     grid: int = option(8, "positions in a beat; 8 is 62.5 ms at 120 bpm", 1, 48)
     velocities: int = option(32, "levels of loudness", 1, 127)
     chords: int = option(1, "tokens that name chords; 0: off", 0, 1)
-    pedal: str = option("fold", "the sustain pedal: fold it into the note lengths, or ignore it", choices=("fold", "ignore"))
+    pedal: str = option(
+        "fold", "the sustain pedal: fold it into the note lengths, or ignore it", choices=("fold", "ignore")
+    )
 
 
 @dataclass
@@ -118,7 +120,9 @@ class TrainConfig:
 
     steps: int = option(2000, "optimizer steps in all", 1)
     batch_size: int = option(16, "sequences in a step", 1)
-    lr: float = option(3e-4, "peak learning rate of AdamW, as for a model 1024 wide: matrices take lr x 1024 / n_embd", 0, 1)
+    lr: float = option(
+        3e-4, "peak learning rate of AdamW, as for a model 1024 wide: matrices take lr x 1024 / n_embd", 0, 1
+    )
     warmup: int = option(100, "steps in which the learning rate rises", 0)
     weight_decay: float = option(0.1, "AdamW's decay of the matrices; 0: off", 0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
@@ -139,7 +143,9 @@ class SampleConfig:
     continuation_only: bool = option(False, "leave the prompt out of the file")
     bars: int = option(0, "length of the whole piece in bars; 0: until the model ends it, at most 32 new bars", 0)
     seconds: float = option(0.0, "the same in seconds, to the next bar line; 0: see --bars", 0, 86_400)
-    tempo: float = option(0.0, "one tempo for the whole piece, in quarter notes a minute; 0: as the model wrote it", 0, 1000)
+    tempo: float = option(
+        0.0, "one tempo for the whole piece, in quarter notes a minute; 0: as the model wrote it", 0, 1000
+    )
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
     top_k: int = option(0, "draw from the k likeliest tokens only; 0: off", 0)
     top_p: float = option(0.0, "draw from the likeliest tokens that together reach this probability; 0: off", 0, 1)
@@ -158,7 +164,9 @@ class RunConfig:
     fresh: bool = option(False, "start over; an existing checkpoint is kept under another name")
     device: str = option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps, ...")
     precision: str = option("auto", "of matrix products in training", choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile, where the run is long enough to pay for it", choices=("auto", "on", "off"))
+    compile: str = option(
+        "auto", "torch.compile, where the run is long enough to pay for it", choices=("auto", "on", "off")
+    )
 
 
 @dataclass
@@ -188,7 +196,9 @@ def check_options(config: Config) -> None:
             raise UserError(f"{one} and {other} say the same thing twice: pass one of them")
     m = config.model
     if m.n_embd % (2 * m.n_head):
-        raise UserError(f"--n-embd {m.n_embd} must be an even multiple of --n-head {m.n_head}: heads share the channels")
+        raise UserError(
+            f"--n-embd {m.n_embd} must be an even multiple of --n-head {m.n_head}: heads share the channels"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,13 +322,15 @@ def count_changes(piano: Score, tokenizer: miditok.REMI, written: int) -> dict[s
     return {
         "notes outside the piano left out": outside,
         "notes struck again within one grid step joined": len(notes["time"]) - outside - written,
-        f"notes longer than {LONGEST_NOTE} beats cut": int((notes["duration"] * unit / 4 > LONGEST_NOTE * piano.tpq).sum()),
+        f"notes longer than {LONGEST_NOTE} beats cut": int(
+            (notes["duration"] * unit / 4 > LONGEST_NOTE * piano.tpq).sum()
+        ),
         "rare metres read as the one before": metres.count(False),
     }
 
 
 def encode_piano(piano: Score, tokenizer: miditok.REMI) -> list[int]:
-    """The ids of one piano score, without BOS and EOS; the notes of one position in ascending pitch, each pitch once."""
+    """The ids of one piano score without BOS and EOS; the notes of a position in ascending pitch, each pitch once."""
     piano = tokenizer.preprocess_score(piano)
     if not piano.tracks:
         raise Unusable("no notes within the range of a piano")
@@ -374,7 +386,10 @@ class BarClock:
 
     def __init__(self, tokenizer: miditok.REMI, bars: int = 0, seconds: float = 0.0, tempo: float = 0.0):
         self.bars, self.limit, self.fixed = bars, seconds, bool(tempo)
-        self.grid, self.words = tokenizer.config.max_num_pos_per_beat, [w.split("_") for w in make_vocabulary(tokenizer)]
+        self.grid, self.words = (
+            tokenizer.config.max_num_pos_per_beat,
+            [w.split("_") for w in make_vocabulary(tokenizer)],
+        )
         self.start = self.now = self.length = 0.0  # quarters: of the bar, of the last event, from bar line to bar line
         self.seconds, self.tempo, self.unit = 0.0, tempo or 120.0, 1.0
         self.lines: list[tuple[int, float, float]] = []  # of each bar line: ids before it, quarters, seconds
@@ -446,7 +461,9 @@ def read_prompt(sample: SampleConfig, tokenizer: miditok.REMI, music: MusicConfi
     ends = [seconds for _, _, seconds in clock.lines[1:]] + [clock.seconds]
     if sample.prompt_bars > len(ends) or sample.prompt_seconds > ends[-1]:
         raise UserError(f"{path} is only {len(ends)} bars, {ends[-1]:.1f} seconds long: ask for less of it")
-    bars = sample.prompt_bars or max(1, sum(s <= sample.prompt_seconds for s in ends) if sample.prompt_seconds else len(ends))
+    bars = sample.prompt_bars or max(
+        1, sum(s <= sample.prompt_seconds for s in ends) if sample.prompt_seconds else len(ends)
+    )
     lines = [index for index, _, _ in clock.lines] + [len(encoded.ids)]
     score = decode_ids(encoded.ids[: lines[bars]].tolist(), tokenizer)
     if not score.note_num():
@@ -465,7 +482,10 @@ def bar_contents(ids: list[int], grammar: Grammar) -> list[tuple[int, ...]]:
 def describe(score: Score, ids: list[int], grammar: Grammar) -> dict[str, float]:
     """The figures of a piece: density, polyphony, range, lengths, loudness, silence and repetition."""
     second = score.to("second")
-    notes = {k: np.concatenate([t.notes.numpy()[k] for t in second.tracks]) for k in ("time", "duration", "pitch", "velocity")}
+    notes = {
+        k: np.concatenate([t.notes.numpy()[k] for t in second.tracks])
+        for k in ("time", "duration", "pitch", "velocity")
+    }
     order = np.argsort(notes["time"], kind="stable")
     start, end = notes["time"][order], (notes["time"] + notes["duration"])[order]
     reached = np.maximum.accumulate(np.r_[0.0, end[:-1]])  # when all notes before have ended
@@ -492,13 +512,15 @@ def describe(score: Score, ids: list[int], grammar: Grammar) -> dict[str, float]
 class KnownRuns:
     """Finds the longest run of notes that also stands in a corpus, whatever the key and the timing.
 
-    All windows of one length are compared at once by a polynomial hash modulo 2**64, and what agrees is compared note by
-    note; the length is found by bisection, since a run holds all shorter ones.
+    All windows of one length are compared at once by a polynomial hash modulo 2**64, and what agrees is compared note
+    by note; the length is found by bisection, since a run holds all shorter ones.
     """
 
     def __init__(self, pieces: dict[str, np.ndarray]):
         self.names = list(pieces)
-        steps = [np.append(np.diff(p.astype(np.int16)), 200) for p in pieces.values()]  # 200: no step of a piano is as large
+        steps = [
+            np.append(np.diff(p.astype(np.int16)), 200) for p in pieces.values()
+        ]  # 200: no step of a piano is as large
         self.ends, self.steps = np.cumsum([len(x) for x in steps]), np.concatenate([*steps, [200]])
         self.sums, self.unshift = self.hash_parts(self.steps)
 
@@ -525,7 +547,7 @@ class KnownRuns:
         return -1
 
     def longest(self, pitches: np.ndarray) -> tuple[int, str]:
-        """The number of notes in the longest run of pitches that the corpus holds, and the name of a piece that holds it."""
+        """How many notes the longest run of pitches has that the corpus holds, and the name of a piece with it."""
         steps, found = np.diff(pitches.astype(np.int16)), (0, "")
         low, high = 0, min(len(steps), len(self.steps))
         while low < high:
@@ -539,7 +561,7 @@ class KnownRuns:
 
 
 def free_path(folder: Path, stem: str, suffix: str) -> Path:
-    """A new empty file folder/stem-001.suffix, or the next number that is free: made here, so that nobody else gets it."""
+    """A new empty file folder/stem-001.suffix, or the next free number: made here, so that nobody else gets it."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
@@ -554,8 +576,8 @@ def free_path(folder: Path, stem: str, suffix: str) -> Path:
 class Grammar:
     """REMI's rules as tables, so that checking every token of a batch is one look-up.
 
-    The state of a sequence is 4 row numbers: what may follow the last token, which positions lie ahead, which are inside
-    the bar, which pitches lie above the last. A token's log-probability is minus infinity if any of the rows says so.
+    The state of a sequence is 4 row numbers: what may follow the last token, which positions lie ahead, which are
+    inside the bar, which pitches lie above the last. A token's log-probability is minus infinity if any row says so.
     """
 
     rows: np.ndarray  # (R, V) float32: 0 where a token is legal, -inf where not
@@ -567,7 +589,7 @@ class Grammar:
 
 
 def make_grammar(tokenizer: miditok.REMI) -> Grammar:
-    """The rules of a tokenizer: MidiTok's graph of token types, time that only goes forward, chords from low to high."""
+    """The rules of a tokenizer: MidiTok's graph of token types, time that goes forward, chords from low to high."""
     words = [w.split("_", 1) for w in make_vocabulary(tokenizer)]
     V, kinds = len(words), [kind for kind, _ in words]
     graph = {kind: set(after) - {"PAD", "BOS", "EOS"} for kind, after in tokenizer.tokens_types_graph.items()}
@@ -648,7 +670,7 @@ def start_worker(music: MusicConfig) -> tuple:
 
 
 def encode_in_workers(paths: list[Path], music: MusicConfig):
-    """Yield (path, Encoded) for every path as it gets ready; a file that kills or hangs the parser costs itself alone."""
+    """Yield (path, Encoded) for every path as it gets ready; a file that kills or hangs the parser costs itself."""
     waiting, busy = paths[::-1], {}  # busy: pipe -> (process, path, deadline)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     idle = [start_worker(music) for _ in range(min(cores, len(waiting)))]
@@ -809,7 +831,7 @@ class Batches:
         self.ids = self.ids.repeat(-(-(self.block_size + 2) // len(self.ids)))
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """This process's share of batch i: inputs and targets (B / processes, T) from anywhere in any piece, transposed."""
+        """This process's share of batch i: inputs and targets (B / processes, T), from anywhere and transposed."""
         # A window may cross from one piece into the next; the EOS BOS pair between them is all the model gets told.
         random, B = np.random.default_rng((self.seed, i)), self.batch_size
         starts = torch.from_numpy(random.integers(len(self.ids) - self.block_size, size=B))
@@ -845,7 +867,7 @@ def validation_windows(ids: np.ndarray, block_size: int, limit: int) -> tuple[Te
 
 
 def sliding_windows(ids: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (W, T) that score each token of one piece once, with half a window before it where there is."""
+    """Inputs and targets (W, T) that score each token of a piece once, with half a window before it where there is."""
     half, targets = block_size // 2, len(ids) - 1
     starts = range(0, max(1, targets - block_size + half), half) if targets > block_size else [0]
     x, y = np.zeros((len(starts), block_size), np.int64), np.full((len(starts), block_size), IGNORE, np.int64)
@@ -1041,7 +1063,9 @@ def load_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is damaged or no PianoGPT checkpoint ({type(e).__name__}): pass another --checkpoint") from None
+        raise UserError(
+            f"{path} is damaged or no PianoGPT checkpoint ({type(e).__name__}): pass another --checkpoint"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of PianoGPT: pass another --checkpoint, or train anew")
     return content
@@ -1101,7 +1125,7 @@ class Trainer:
         self.model, self.config, self.bfloat16 = model, config, bfloat16
         self.device = model.head.weight.device
         if compiled:
-            # The look-up in the embedding stays out: its compiled backward adds in an order that changes from run to run.
+            # The look-up in the embedding stays out: its compiled backward adds in an order that changes with each run.
             model.loss = torch.compile(model.loss)
         self.parallel = nn.parallel.DistributedDataParallel(model) if distributed.is_initialized() else model
         self.optimizer = make_optimizer(model, config)
@@ -1161,14 +1185,23 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} at step {self.step}: train with a smaller --lr; the last good checkpoint stays")
+            raise UserError(
+                f"the loss became {loss} at step {self.step}: train with a smaller --lr; the last good checkpoint stays"
+            )
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         return loss
 
     def validate(self, windows: tuple[Tensor, Tensor], batches: Batches) -> None:
         """Add a row to the history, and keep the weights if they are the best so far on windows (W, T)."""
-        row = {"step": self.step, "seconds": self.seconds, "tokens": self.step * batches.batch_size * batches.block_size}
-        row |= {"lr": self.config.lr * learning_rate(self.step - 1, self.config), "train_loss": self.loss_sum / max(1, self.loss_count)}
+        row = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.step * batches.batch_size * batches.block_size,
+        }
+        row |= {
+            "lr": self.config.lr * learning_rate(self.step - 1, self.config),
+            "train_loss": self.loss_sum / max(1, self.loss_count),
+        }
         row |= {"val_loss": None, "val_nats_per_note": None}
         self.loss_sum, self.loss_count = 0.0, 0
         if len(windows[0]):
@@ -1244,7 +1277,7 @@ def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Te
         state = torch.where(update[id] < 0, state, update[id])
     while True:
         if decoder.length in (0, size):
-            # The window is full: read its newer half again, so that it is what training showed, a window from its start.
+            # The window is full: read its newer half again, as a window from its start, which training showed.
             recent = recent[-(size // 2 if decoder.length else size) :]
             decoder.length = 0
             logits = decoder.read(torch.stack(recent, 1))
@@ -1257,7 +1290,9 @@ def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Te
         yield id
 
 
-def generate(model: PianoGPT, grammar: Grammar, config: SampleConfig, seed: int, prompt: list[int], clocks: list) -> list[list[int]]:
+def generate(
+    model: PianoGPT, grammar: Grammar, config: SampleConfig, seed: int, prompt: list[int], clocks: list
+) -> list[list[int]]:
     """A piece for each of the clocks, drawn together after BOS and the prompt; a clock says when its piece is over.
 
     A clock is fed the ids of its piece; `over` tells that it has heard enough, `kept` how many of the ids belong to it.
@@ -1310,7 +1345,11 @@ def make_parser() -> Parser:
                 section.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             else:
                 text += f" (default: {f.default if f.default != '' else 'none'})"
-                kind = {"type": type(f.default), "choices": f.metadata["choices"], "metavar": type(f.default).__name__.upper()}
+                kind = {
+                    "type": type(f.default),
+                    "choices": f.metadata["choices"],
+                    "metavar": type(f.default).__name__.upper(),
+                }
                 if kind["choices"]:
                     del kind["metavar"]
                 section.add_argument(flag, **kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
@@ -1333,7 +1372,11 @@ def make_config(given: dict, checkpoint: dict | None, training: bool) -> Config:
         for f in fields(settings):
             if f.name not in given:
                 continue
-            fixed = checkpoint and f.name not in MAY_CHANGE and (group.name in ("music", "model") or training and group.name in STORED)
+            fixed = (
+                checkpoint
+                and f.name not in MAY_CHANGE
+                and (group.name in ("music", "model") or training and group.name in STORED)
+            )
             if fixed and given[f.name] != getattr(settings, f.name):
                 flag = "--" + f.name.replace("_", "-")
                 raise UserError(
@@ -1375,7 +1418,10 @@ def load_tokenizer(checkpoint: dict | None, music: MusicConfig) -> miditok.REMI:
     """The tokenizer of these settings; with a checkpoint, only if its ids mean what they meant when it was made."""
     tokenizer = make_tokenizer(music)
     if checkpoint and checkpoint["vocabulary"] != make_vocabulary(tokenizer):
-        raise UserError("the checkpoint's vocabulary is not what this MidiTok makes of its settings: install the versions of requirements.txt")
+        raise UserError(
+            "the checkpoint's vocabulary is not what this MidiTok makes of its settings: "
+            "install the versions of requirements.txt"
+        )
     return tokenizer
 
 
@@ -1392,12 +1438,17 @@ def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> 
         names = [name for name, why in skipped.items() if why == reason]
         say(f"skipped {len(names)} ({reason}): {', '.join(names)}")
     if not pieces:
-        raise UserError(f"none of the {len(skipped)} MIDI files under {folder} holds music for a piano: try another --midi-dir")
+        raise UserError(
+            f"none of the {len(skipped)} MIDI files under {folder} holds music for a piano: try another --midi-dir"
+        )
     counts = {split: sum(p.split == split for p in pieces) for split in SPLITS}
     sides = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
     encoded = [p.encoded for p in pieces]
     hours, notes = sum(e.seconds for e in encoded) / 3600, sum(e.notes for e in encoded)
-    say(f"music: {len(pieces)} files{f' ({sides})' if sides else ''} under {folder}, {hours:.1f} hours, {notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens")
+    say(
+        f"music: {len(pieces)} files{f' ({sides})' if sides else ''} under {folder}, {hours:.1f} hours, "
+        f"{notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens"
+    )
     for change in encoded[0].changes:
         count = sum(e.changes[change] for e in encoded)
         if count:
@@ -1448,11 +1499,16 @@ def join_processes(device: str) -> tuple[str, int, int]:
     return device, rank, processes
 
 
-def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device, rank: int, processes: int) -> tuple[Batches, tuple]:
+def prepare_data(
+    config: Config, tokenizer: miditok.REMI, device: torch.device, rank: int, processes: int
+) -> tuple[Batches, tuple]:
     """Read the MIDI folder, say what is in it, and cut it into training batches and validation windows (W, T)."""
     data, model, train = config.data, config.model, config.train
     if train.batch_size % (processes * train.accumulate):
-        raise UserError(f"--batch-size {train.batch_size} must be a multiple of {processes} processes x --accumulate {train.accumulate}")
+        raise UserError(
+            f"--batch-size {train.batch_size} must be a multiple of {processes} processes x "
+            f"--accumulate {train.accumulate}"
+        )
     if rank:
         distributed.barrier()  # the first process reads the files; the others then find them in the cache
     pieces, skipped = read_folder(Path(data.midi_dir), config.music, data.cache_dir)
@@ -1467,7 +1523,9 @@ def prepare_data(config: Config, tokenizer: miditok.REMI, device: torch.device, 
     if not len(ids["validation"]):
         say("no piece is held out, so there is no validation loss: the last weights will be used")
     train_ids = torch.from_numpy(ids["train"]).to(device)
-    batches = Batches(train_ids, pitches, train.batch_size, model.block_size, data.transpose, train.seed, rank, processes)
+    batches = Batches(
+        train_ids, pitches, train.batch_size, model.block_size, data.transpose, train.seed, rank, processes
+    )
     return batches, validation_windows(ids["validation"], model.block_size, limit=0 if rank else 128)
 
 
@@ -1512,7 +1570,9 @@ def lock_checkpoint(path: Path) -> FileLock:
     except Timeout:
         raise UserError(f"another run is training {path}: wait for it, or pass another --checkpoint") from None
     except OSError as e:
-        raise UserError(f"cannot write beside {path} ({e.strerror}): pass a --checkpoint in a folder of yours") from None
+        raise UserError(
+            f"cannot write beside {path} ({e.strerror}): pass a --checkpoint in a folder of yours"
+        ) from None
     return lock
 
 
@@ -1543,7 +1603,10 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
         keep_old(path)
     parameters = sum(p.numel() for p in model.parameters())
     how = ("bfloat16" if bfloat16 else "float32") + (", compiled" if compiled else "")
-    say(f"model: {parameters:,} parameters, {how}, on {device}" + (f" and {processes - 1} more" if processes > 1 else ""))
+    say(
+        f"model: {parameters:,} parameters, {how}, on {device}"
+        + (f" and {processes - 1} more" if processes > 1 else "")
+    )
     stored = {"config": {name: asdict(getattr(config, name)) for name in STORED}, "music": music}
     stored |= {"vocabulary": make_vocabulary(tokenizer), "tokenizer": tokenizer.config.to_dict()}
     first, start = trainer.step, time.monotonic()
@@ -1552,7 +1615,10 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
         if rank == 0:
             save_at_the_end(path, stored | {"trainer": trainer.state()})
     if trainer.step < config.train.steps:
-        say(f"stopped at step {trainer.step} of {config.train.steps} and saved {path}: the same command goes on from there")
+        say(
+            f"stopped at step {trainer.step} of {config.train.steps} and saved {path}: "
+            "the same command goes on from there"
+        )
         return 128 + (stop.number or signal.SIGTERM)
     rate = (trainer.step - first) * batches.batch_size * batches.block_size / (time.monotonic() - start)
     print_result(trainer, {"tokens_per_second": round(rate), "parameters": parameters, "checkpoint": path})
@@ -1563,7 +1629,12 @@ def print_result(trainer: Trainer, more: dict) -> None:
     """Print the last block of a training run; the validation loss is the best, that of the weights that are used."""
     last, nothing = trainer.history[-1], {"val_loss": math.nan, "val_nats_per_note": math.nan}
     best = min((r for r in trainer.history if r["val_loss"]), key=lambda r: r["val_loss"], default=nothing)
-    values = {"steps": trainer.step, "tokens": last["tokens"], "seconds": trainer.seconds, "train_loss": last["train_loss"]}
+    values = {
+        "steps": trainer.step,
+        "tokens": last["tokens"],
+        "seconds": trainer.seconds,
+        "train_loss": last["train_loss"],
+    }
     values |= {"val_loss": best["val_loss"], "val_nats_per_note": best["val_nats_per_note"], **more}
     order = "steps tokens seconds tokens_per_second train_loss val_loss val_nats_per_note parameters checkpoint".split()
     print_block({key: values[key] for key in order})
@@ -1592,14 +1663,18 @@ def known_music(config: Config) -> list[Piece]:
     return pieces
 
 
-def write_samples(config: Config, checkpoint: dict, device: torch.device, tokenizer: miditok.REMI) -> list[tuple[list[int], int]]:
+def write_samples(
+    config: Config, checkpoint: dict, device: torch.device, tokenizer: miditok.REMI
+) -> list[tuple[list[int], int]]:
     """Generate the samples: the ids of each, and how many of them are the prompt's."""
     sample, grammar = config.sample, make_grammar(tokenizer)
     prompt = read_prompt(sample, tokenizer, config.music) if sample.prompt else []
     before = BarClock(tokenizer, tempo=sample.tempo).feed(prompt)
     before.end()
     if sample.bars and sample.bars <= len(before.lines) or sample.seconds and sample.seconds <= before.seconds:
-        raise UserError(f"the prompt alone is {len(before.lines)} bars, {before.seconds:.1f} seconds: ask for a longer piece")
+        raise UserError(
+            f"the prompt alone is {len(before.lines)} bars, {before.seconds:.1f} seconds: ask for a longer piece"
+        )
     bars = sample.bars or (0 if sample.seconds else len(before.lines) + 32)
     clocks = [BarClock(tokenizer, bars, sample.seconds, sample.tempo) for _ in range(sample.num_samples)]
     model = load_model(checkpoint, config, tokenizer, device)
@@ -1616,7 +1691,9 @@ def run_generation(config: Config, checkpoint: dict, device: torch.device) -> No
         say(f"{config.run.checkpoint} is trained for {step} of {steps} steps: python pianogpt.py would finish it")
     samples = write_samples(config, checkpoint, device, tokenizer)
     music = known_music(config)
-    known = KnownRuns({p.path: pitches_of(p.encoded.ids, pitches) for p in music if p.split == "train"}) if music else None
+    known = (
+        KnownRuns({p.path: pitches_of(p.encoded.ids, pitches) for p in music if p.split == "train"}) if music else None
+    )
     rows = []
     for ids, prompt in samples:
         written = ids[prompt:] if config.sample.continuation_only else ids
@@ -1630,7 +1707,9 @@ def run_generation(config: Config, checkpoint: dict, device: torch.device) -> No
     if config.sample.report and rows:
         print_report(rows, music, [len(ids) for ids, _ in samples], known, tokenizer)
     if len(rows) < len(samples):
-        raise UserError(f"{len(samples) - len(rows)} pieces had no notes: train longer, or try another --seed or --temperature")
+        raise UserError(
+            f"{len(samples) - len(rows)} pieces had no notes: train longer, or try another --seed or --temperature"
+        )
 
 
 def novelty_of(ids: list[int], pitches: range, known: KnownRuns | None) -> dict:
@@ -1645,12 +1724,15 @@ def describe_sample(bars: int, score: Score, row: dict, path: Path) -> str:
     """The line that announces a sample."""
     known = f"longest known run {row['known_run_notes']} notes ({row['known_from']}), " if "known_from" in row else ""
     return (
-        f"sample: {bars} bars, {score.note_num()} notes, {score.to('second').end():.1f} seconds, {row['notes_per_second']:.1f} notes/s, "
+        f"sample: {bars} bars, {score.note_num()} notes, {score.to('second').end():.1f} seconds, "
+        f"{row['notes_per_second']:.1f} notes/s, "
         f"pitches {row['lowest']}-{row['highest']}, {row['silence_percent']:.0f}% silence, {known}{path}"
     )
 
 
-def print_report(rows: list[dict], music: list[Piece], lengths: list[int], known: KnownRuns | None, tokenizer: miditok.REMI) -> None:
+def print_report(
+    rows: list[dict], music: list[Piece], lengths: list[int], known: KnownRuns | None, tokenizer: miditok.REMI
+) -> None:
     """Print the mean of each figure over the samples and over as long openings of up to 50 pieces of each side."""
     grammar, pitches, length = make_grammar(tokenizer), pitch_range(tokenizer), int(np.median(lengths))
     columns = {"samples": rows}
@@ -1684,7 +1766,14 @@ def run_evaluation(config: Config, checkpoint: dict, device: torch.device) -> No
         tokens, notes = tokens + len(ids) - 1, notes + piece.encoded.notes
     perplexity = math.exp(loss / tokens)
     print_block(
-        {"pieces": len(pieces), "tokens": tokens, "notes": notes, "nats_per_token": loss / tokens, "nats_per_note": loss / notes, "perplexity": perplexity}
+        {
+            "pieces": len(pieces),
+            "tokens": tokens,
+            "notes": notes,
+            "nats_per_token": loss / tokens,
+            "nats_per_note": loss / notes,
+            "perplexity": perplexity,
+        }
     )
 
 
@@ -1696,7 +1785,11 @@ def run(argv: list[str] | None) -> int:
     name, rank, processes = join_processes(asked.device)
     device = choose_device(name)
     checkpoint = load_checkpoint(path) if asked.evaluate or exists and not asked.fresh else None
-    done, wanted = (checkpoint["trainer"]["step"], given.get("steps", checkpoint["config"]["train"]["steps"])) if checkpoint else (0, 1)
+    done, wanted = (
+        (checkpoint["trainer"]["step"], given.get("steps", checkpoint["config"]["train"]["steps"]))
+        if checkpoint
+        else (0, 1)
+    )
     train = not asked.evaluate and (done < wanted and (not asked.generate or not checkpoint or "steps" in given))
     config = make_config(given, checkpoint, training=train)
     if asked.evaluate:
@@ -1708,7 +1801,10 @@ def run(argv: list[str] | None) -> int:
         if code:
             return code
     elif not asked.generate:
-        say(f"{path} has been trained for its {done} steps: pass a larger --steps to train further, or --fresh to start over")
+        say(
+            f"{path} has been trained for its {done} steps: pass a larger --steps to train further, "
+            "or --fresh to start over"
+        )
     if asked.generate and rank == 0:
         run_generation(config, load_checkpoint(path), device)
     return 0

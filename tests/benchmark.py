@@ -231,10 +231,21 @@ def measure_reading(files):
             one = seconds(lambda: [pg.encode_file(p, tokenizer, music) for p in paths[:300]]) / min(300, files)
             all_cores = seconds(lambda: list(pg.encode_in_workers(paths, music))) / files
             ratios.append(one / all_cores)
-        command = [sys.executable, str(ROOT / "pianogpt.py"), "--midi-dir", str(folder), "--steps", "1", "--val-percent", "0"]
+        command = [
+            sys.executable,
+            str(ROOT / "pianogpt.py"),
+            "--midi-dir",
+            str(folder),
+            "--steps",
+            "1",
+            "--val-percent",
+            "0",
+        ]
         starts = []
         for _ in range(4):
-            starts.append(seconds(lambda: subprocess.run([*command, "--fresh"], cwd=work, check=True, capture_output=True)))
+            starts.append(
+                seconds(lambda: subprocess.run([*command, "--fresh"], cwd=work, check=True, capture_output=True))
+            )
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return {
         "tokenize_speedup": statistics.median(ratios),
@@ -265,10 +276,15 @@ def measure_growth(device):
             matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - V * n_embd
             # 2 for a product and a sum, 3 for forward and the two gradients; the causal half of the attention scores
             flops = 6 * 4096 * (matrices + config.n_layer * block_size * n_embd)
-            stream = pg.draw_tokens(model, grammar, pg.SampleConfig(), torch.full((1, 1), grammar.bos, device=device), 0)
+            stream = pg.draw_tokens(
+                model, grammar, pg.SampleConfig(), torch.full((1, 1), grammar.bos, device=device), 0
+            )
             next(stream)
             rate = 256 / seconds(lambda: list(islice(stream, 256)))
-            print(f"{n_embd:6}  {block_size:10}  {4096 / taken:11.0f}  {flops / taken / peak:13.2f}  {rate:14.0f}", flush=True)
+            print(
+                f"{n_embd:6}  {block_size:10}  {4096 / taken:11.0f}  {flops / taken / peak:13.2f}  {rate:14.0f}",
+                flush=True,
+            )
 
 
 def machine(device):

@@ -11,7 +11,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pianogpt as pg  # noqa: E402
 
 TPQ = 480
-TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--batch-size", "4", "--device", "cpu"]
+TINY = [
+    "--n-layer",
+    "2",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "32",
+    "--block-size",
+    "64",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+]
 
 
 def write_midi(path, tracks, metre=(4, 4), bpm=120.0, controls=(), drums=()):

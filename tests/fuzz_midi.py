@@ -1,6 +1,6 @@
 """Broken MIDI files, and what becomes of them: each must be used or reported by name, and every good file used.
 
-    python tests/fuzz_midi.py N [SEED]     the test's check with N files, in a temporary folder; prints counts by outcome
+python tests/fuzz_midi.py N [SEED]     the test's check with N files, in a temporary folder; prints counts by outcome
 """
 
 import collections
@@ -41,7 +41,11 @@ def note(pitch, length, channel=0, velocity=80, rest=0):
 
 def melody(rng, count=40, channel=0):
     """Some notes one after another."""
-    return [e for _ in range(count) for e in note(rng.randrange(128), rng.randrange(1, 960), channel, rng.randrange(1, 128), rng.randrange(480))]
+    return [
+        e
+        for _ in range(count)
+        for e in note(rng.randrange(128), rng.randrange(1, 960), channel, rng.randrange(1, 128), rng.randrange(480))
+    ]
 
 
 def tempo(microseconds):
@@ -79,18 +83,24 @@ KINDS = {
     "flipped": flipped,
     "flipped header": flipped_header,
     "noise": lambda rng, good: rng.randbytes(rng.randrange(2000)),
-    "noise in a track": lambda rng, good: b"MThd\0\0\0\6\0\1\0\1\1\xe0MTrk" + struct.pack(">I", 500) + rng.randbytes(500),
+    "noise in a track": lambda rng, good: (
+        b"MThd\0\0\0\6\0\1\0\1\1\xe0MTrk" + struct.pack(">I", 500) + rng.randbytes(500)
+    ),
     "zero ticks": lambda rng, good: midi(melody(rng), ticks=0),
     "odd ticks": lambda rng, good: midi(melody(rng), ticks=rng.choice((1, 7, 32767, 0xE728, 0xFFFF))),
     "absurd tempo": lambda rng, good: midi([tempo(rng.choice((0, 1, 2**24 - 1))), *melody(rng)]),
     "many tempos": lambda rng, good: midi([(1, tempo(rng.randrange(1, 2**24))[1]) for _ in range(300)], melody(rng)),
-    "absurd metre": lambda rng, good: midi([metre(rng.choice((0, 1, 255)), rng.choice((0, 1, 7, 31, 255))), *melody(rng)]),
+    "absurd metre": lambda rng, good: midi(
+        [metre(rng.choice((0, 1, 255)), rng.choice((0, 1, 7, 31, 255))), *melody(rng)]
+    ),
     "empty tracks": lambda rng, good: midi(*[[]] * rng.randrange(5)),
     "only drums": lambda rng, good: midi(melody(rng, channel=9)),
     "zero length": lambda rng, good: midi([e for _ in range(30) for e in note(60 + rng.randrange(5), 0, rest=100)]),
     "never released": lambda rng, good: midi([(10, bytes((0x90, 30 + i, 80))) for i in range(60)]),
     "one note far away": lambda rng, good: midi(note(60, 100, rest=rng.choice((2**21, 2**27, 2**28 - 1)))),
-    "outside the piano": lambda rng, good: midi([e for _ in range(20) for e in note(rng.choice((0, 5, 120, 127)), 100)]),
+    "outside the piano": lambda rng, good: midi(
+        [e for _ in range(20) for e in note(rng.choice((0, 5, 120, 127)), 100)]
+    ),
     "pedal never lifted": lambda rng, good: midi([(0, b"\xb0\x40\x7f"), *melody(rng)]),
     "page": lambda rng, good: b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
     "empty": lambda rng, good: b"",
@@ -102,7 +112,9 @@ def write_files(folder, count, seed):
     rng, kinds = random.Random(seed), {}
     for i in range(10):
         kinds[f"good {i}.mid"] = "good"
-        (folder / f"good {i}.mid").write_bytes(midi([tempo(500_000)], [e for n in range(40) for e in note(40 + (n * 7 + i) % 40, 240)]))
+        (folder / f"good {i}.mid").write_bytes(
+            midi([tempo(500_000)], [e for n in range(40) for e in note(40 + (n * 7 + i) % 40, 240)])
+        )
     good = midi([tempo(500_000), metre(4, 2)], melody(rng), melody(rng, channel=1))
     for i in range(count):
         kind = list(KINDS)[i % len(KINDS)]
@@ -137,7 +149,9 @@ def main():
     counts = check(count, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     for (kind, outcome), number in sorted(counts.items()):
         print(f"{number:6} {kind}: {outcome}"[:150].encode("ascii", "replace").decode())
-    print(f"files: {counts.total()}\nused: {sum(n for (_, o), n in counts.items() if o == 'used')}\nseconds: {time.monotonic() - start:.1f}")
+    print(
+        f"files: {counts.total()}\nused: {sum(n for (_, o), n in counts.items() if o == 'used')}\nseconds: {time.monotonic() - start:.1f}"
+    )
 
 
 if __name__ == "__main__":

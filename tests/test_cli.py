@@ -36,7 +36,17 @@ def trained(folder, here, capsys):
 def test_trains_generates_and_its_loss_falls(folder, here, capsys):
     assert pg.main([*SHORT, "--lr", "1e-3", "--steps", "60", "--generate", "--bars", "4"]) == 0
     out = capsys.readouterr().out
-    keys = ["steps", "tokens", "seconds", "tokens_per_second", "train_loss", "val_loss", "val_nats_per_note", "parameters", "checkpoint"]
+    keys = [
+        "steps",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "train_loss",
+        "val_loss",
+        "val_nats_per_note",
+        "parameters",
+        "checkpoint",
+    ]
     values = block(out)
     assert [k for k in values if k in keys] == keys
     assert values["steps"] == "60" and values["tokens"] == str(60 * 4 * 64)
@@ -63,7 +73,9 @@ def test_interrupted_training_goes_on_and_equals_the_uninterrupted(trained, caps
         patch.setattr(pg, "StopSignal", StopAtTen)
         assert pg.main([*SHORT, "--checkpoint", "b.pt"]) == 130
     assert "stopped at step 10 of 30" in capsys.readouterr().out
-    assert pg.main(["--checkpoint", "b.pt", "--device", "cpu"]) == 0, "what the command line does not say, the checkpoint says"
+    assert pg.main(["--checkpoint", "b.pt", "--device", "cpu"]) == 0, (
+        "what the command line does not say, the checkpoint says"
+    )
     assert "going on with b.pt from step 10 of 30" in capsys.readouterr().out
     again = pg.load_checkpoint(Path("b.pt"))["trainer"]
     assert all(torch.equal(again["weights"][k], v) for k, v in whole["weights"].items())
@@ -124,7 +136,11 @@ def test_run_killed_while_it_writes_loses_nothing(write, step, folder, here):
     argv = [str(Path(SCRIPT).parent), str(write), *SHORT, "--save-every", "5"]
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True)
     assert done.returncode == -9 and list(here.glob("pianogpt*.tmp"))
-    assert not step and not Path("pianogpt.pt").exists() or pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["step"] == step
+    assert (
+        not step
+        and not Path("pianogpt.pt").exists()
+        or pg.load_checkpoint(Path("pianogpt.pt"))["trainer"]["step"] == step
+    )
     assert pg.main([*SHORT, "--save-every", "5"]) == 0
     assert same_weights("whole.pt", "pianogpt.pt") and not list(here.glob("*.tmp"))
 
@@ -338,7 +354,11 @@ def generate(*argv):
 
 def notes_of(score):
     """(start, end, pitch) in quarters."""
-    return sorted((round(n.time / score.tpq, 3), round((n.time + n.duration) / score.tpq, 3), n.pitch) for t in score.tracks for n in t.notes)
+    return sorted(
+        (round(n.time / score.tpq, 3), round((n.time + n.duration) / score.tpq, 3), n.pitch)
+        for t in score.tracks
+        for n in t.notes
+    )
 
 
 def test_sample_begins_with_the_prompts_notes_metre_and_tempo(prompt):
@@ -415,7 +435,11 @@ def test_each_sample_is_described_and_its_longest_known_run_named(trained, capsy
 
 
 def test_prompt_itself_does_not_count_as_known(trained, capsys):
-    train = next(p.path for p in pg.known_music(pg.make_config({}, pg.load_checkpoint(Path("pianogpt.pt")), False)) if p.split == "train")
+    train = next(
+        p.path
+        for p in pg.known_music(pg.make_config({}, pg.load_checkpoint(Path("pianogpt.pt")), False))
+        if p.split == "train"
+    )
     generate("--prompt", f"midi/{train}", "--bars", "9", "--num-samples", "1")
     line = re.search(r"(\d+) notes, .*longest known run (\d+) notes", capsys.readouterr().out)
     assert int(line[2]) < int(line[1]) / 2
@@ -426,8 +450,18 @@ def test_report_shows_samples_beside_training_and_validation_music(trained, caps
     table = capsys.readouterr().out.split("mean of")[1].splitlines()
     assert table[0].split()[0] == "3" and "train" in table[0] and "validation" in table[0]
     rows = {line.split()[0]: line.split()[1:] for line in table[1:]}
-    assert {"notes_per_second", "polyphony", "pitch_class_entropy_bits", "repeated_bars_percent", "known_run_notes"} <= set(rows)
-    assert all(len(r) == 3 for r in rows.values()) and rows["known_run_notes"][1] == "-" and float(rows["known_run_notes"][2]) > 0
+    assert {
+        "notes_per_second",
+        "polyphony",
+        "pitch_class_entropy_bits",
+        "repeated_bars_percent",
+        "known_run_notes",
+    } <= set(rows)
+    assert (
+        all(len(r) == 3 for r in rows.values())
+        and rows["known_run_notes"][1] == "-"
+        and float(rows["known_run_notes"][2]) > 0
+    )
 
 
 def test_generating_without_the_training_music_says_that_novelty_is_unknown(trained, capsys):

@@ -65,7 +65,9 @@ def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used()
     assert counts.total() == 500 + 15
     outcomes = {kind: {outcome for k, outcome in counts if k == kind} for kind, _ in counts}
     assert outcomes["a million notes.mid"] == outcomes["pedal never lifted"] == outcomes["zero length"] == {"used"}
-    assert outcomes["only drums"] == {"only drums"} and outcomes["a pipe.mid"] == outcomes["a link.mid"] == {"not a file"}
+    assert outcomes["only drums"] == {"only drums"} and outcomes["a pipe.mid"] == outcomes["a link.mid"] == {
+        "not a file"
+    }
     assert outcomes["zero ticks"] == {"no ticks in a quarter note"}
 
 
@@ -142,7 +144,9 @@ def test_few_files_still_have_a_validation_piece(count, tmp_path):
 def batches(ids=None, **changes):
     """Batches over random ids in which about half are pitches."""
     ids = torch.arange(1000).mul(7919).remainder(180).short() if ids is None else ids
-    return pg.Batches(**{"ids": ids, "pitches": PITCHES, "batch_size": 4, "block_size": 32, "transpose": 5, "seed": 3} | changes)
+    return pg.Batches(
+        **{"ids": ids, "pitches": PITCHES, "batch_size": 4, "block_size": 32, "transpose": 5, "seed": 3} | changes
+    )
 
 
 def test_batch_i_is_the_same_whatever_came_before():

@@ -63,7 +63,9 @@ def test_rotary_products_depend_on_the_distance_alone():
     q, k = torch.randn(8), torch.randn(8)
     products = [(pg.rotate(q, cos[t], sin[t]) * pg.rotate(k, cos[t - 7], sin[t - 7])).sum() for t in range(7, 50)]
     assert torch.allclose(torch.stack(products), products[0], atol=1e-4)
-    assert not torch.allclose((pg.rotate(q, cos[9], sin[9]) * pg.rotate(k, cos[3], sin[3])).sum(), products[0], atol=1e-3)
+    assert not torch.allclose(
+        (pg.rotate(q, cos[9], sin[9]) * pg.rotate(k, cos[3], sin[3])).sum(), products[0], atol=1e-3
+    )
 
 
 def test_cached_logits_equal_uncached(model):

@@ -68,7 +68,10 @@ def test_overlapping_notes_of_one_key_do_not_overlap(tmp_path):
 
 def test_notes_survive_encode_and_decode_within_the_grid(tmp_path, tokenizer):
     rng = np.random.default_rng(0)
-    notes = [(i * 0.37 + rng.random() * 0.1, 0.2 + rng.random(), int(rng.integers(21, 109)), int(rng.integers(1, 128))) for i in range(200)]
+    notes = [
+        (i * 0.37 + rng.random() * 0.1, 0.2 + rng.random(), int(rng.integers(21, 109)), int(rng.integers(1, 128)))
+        for i in range(200)
+    ]
     path = write_midi(tmp_path / "a.mid", [notes])
     before = pg.read_piano(path.read_bytes(), True)
     after = pg.decode_ids(encode(path).ids.tolist(), tokenizer)
@@ -93,7 +96,19 @@ def test_tempo_grid_contains_120_and_no_id_is_dead(tokenizer):
     vocabulary = pg.make_vocabulary(tokenizer)
     assert "Tempo_120.0" in vocabulary and "Pitch_21" in vocabulary and "Pitch_108" in vocabulary
     kinds = {word.split("_")[0] for word in vocabulary}
-    assert kinds == {"PAD", "BOS", "EOS", "Bar", "TimeSig", "Position", "Tempo", "Chord", "Pitch", "Velocity", "Duration"}
+    assert kinds == {
+        "PAD",
+        "BOS",
+        "EOS",
+        "Bar",
+        "TimeSig",
+        "Position",
+        "Tempo",
+        "Chord",
+        "Pitch",
+        "Velocity",
+        "Duration",
+    }
     assert "Pitch_109" not in vocabulary
 
 
@@ -119,7 +134,11 @@ def test_file_of_midi_names_is_found_in_any_case_and_depth(tmp_path):
     for name in ("a.mid", "b.MIDI", "deep/er/c.Mid", "._d.mid", ".hidden/e.mid", "f.mp3"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in pg.find_midi_files(tmp_path)] == ["a.mid", "b.MIDI", "deep/er/c.Mid"]
+    assert [p.relative_to(tmp_path).as_posix() for p in pg.find_midi_files(tmp_path)] == [
+        "a.mid",
+        "b.MIDI",
+        "deep/er/c.Mid",
+    ]
 
 
 def test_real_pieces_keep_the_grammar(tmp_path, tokenizer):
@@ -212,7 +231,11 @@ def test_prompt_shorter_than_asked_for_is_a_sentence(sample, tmp_path, tokenizer
 def test_prompt_without_music_is_a_sentence(tmp_path, tokenizer):
     (tmp_path / "page.mid").write_text("<html>")
     write_midi(tmp_path / "late.mid", [[(20, 1, 60, 80)]])
-    for name, sentence, sample in (("none", "no MIDI file", {}), ("page", "cannot be continued", {}), ("late", "hold no notes", {"prompt_bars": 2})):
+    for name, sentence, sample in (
+        ("none", "no MIDI file", {}),
+        ("page", "cannot be continued", {}),
+        ("late", "hold no notes", {"prompt_bars": 2}),
+    ):
         with pytest.raises(pg.UserError, match=sentence):
             prompt_ids(tmp_path / f"{name}.mid", tokenizer, **sample)
 
@@ -223,7 +246,9 @@ def feed(words, tokenizer, **limits):
 
 
 def test_clock_knows_bar_lines_under_changing_metre_and_tempo(tokenizer):
-    words = "Bar_None TimeSig_4/4 Position_0 Tempo_60.0 Bar_None TimeSig_6/8 Position_24 Tempo_120.0 Bar_None TimeSig_2/4"
+    words = (
+        "Bar_None TimeSig_4/4 Position_0 Tempo_60.0 Bar_None TimeSig_6/8 Position_24 Tempo_120.0 Bar_None TimeSig_2/4"
+    )
     clock = feed(words, tokenizer)
     clock.end()
     assert [(q, s) for _, q, s in clock.lines] == [(0, 0), (4, 4), (7, 4 + 1.5 + 0.75)]
@@ -265,7 +290,13 @@ def test_repeated_bars_are_counted(tmp_path, tokenizer):
 def longest_by_hand(mine, theirs):
     """The longest common run of intervals, in notes, by trying everything."""
     a, b = list(np.diff(mine)), list(np.diff(theirs))
-    runs = [n for n in range(1, len(a) + 1) for i in range(len(a) - n + 1) for j in range(len(b) - n + 1) if a[i : i + n] == b[j : j + n]]
+    runs = [
+        n
+        for n in range(1, len(a) + 1)
+        for i in range(len(a) - n + 1)
+        for j in range(len(b) - n + 1)
+        if a[i : i + n] == b[j : j + n]
+    ]
     return max(runs) + 1 if runs else 0
 
 

@@ -41,7 +41,14 @@ def inside_bars(ids, tokenizer):
     return True
 
 
-FILTERS = [{}, {"temperature": 0.0}, {"temperature": 10.0, "min_p": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"top_k": 5, "top_p": 0.5}]
+FILTERS = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 10.0, "min_p": 0.0},
+    {"top_k": 1},
+    {"top_p": 1e-9},
+    {"top_k": 5, "top_p": 0.5},
+]
 
 
 @pytest.mark.parametrize("filters", FILTERS)
@@ -88,7 +95,11 @@ def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log() + torch.tensor([0, -math.inf, 0, 0])
 
     def kept(**filters):
-        return pg.filter_logits(logits, pg.SampleConfig(**{"top_k": 0, "top_p": 0.0, "min_p": 0.0} | filters)).isfinite()[0].tolist()
+        return (
+            pg.filter_logits(logits, pg.SampleConfig(**{"top_k": 0, "top_p": 0.0, "min_p": 0.0} | filters))
+            .isfinite()[0]
+            .tolist()
+        )
 
     assert kept() == [True, False, True, True]
     assert kept(min_p=0.3) == [True, False, True, False] and kept(min_p=0.5) == [True, False, False, False]
@@ -106,5 +117,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 
 def test_temperature_sharpens():
     logits = torch.tensor([[1.0, 0.0]])
-    cold, hot = (pg.filter_logits(logits, pg.SampleConfig(temperature=t, min_p=0.0)).softmax(-1)[0, 0] for t in (0.5, 2.0))
+    cold, hot = (
+        pg.filter_logits(logits, pg.SampleConfig(temperature=t, min_p=0.0)).softmax(-1)[0, 0] for t in (0.5, 2.0)
+    )
     assert cold == pytest.approx(1 / (1 + math.exp(-2))) and hot == pytest.approx(1 / (1 + math.exp(-0.5)))

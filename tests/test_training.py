@@ -101,7 +101,9 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
     assert narrow["blocks.0.expand.weight"]["peak"] == pytest.approx(3e-4 * 8)
     assert wide["blocks.0.expand.weight"]["peak"] == pytest.approx(3e-4 * 2)
     assert narrow["embedding.weight"]["peak"] == wide["embedding.weight"]["peak"]
-    assert {name for name, g in narrow.items() if g["weight_decay"]} == {n for n in narrow if "norm" not in n and "embedding" not in n}
+    assert {name for name, g in narrow.items() if g["weight_decay"]} == {
+        n for n in narrow if "norm" not in n and "embedding" not in n
+    }
 
 
 def test_best_validation_weights_are_kept():
