@@ -1590,8 +1590,7 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
     batches, windows = prepare_data(config, tokenizer, device, rank, processes)
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, len(tokenizer)).to(device)
-    done = checkpoint["trainer"]["step"] if checkpoint else 0
-    bfloat16, compiled = choose_speed(config.run, device, config.train.steps - done)
+    bfloat16, compiled = choose_speed(config.run, device, config.train.steps)  # of all steps: resuming changes nothing
     trainer = Trainer(model, config.train, bfloat16, compiled)
     music = hashlib.sha256(batches.ids.cpu().numpy().tobytes()).hexdigest()
     if checkpoint:
@@ -1655,10 +1654,10 @@ def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
 def known_music(config: Config) -> list[Piece]:
     """The pieces on which a checkpoint was trained and validated, or none where they are out of reach."""
     folder = Path(config.data.midi_dir)
-    if not folder.is_dir():
+    if not find_midi_files(folder):
         say(f"the training music in {folder} is not here, so how much of a piece is known from it cannot be said")
         return []
-    pieces, _ = read_folder(folder, config.music, config.data.cache_dir)
+    pieces = read_folder(folder, config.music, config.data.cache_dir)[0]
     split_pieces(pieces, folder, config.data)
     return pieces
 
@@ -1811,7 +1810,7 @@ def run(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; 0, or 2 for a mistake of the user's, or 128 + a signal's number."""
+    """The program; 0, or 2 for what the user can mend, or 128 + a signal's number."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
@@ -1820,6 +1819,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"pianogpt: {e}", file=sys.stderr)
         return 2
+    except OSError as e:
+        print(f"pianogpt: {e.filename or 'a file'} cannot be used: {e.strerror or e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pianogpt: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

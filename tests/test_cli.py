@@ -464,6 +464,41 @@ def test_report_shows_samples_beside_training_and_validation_music(trained, caps
     )
 
 
+def test_samples_folder_that_cannot_be_made_is_one_sentence(trained, capsys):
+    Path("samples").touch()
+    assert pg.main(["--generate", "--bars", "2"]) == 2
+    assert "samples cannot be used" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ctrl_c_outside_of_training_is_no_traceback(trained, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pg, "generate", interrupt)
+    assert pg.main(["--generate"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "pianogpt: stopped"
+
+
+def test_compiler_that_fails_is_said_and_training_goes_on(folder, here, monkeypatch, capsys):
+    def compile(function):
+        def fail(*args):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert pg.main([*SHORT, "--compile", "on"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("torch.compile does not work here") == 1 and block(out)["steps"] == "30"
+
+
+def test_resumed_run_decides_on_speed_as_the_uninterrupted_did(trained, monkeypatch):
+    """By all steps of the run, never by those that are left: a compiled step has other bits."""
+    seen = []
+    monkeypatch.setattr(pg, "choose_speed", lambda run, device, steps: seen.append(steps) or (False, False))
+    assert pg.main(["--steps", "34"]) == 0 and seen == [34]
+
+
 def test_generating_without_the_training_music_says_that_novelty_is_unknown(trained, capsys):
     Path("midi").rename("away")
     assert len(generate("--bars", "3")) == 3

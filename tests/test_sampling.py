@@ -59,6 +59,20 @@ def test_every_sequence_has_zero_token_errors_and_no_position_outside_its_bar(fi
         assert ids.count(grammar.bar) <= 12 and grammar.eos not in ids and grammar.bos not in ids
 
 
+@pytest.mark.parametrize("filters", FILTERS)
+def test_prompted_sequences_keep_the_grammar_too(filters, model, grammar, tokenizer):
+    prompt = generate(model, grammar, tokenizer, seed=3, bars=3, seconds=1e4)[0]
+    for ids in generate(model, grammar, tokenizer, prompt=prompt, bars=9, seconds=1e4, **filters):
+        assert ids[: len(prompt)] == prompt and ids.count(grammar.bar) == 9
+        assert tokenizer.tokens_errors([ids]) == [0.0] and inside_bars(ids, tokenizer)
+
+
+def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, grammar, tokenizer):
+    ids = generate(model, grammar, tokenizer, bars=600, seconds=1e5)[0]
+    assert len(ids) > 5000 + model.config.block_size
+    assert tokenizer.tokens_errors([ids]) == [0.0] and inside_bars(ids, tokenizer)
+
+
 def test_notes_of_the_ids_are_all_heard(model, grammar, tokenizer):
     pitches = set(tokenizer.token_ids_of_type("Pitch"))
     for ids in generate(model, grammar, tokenizer):
