@@ -2,6 +2,7 @@
 
     python pianogpt.py                        train on my_midis/, or go on where the last run stopped
     python pianogpt.py --generate             write new music into samples/ (and train first, if nothing is trained yet)
+    python pianogpt.py --generate --prompt X.mid --bars 32    go on from a piece of yours
     python pianogpt.py --evaluate DIR         held-out loss of the trained model on every MIDI file in DIR
     python pianogpt.py --help                 every size and knob
 
