@@ -250,6 +250,11 @@ def make_vocabulary(tokenizer: miditok.REMI) -> list[str]:
     return sorted(tokenizer.vocab, key=tokenizer.vocab.get)
 
 
+def is_pitch(ids: np.ndarray | Tensor, pitches: range) -> np.ndarray | Tensor:
+    """Which of the ids are Pitch tokens, whose ids are contiguous; the same shape, bool."""
+    return (ids >= pitches[0]) & (ids <= pitches[-1])
+
+
 def pedal_intervals(track: Track, end: int) -> list[tuple[int, int]]:
     """The (down, up) ticks of the sustain pedal; one that is never lifted is lifted at end."""
     # Read from the controls: on any channel but the first, the first entry of track.pedals starts at tick 0.
@@ -633,7 +638,7 @@ def make_grammar(tokenizer: miditok.REMI) -> Grammar:
 SPLITS = ("train", "validation", "test")
 FILE_SECONDS = 120  # a file that takes a worker longer than this is given up
 FILE_MEGABYTES = 16  # an hour of dense piano is under 1 MB
-WORKER_GIGABYTES = 4  # a million notes take 2
+WORKER_GIGABYTES = 4  # a million notes take half of one
 
 
 @dataclass
@@ -679,6 +684,8 @@ def encode_in_workers(paths: list[Path], music: MusicConfig):
         while busy or waiting:
             while waiting and len(busy) < cores:
                 process, pipe = idle.pop() if idle else start_worker(music)
+                if not process.is_alive():  # a parser that was hurt by one file can die after it
+                    process, pipe = start_worker(music)
                 path = waiting.pop()
                 pipe.send(path)
                 busy[pipe] = process, path, time.monotonic() + FILE_SECONDS
@@ -770,19 +777,28 @@ def keep_encoded(path: Path, encoded: Encoded) -> bool:
         return False
 
 
+def name_hash(piece: str) -> float:
+    """A number from 0 to 1 that a name alone decides, the same on every machine."""
+    return int(hashlib.sha256(piece.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) / 2**32
+
+
 def in_validation(piece: str, percent: float) -> bool:
     """True if this piece is held out: by its name alone, so that a new file never moves an old one."""
-    return int(hashlib.sha256(piece.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) < percent / 100 * 2**32
+    return name_hash(piece) < percent / 100
 
 
 def read_split_tables(folder: Path) -> dict[str, str]:
     """The split of each file that a csv of MAESTRO's kind (columns split and midi_filename) under folder names."""
     table = {}
     for path in sorted(folder.rglob("*.csv")):
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            for row in csv.DictReader(file):
-                if row.get("split") in SPLITS and row.get("midi_filename"):
-                    table[(path.parent / row["midi_filename"]).relative_to(folder).as_posix()] = row["split"]
+        try:
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
+                for row in csv.DictReader(file):
+                    if row.get("split") in SPLITS and row.get("midi_filename"):
+                        name = os.path.relpath(path.parent / row["midi_filename"], folder)
+                        table[Path(name).as_posix()] = row["split"]
+        except (OSError, csv.Error) as e:
+            say(f"{path} cannot be read as a table ({e}), so it decides no split")
     return table
 
 
@@ -800,9 +816,9 @@ def split_pieces(pieces: list[Piece], folder: Path, data: DataConfig) -> None:
         groups.setdefault(name, []).append(piece)
     held_out = {name for name in groups if in_validation(name, data.val_percent)}
     if data.val_percent and not validation_is_given and not held_out and len(groups) > 1:
-        held_out = {min(groups, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())}
+        held_out = {min(groups, key=name_hash)}
     if held_out and len(held_out) == len(groups):
-        held_out.pop()
+        held_out.remove(max(groups, key=name_hash))  # something must be left to train on
     for name, group in groups.items():
         for piece in group:
             piece.split = "validation" if name in held_out else "train"
@@ -847,11 +863,11 @@ class Batches:
 
 def transpose_ids(ids: Tensor, shifts: Tensor, pitches: range) -> Tensor:
     """ids (B, T) with row b moved by shifts[b] semitones, or by as much of it as keeps every note on the piano."""
-    is_pitch = (ids >= pitches[0]) & (ids <= pitches[-1])
-    lowest = ids.masked_fill(~is_pitch, pitches[-1]).amin(1)
-    highest = ids.masked_fill(~is_pitch, pitches[0]).amax(1)
+    movable = is_pitch(ids, pitches)
+    lowest = ids.masked_fill(~movable, pitches[-1]).amin(1)
+    highest = ids.masked_fill(~movable, pitches[0]).amax(1)
     shifts = torch.minimum(torch.maximum(shifts, pitches[0] - lowest), pitches[-1] - highest)
-    return ids + shifts[:, None] * is_pitch
+    return ids + shifts[:, None] * movable
 
 
 IGNORE = -1  # a target that is not scored
@@ -1088,7 +1104,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: PianoGPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; a matrix learns at lr x 1024 / its inputs, so that one lr suits every width, and only matrices decay."""
+    """AdamW; a matrix learns at lr x 1024 / n_embd, so that one lr suits every width, and only matrices decay."""
     groups = []
     for name, p in model.named_parameters():
         is_matrix = p.dim() == 2 and not name.startswith("embedding")
@@ -1103,7 +1119,8 @@ def evaluate(model: PianoGPT, windows: tuple[Tensor, Tensor], batch_size: int = 
     device, was_training = model.head.weight.device, model.training
     model.eval()
     parts = zip(*(w.to(device).split(batch_size) for w in windows))
-    total = sum(model(x, y).item() for x, y in parts)
+    # The class's loss, not the compiled one of a model in training: that would be built again for these shapes.
+    total = sum(PianoGPT.loss(model, model.embedding(x), y).item() for x, y in parts)
     model.train(was_training)
     return total
 
@@ -1207,7 +1224,7 @@ class Trainer:
         self.loss_sum, self.loss_count = 0.0, 0
         if len(windows[0]):
             total, targets = evaluate(self.model, windows), windows[1]
-            notes = ((targets >= batches.pitches[0]) & (targets <= batches.pitches[-1])).sum().item()
+            notes = is_pitch(targets, batches.pitches).sum().item()
             row |= {"val_loss": total / (targets != IGNORE).sum().item(), "val_nats_per_note": total / max(1, notes)}
         if row["val_loss"] is None or row["val_loss"] < self.best_loss:
             self.best_loss, self.best = row["val_loss"] or math.inf, self.weights()
@@ -1649,7 +1666,7 @@ def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device
 
 def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
     """The Pitch ids among ids, in order of onset and then of pitch."""
-    return ids[(ids >= pitches[0]) & (ids <= pitches[-1])]
+    return ids[is_pitch(ids, pitches)]
 
 
 def known_music(config: Config) -> list[Piece]:

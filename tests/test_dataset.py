@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +141,26 @@ def test_recordings_of_one_piece_stay_on_one_side(tmp_path):
 def test_few_files_still_have_a_validation_piece(count, tmp_path):
     sides = list(split([f"{i}.mid" for i in range(count)], tmp_path).values())
     assert "validation" in sides and "train" in sides
+
+
+def test_piece_left_to_train_on_is_the_same_in_every_process(tmp_path):
+    names = [f"{i}.mid" for i in range(6)]
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import pianogpt as pg\n"
+        "pieces = [pg.Piece(name, pg.Encoded()) for name in sys.argv[3:]]\n"
+        "pg.split_pieces(pieces, pg.Path(sys.argv[2]), pg.DataConfig(val_percent=99)); print([p.split for p in pieces])"
+    )
+    command = [sys.executable, "-c", code, str(Path(pg.__file__).parent), str(tmp_path), *names]
+    seeds = [{**os.environ, "PYTHONHASHSEED": str(seed)} for seed in (1, 2)]
+    one, two = (subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout for env in seeds)
+    assert one == two == f"{list(split(names, tmp_path, val_percent=99).values())}\n" and one.count("'train'") == 1
+
+
+def test_csv_that_is_none_or_points_elsewhere_stops_nothing(tmp_path, capsys):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "out.csv").write_text("midi_filename,split\n/etc/a.mid,test\n../b.mid,test\na.mid,test\n")
+    assert split(["a.mid", "b.mid", "c.mid"], tmp_path)["a.mid"] == "test"
+    assert "folder.csv cannot be read as a table" in capsys.readouterr().out
 
 
 def batches(ids=None, **changes):

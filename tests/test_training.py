@@ -124,6 +124,13 @@ def test_validation_loss_per_note_is_the_same_loss_over_fewer_counts():
     assert row["val_nats_per_note"] == pytest.approx(row["val_loss"] * 99 / notes)
 
 
+def test_evaluation_does_not_go_through_the_compiled_loss():
+    trainer, batches, windows = parts()
+    plain = pg.evaluate(trainer.model, windows)
+    trainer.model.loss = lambda x, targets: 1 / 0
+    assert pg.evaluate(trainer.model, windows) == plain
+
+
 def test_evaluation_does_not_depend_on_how_windows_are_batched():
     trainer, _, windows = parts()
     assert pg.evaluate(trainer.model, windows, 1) == pytest.approx(pg.evaluate(trainer.model, windows), rel=1e-5)
