@@ -99,8 +99,8 @@ class DataConfig:
 
     midi_dir: str = option("my_midis", "folder of .mid and .midi files, searched to any depth")
     cache_dir: str = option(".pianogpt-cache", "folder that keeps the files as tokens; empty: no cache")
-    val_percent: float = option(10.0, "percent of the pieces held out for validation; 0: none", 0, 99)
-    piece_is_folder: bool = option(False, "all files of one folder are one piece, on one side of the split")
+    val_percent: float = option(10.0, "percent of the works held out for validation; 0: none", 0, 99)
+    piece_is_folder: bool = option(False, "all files of one folder are one work, on one side of the split")
     transpose: int = option(5, "semitones up or down by which training music is moved at random; 0: off", 0, 24)
 
 
@@ -253,6 +253,18 @@ def make_vocabulary(tokenizer: miditok.REMI) -> list[str]:
 def is_pitch(ids: np.ndarray | Tensor, pitches: range) -> np.ndarray | Tensor:
     """Which of the ids are Pitch tokens, whose ids are contiguous; the same shape, bool."""
     return (ids >= pitches[0]) & (ids <= pitches[-1])
+
+
+def pitch_range(tokenizer: miditok.REMI) -> range:
+    """The ids of the Pitch tokens; they are contiguous, so a semitone is one id."""
+    ids = tokenizer.token_ids_of_type("Pitch")
+    assert sorted(ids) == list(range(min(ids), max(ids) + 1)), ids
+    return range(min(ids), max(ids) + 1)
+
+
+def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
+    """The Pitch ids among ids, in order of onset and then of pitch."""
+    return ids[is_pitch(ids, pitches)]
 
 
 def pedal_intervals(track: Track, end: int) -> list[tuple[int, int]]:
@@ -515,35 +527,44 @@ def describe(score: Score, ids: list[int], grammar: Grammar) -> dict[str, float]
     }
 
 
+STRANGE = 200  # stands between two pieces among their intervals: no interval on a piano is as large
+
+
+def intervals(pitches: np.ndarray) -> np.ndarray:
+    """The steps in semitones from each note to the next, closed by STRANGE; (n,) for n pitches."""
+    return np.append(np.diff(pitches.astype(np.int16)), np.int16(STRANGE))
+
+
+def hash_parts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of value(step i) b^i up to each i, and b^-i, from which any window's hash is one product; all uint64."""
+    values = np.random.default_rng(0).integers(2**63, size=512).astype(np.uint64)[steps + 256]
+    base = 0x9E3779B97F4A7C15
+    powers, inverse = (np.full(len(steps), b % 2**64, np.uint64) for b in (base, pow(base, -1, 2**64)))
+    powers[0] = inverse[0] = 1
+    return np.r_[np.uint64(0), np.cumsum(values * np.multiply.accumulate(powers))], np.multiply.accumulate(inverse)
+
+
+def window_hashes(parts: tuple[np.ndarray, np.ndarray], length: int) -> np.ndarray:
+    """The polynomial hash, modulo 2**64, of each window of `length` steps, by where it begins."""
+    sums, unshift = parts
+    return (sums[length:] - sums[:-length]) * unshift[: max(0, len(sums) - length)]
+
+
 class KnownRuns:
     """Finds the longest run of notes that also stands in a corpus, whatever the key and the timing.
 
-    All windows of one length are compared at once by a polynomial hash modulo 2**64, and what agrees is compared note
-    by note; the length is found by bisection, since a run holds all shorter ones.
+    All windows of one length are compared at once by their hashes, and what agrees is compared note by note; the length
+    is found by bisection, since a run holds all shorter ones.
     """
 
     def __init__(self, pieces: dict[str, np.ndarray]):
-        self.names = list(pieces)
-        steps = [
-            np.append(np.diff(p.astype(np.int16)), 200) for p in pieces.values()
-        ]  # 200: no step of a piano is as large
-        self.ends, self.steps = np.cumsum([len(x) for x in steps]), np.concatenate([*steps, [200]])
-        self.sums, self.unshift = self.hash_parts(self.steps)
-
-    @staticmethod
-    def hash_parts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of value(step i) b^i up to each i, and b^-i, from which any window's hash is one product; all uint64."""
-        values = np.random.default_rng(0).integers(2**63, size=512).astype(np.uint64)[steps + 256]
-        base = 0x9E3779B97F4A7C15
-        powers, inverse = (np.full(len(steps), b % 2**64, np.uint64) for b in (base, pow(base, -1, 2**64)))
-        powers[0] = inverse[0] = 1
-        return np.r_[np.uint64(0), np.cumsum(values * np.multiply.accumulate(powers))], np.multiply.accumulate(inverse)
+        self.names, steps = list(pieces), [intervals(p) for p in pieces.values()]
+        self.ends, self.steps = np.cumsum([len(x) for x in steps]), np.concatenate([*steps, [STRANGE]])
+        self.parts = hash_parts(self.steps)
 
     def find(self, steps: np.ndarray, length: int) -> int:
         """Where in the corpus any window of `length` steps stands, or -1."""
-        sums, unshift = self.hash_parts(steps)
-        mine = (sums[length:] - sums[:-length]) * unshift[: len(steps) - length + 1]
-        theirs = (self.sums[length:] - self.sums[:-length]) * self.unshift[: len(self.steps) - length + 1]
+        mine, theirs = window_hashes(hash_parts(steps), length), window_hashes(self.parts, length)
         low_bits = np.zeros(2**16, bool)
         low_bits[mine & np.uint64(0xFFFF)] = True
         for at in np.flatnonzero(low_bits[theirs & np.uint64(0xFFFF)]):
@@ -554,7 +575,7 @@ class KnownRuns:
 
     def longest(self, pitches: np.ndarray) -> tuple[int, str]:
         """How many notes the longest run of pitches has that the corpus holds, and the name of a piece with it."""
-        steps, found = np.diff(pitches.astype(np.int16)), (0, "")
+        steps, found = intervals(pitches)[:-1], (0, "")
         low, high = 0, min(len(steps), len(self.steps))
         while low < high:
             length = (low + high + 1) // 2
@@ -636,6 +657,7 @@ def make_grammar(tokenizer: miditok.REMI) -> Grammar:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "validation", "test")
+SAME_MUSIC, SAME_KINDS = 24, 8  # so many intervals in a row, of so many kinds, are shared by recordings of one work only
 FILE_SECONDS = 120  # a file that takes a worker longer than this is given up
 FILE_MEGABYTES = 16  # an hour of dense piano is under 1 MB
 WORKER_GIGABYTES = 4  # a million notes take half of one
@@ -648,6 +670,7 @@ class Piece:
     path: str  # relative to the MIDI folder, with forward slashes
     encoded: Encoded
     split: str = ""
+    work: str = ""  # the musical work of which it is one recording
 
 
 def encode_worker(pipe: multiprocessing.connection.Connection, music: MusicConfig) -> None:
@@ -802,26 +825,42 @@ def read_split_tables(folder: Path) -> dict[str, str]:
     return table
 
 
-def split_pieces(pieces: list[Piece], folder: Path, data: DataConfig) -> None:
-    """Put each piece on its side: as a csv or a folder's name says, else by hash; all files of a piece together."""
+def join_recordings(pieces: list[Piece], pitches: range) -> None:
+    """Give pieces that are recordings of the same music, in whatever key, the same work: the first name among theirs."""
+    steps = [intervals(pitches_of(p.encoded.ids, pitches)) for p in pieces]
+    owner, steps = np.repeat(np.arange(len(pieces)), [len(s) for s in steps]), np.concatenate(steps)
+    hashes = window_hashes(hash_parts(steps), SAME_MUSIC)
+    order = np.argsort(hashes, kind="stable")
+    again = np.flatnonzero(np.diff(hashes[order]) == 0)
+    here, there = order[again], order[again + 1]
+    apart = owner[here] != owner[there]
+    windows = np.sort(steps[here[apart, None] + np.arange(SAME_MUSIC)], 1)
+    telling = (windows[:, -1] < STRANGE) & (1 + (np.diff(windows) > 0).sum(1) >= SAME_KINDS)
+    names, work = np.unique([p.work for p in pieces], return_inverse=True)
+    for x, y in np.unique(np.c_[owner[here], owner[there]][apart][telling], axis=0):
+        work[work == max(work[x], work[y])] = min(work[x], work[y])
+    for piece, number in zip(pieces, work):
+        piece.work = str(names[number])
+
+
+def split_pieces(pieces: list[Piece], folder: Path, data: DataConfig, pitches: range) -> None:
+    """Put each piece on its side: as a csv or a folder's name says, else by hash; all recordings of a work together."""
     table = read_split_tables(folder)
     for piece in pieces:
+        piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
         named = [part for part in Path(piece.path).parts[:-1] if part in SPLITS]
         piece.split = table.get(piece.path) or (named[-1] if named else "")
+    join_recordings(pieces, pitches)
     validation_is_given = any(p.split == "validation" for p in pieces)
     open_pieces = [p for p in pieces if p.split == "" or p.split == "train" and not validation_is_given]
-    groups: dict[str, list[Piece]] = {}
+    works = {p.work for p in open_pieces}
+    held_out = {work for work in works if in_validation(work, data.val_percent)}
+    if data.val_percent and not validation_is_given and not held_out and len(works) > 1:
+        held_out = {min(works, key=name_hash)}
+    if held_out and len(held_out) == len(works):
+        held_out.remove(max(works, key=name_hash))  # something must be left to train on
     for piece in open_pieces:
-        name = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
-        groups.setdefault(name, []).append(piece)
-    held_out = {name for name in groups if in_validation(name, data.val_percent)}
-    if data.val_percent and not validation_is_given and not held_out and len(groups) > 1:
-        held_out = {min(groups, key=name_hash)}
-    if held_out and len(held_out) == len(groups):
-        held_out.remove(max(groups, key=name_hash))  # something must be left to train on
-    for name, group in groups.items():
-        for piece in group:
-            piece.split = "validation" if name in held_out else "train"
+        piece.split = "validation" if piece.work in held_out else "train"
 
 
 def join_pieces(pieces: list[Piece], split: str, grammar: Grammar) -> np.ndarray:
@@ -1443,13 +1482,6 @@ def load_tokenizer(checkpoint: dict | None, music: MusicConfig) -> miditok.REMI:
     return tokenizer
 
 
-def pitch_range(tokenizer: miditok.REMI) -> range:
-    """The ids of the Pitch tokens; they are contiguous, so a semitone is one id."""
-    ids = tokenizer.token_ids_of_type("Pitch")
-    assert sorted(ids) == list(range(min(ids), max(ids) + 1)), ids
-    return range(min(ids), max(ids) + 1)
-
-
 def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> None:
     """Say what was found, what was skipped and what was changed, by name and number."""
     for reason in sorted(set(skipped.values())):
@@ -1459,13 +1491,13 @@ def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> 
         raise UserError(
             f"none of the {len(skipped)} MIDI files under {folder} holds music for a piano: try another --midi-dir"
         )
-    counts = {split: sum(p.split == split for p in pieces) for split in SPLITS}
-    sides = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
+    works = {split: len({p.work for p in pieces if p.split == split}) for split in SPLITS}
+    sides = ", ".join(f"{count} {split}" for split, count in works.items() if count)
     encoded = [p.encoded for p in pieces]
     hours, notes = sum(e.seconds for e in encoded) / 3600, sum(e.notes for e in encoded)
     say(
-        f"music: {len(pieces)} files{f' ({sides})' if sides else ''} under {folder}, {hours:.1f} hours, "
-        f"{notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens"
+        f"music: {len(pieces)} files{f' of {sum(works.values())} works ({sides})' if sides else ''} under {folder}, "
+        f"{hours:.1f} hours, {notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens"
     )
     for change in encoded[0].changes:
         count = sum(e.changes[change] for e in encoded)
@@ -1532,7 +1564,7 @@ def prepare_data(
     pieces, skipped = read_folder(Path(data.midi_dir), config.music, data.cache_dir)
     if rank == 0 and processes > 1:
         distributed.barrier()
-    split_pieces(pieces, Path(data.midi_dir), data)
+    split_pieces(pieces, Path(data.midi_dir), data, pitch_range(tokenizer))
     print_reading(data.midi_dir, pieces, skipped)
     grammar, pitches = make_grammar(tokenizer), pitch_range(tokenizer)
     ids = {split: join_pieces(pieces, split, grammar) for split in SPLITS}
@@ -1664,11 +1696,6 @@ def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device
     return model.to(device).eval()
 
 
-def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
-    """The Pitch ids among ids, in order of onset and then of pitch."""
-    return ids[is_pitch(ids, pitches)]
-
-
 def known_music(config: Config) -> list[Piece]:
     """The pieces on which a checkpoint was trained and validated, or none where they are out of reach."""
     folder = Path(config.data.midi_dir)
@@ -1676,7 +1703,7 @@ def known_music(config: Config) -> list[Piece]:
         say(f"the training music in {folder} is not here, so how much of a piece is known from it cannot be said")
         return []
     pieces = read_folder(folder, config.music, config.data.cache_dir)[0]
-    split_pieces(pieces, folder, config.data)
+    split_pieces(pieces, folder, config.data, pitch_range(make_tokenizer(config.music)))
     return pieces
 
 

@@ -24,7 +24,7 @@ def read(folder, cache=""):
 def split(names, folder, **data):
     """The side of each of these paths."""
     pieces = [pg.Piece(name, pg.Encoded()) for name in names]
-    pg.split_pieces(pieces, folder, pg.DataConfig(**data))
+    pg.split_pieces(pieces, folder, pg.DataConfig(**data), PITCHES)
     return {p.path: p.split for p in pieces}
 
 
@@ -137,6 +137,44 @@ def test_recordings_of_one_piece_stay_on_one_side(tmp_path):
     assert "validation" in together.values()
 
 
+def works(*pieces):
+    """The works to which these sequences of pitches are assigned."""
+    pieces = [pg.Piece(f"{i}.mid", pg.Encoded(ids=np.array(p, np.int16)), work=f"{i}.mid") for i, p in enumerate(pieces)]
+    pg.join_recordings(pieces, range(0, 108))
+    return [p.work for p in pieces]
+
+
+def test_recordings_of_the_same_music_are_found_whatever_their_key_and_mistakes():
+    rng = np.random.default_rng(3)
+    a, b, c = (rng.integers(30, 90, 200) for _ in range(3))
+    wrong = a.copy()
+    wrong[::40] += 1  # a wrong note every 40
+    assert works(a, b, wrong + 3, c, b[100:]) == ["0.mid", "1.mid", "0.mid", "3.mid", "1.mid"]
+    assert works(a, b, np.r_[b[:25], a[:25]]) == ["0.mid"] * 3, "what shares music with two joins all three"
+
+
+def test_short_quotations_scales_and_trills_do_not_make_two_pieces_one():
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(30, 90, (2, 100))
+    scale, trill = 30 + np.cumsum([2, 2, 1, 2, 2, 2, 1] * 8), [60, 62] * 50
+    assert works(np.r_[a, scale, trill], np.r_[b, a[:24], scale, trill]) == ["0.mid", "1.mid"]
+    assert works(np.r_[a, scale, trill], np.r_[b, a[:25], scale, trill]) == ["0.mid", "0.mid"]
+    assert works([], [60], [60]) == ["0.mid", "1.mid", "2.mid"]
+
+
+def test_recordings_of_the_same_music_are_never_on_two_sides(tmp_path):
+    rng = np.random.default_rng(5)
+    pieces = [rng.integers(20, 80, 60) for _ in range(40)]
+    takes = [
+        pg.Piece(f"{take}/{n}.mid", pg.Encoded(ids=(p + take).astype(np.int16)))
+        for take in range(3)
+        for n, p in enumerate(pieces)
+    ]
+    pg.split_pieces(takes, tmp_path, pg.DataConfig(), range(0, 108))
+    sides = [{t.split for t in takes if t.path.endswith(f"/{n}.mid")} for n in range(40)]
+    assert all(len(s) == 1 for s in sides) and {"train"} in sides and {"validation"} in sides
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_few_files_still_have_a_validation_piece(count, tmp_path):
     sides = list(split([f"{i}.mid" for i in range(count)], tmp_path).values())
@@ -148,7 +186,7 @@ def test_piece_left_to_train_on_is_the_same_in_every_process(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pianogpt as pg\n"
         "pieces = [pg.Piece(name, pg.Encoded()) for name in sys.argv[3:]]\n"
-        "pg.split_pieces(pieces, pg.Path(sys.argv[2]), pg.DataConfig(val_percent=99)); print([p.split for p in pieces])"
+        "pg.split_pieces(pieces, pg.Path(sys.argv[2]), pg.DataConfig(val_percent=99), range(9)); print([p.split for p in pieces])"
     )
     command = [sys.executable, "-c", code, str(Path(pg.__file__).parent), str(tmp_path), *names]
     seeds = [{**os.environ, "PYTHONHASHSEED": str(seed)} for seed in (1, 2)]
