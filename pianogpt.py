@@ -657,7 +657,7 @@ def make_grammar(tokenizer: miditok.REMI) -> Grammar:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "validation", "test")
-SAME_MUSIC, SAME_KINDS = 24, 8  # so many intervals in a row, of so many kinds, are shared by recordings of one work only
+SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share so many intervals in a row, of so many kinds
 FILE_SECONDS = 120  # a file that takes a worker longer than this is given up
 FILE_MEGABYTES = 16  # an hour of dense piano is under 1 MB
 WORKER_GIGABYTES = 4  # a million notes take half of one

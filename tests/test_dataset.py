@@ -139,7 +139,9 @@ def test_recordings_of_one_piece_stay_on_one_side(tmp_path):
 
 def works(*pieces):
     """The works to which these sequences of pitches are assigned."""
-    pieces = [pg.Piece(f"{i}.mid", pg.Encoded(ids=np.array(p, np.int16)), work=f"{i}.mid") for i, p in enumerate(pieces)]
+    pieces = [
+        pg.Piece(f"{i}.mid", pg.Encoded(ids=np.array(p, np.int16)), work=f"{i}.mid") for i, p in enumerate(pieces)
+    ]
     pg.join_recordings(pieces, range(0, 108))
     return [p.work for p in pieces]
 
