@@ -30,6 +30,7 @@ import contextlib
 import csv
 import glob
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -44,7 +45,12 @@ import sys
 import tempfile
 import time
 import traceback
+import urllib.error
+import urllib.request
 import warnings
+import wave
+import zipfile
+import zlib
 from importlib.metadata import version
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -61,6 +67,9 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 
+VERSION = "1.0"
+
+
 class UserError(Exception):
     """A mistake of the user's, as one sentence that says what to do about it."""
 
@@ -69,6 +78,26 @@ def say(text: str) -> None:
     """Print one line, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+class Lines:
+    """Where progress bars go when nobody watches, a log file say: each state of a bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        """Write a bar's text without what moves the cursor."""
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        """Let it be seen now."""
+        sys.stderr.flush()
+
+
+def progress(*args, **options) -> tqdm:
+    """A tqdm bar of at most 80 columns on a terminal; elsewhere a line every half minute."""
+    watched = sys.stderr.isatty()
+    options["ncols"] = min(80, shutil.get_terminal_size().columns - 1) if watched else 80
+    return tqdm(*args, file=None if watched else Lines(), mininterval=0.5 if watched else 30, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +158,7 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
     eval_every: int = option(250, "steps between two validations", 1)
     save_every: int = option(0, "steps between two checkpoints; 0: two minutes", 0)
+    sample_every: int = option(0, "steps between two short pieces that let you hear it learn; 0: none", 0)
     accumulate: int = option(1, "parts in which a batch is worked off, to need less memory", 1)
     seed: int = option(0, "seed of everything random: the same seed gives the same bytes", 0, 2**31 - 1)
 
@@ -151,6 +181,11 @@ class SampleConfig:
     top_k: int = option(0, "draw from the k likeliest tokens only; 0: off", 0)
     top_p: float = option(0.0, "draw from the likeliest tokens that together reach this probability; 0: off", 0, 1)
     min_p: float = option(0.03, "drop tokens less likely than this share of the likeliest; 0: off", 0, 1)
+    wav: bool = option(False, "also write each piece as sound, through a soundfont's piano (needs tinysoundfont)")
+    soundfont: str = option(
+        "", "the .sf2 or .sf3 file for --wav; empty: one of the system's, or else one that is downloaded"
+    )
+    plot: bool = option(False, "also draw each piece, and the loss of the training, as .png (needs matplotlib)")
     samples_dir: str = option("samples", "folder for the new .mid files; nothing in it is overwritten")
     report: bool = option(False, "compare the new pieces with training and validation music, in a table")
 
@@ -162,6 +197,9 @@ class RunConfig:
     generate: bool = option(False, "write music after training")
     evaluate: str = option("", "folder of MIDI files on which to measure the trained model")
     checkpoint: str = option("pianogpt.pt", "the file that holds the model")
+    download: str = option(
+        "", "fetch a collection into the MIDI folder first; maestro is 56 MB", choices=("", "maestro")
+    )
     fresh: bool = option(False, "start over; an existing checkpoint is kept under another name")
     device: str = option("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps, ...")
     precision: str = option("auto", "of matrix products in training", choices=("auto", "float32", "bfloat16"))
@@ -588,15 +626,126 @@ class KnownRuns:
 
 
 def free_path(folder: Path, stem: str, suffix: str) -> Path:
-    """A new empty file folder/stem-001.suffix, or the next free number: made here, so that nobody else gets it."""
+    """A new empty file folder/stem-001.suffix, or the first number of which no file is there, whatever its suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
+        if not any(folder.glob(f"{glob.escape(path.stem)}.*")):
+            try:
+                path.touch(exist_ok=False)  # made here, so that nobody else gets it
+                return path
+            except FileExistsError:
+                continue
+
+
+WAV_RATE, RING_OUT = 44_100, 2.0  # samples a second; seconds after the last note
+SOUNDFONTS = (
+    "/usr/share/sounds",
+    "/usr/share/soundfonts",
+    "/usr/local/share/soundfonts",
+    "/opt/homebrew/share/soundfonts",
+)
+SOUNDFONTS += ("~/.local/share/soundfonts", "~/Library/Audio/Sounds/Banks", "C:/soundfonts")
+
+
+def find_soundfont(asked: str) -> Path:
+    """The soundfont asked for, else the smallest in the usual folders, else one from the network. Raises Unusable."""
+    if asked:
+        if not Path(asked).is_file():
+            raise Unusable(f"there is no soundfont {asked}: pass another --soundfont")
+        return Path(asked)
+    folders = [Path(folder).expanduser() for folder in SOUNDFONTS]
+    found = [p for folder in folders for ending in ("sf2", "sf3") for p in folder.rglob(f"*.{ending}") if p.is_file()]
+    if not found:
         try:
-            path.touch(exist_ok=False)
-            return path
-        except FileExistsError:
-            continue
+            return Path(symusic.BuiltInSF3.MuseScoreGeneral().path(download=True))
+        except OSError:
+            raise Unusable(
+                "no soundfont is on this system and none could be downloaded: pass an .sf2 or .sf3 file as --soundfont"
+            ) from None
+    return min(found, key=lambda p: (p.stat().st_size, p))
+
+
+def write_wav(path: Path, score: Score, soundfont: Path) -> None:
+    """Play a score on the first preset of a soundfont into a .wav of 16 bits, stereo, as loud as it can be."""
+    try:
+        import tinysoundfont
+    except ImportError:
+        raise Unusable("tinysoundfont is not installed: pip install --no-deps tinysoundfont") from None
+    synth = tinysoundfont.Synth(samplerate=WAV_RATE)
+    try:
+        synth.program_select(0, synth.sfload(str(soundfont)), 0, 0)
+    except Exception:  # tinysoundfont's own, which is not exported
+        raise Unusable(f"{soundfont} is no soundfont that can be read: pass another --soundfont") from None
+    notes = [n for t in score.to("second").tracks for n in t.notes]
+    events = [(n.time, n.pitch, n.velocity) for n in notes] + [(n.end, n.pitch, 0) for n in notes]
+    events.sort(key=lambda event: (round(event[0] * WAV_RATE), event[2]))  # a key is let go before it is struck again
+    chunks, now = [], 0
+    for second, pitch, velocity in [*events, (score.to("second").end() + RING_OUT, 0, 0)]:
+        count, now = round(second * WAV_RATE) - now, round(second * WAV_RATE)
+        if count:
+            chunks.append(np.frombuffer(synth.generate(count), np.float32))
+        synth.noteon(0, pitch, velocity) if velocity else synth.noteoff(0, pitch)
+    sound = np.concatenate(chunks)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((2, 2, WAV_RATE, 0, "NONE", ""))
+        file.writeframes((sound * (32_000 / max(1e-3, np.abs(sound).max()))).astype("<i2").tobytes())
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure of so many inches, which needs no display. Raises Unusable."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Unusable("matplotlib is not installed: pip install matplotlib") from None
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def draw_piano_roll(path: Path, score: Score, bars: list[float], prompt_seconds: float) -> None:
+    """Draw notes over seconds and pitch, darker where louder, the prompt's in another colour. Raises Unusable."""
+    notes = [n for t in score.to("second").tracks for n in t.notes]
+    end = max(n.end for n in notes)
+    figure = new_figure(min(60.0, 3 + end / 4), 4)
+    from matplotlib import colormaps
+
+    axes = figure.add_subplot()
+    for name, colours in (("prompt", "Oranges"), ("PianoGPT", "Blues")):
+        part = [n for n in notes if (n.time < prompt_seconds - 1e-3) == (name == "prompt")]
+        if part:
+            axes.barh(
+                [n.pitch for n in part],
+                [n.duration for n in part],
+                left=[n.time for n in part],
+                height=0.9,
+                color=colormaps[colours]([0.3 + 0.7 * n.velocity / 127 for n in part]),
+                label=f"{name}, darker is louder",
+            )
+    low, high = min(n.pitch for n in notes), max(n.pitch for n in notes)
+    octaves = range(low // 12 * 12, high + 13, 12)
+    axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
+    axes.set(xlim=(0, end), ylim=(low - 2, high + 2), xlabel="seconds", ylabel="pitch (C4 is middle C)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.vlines(bars, low - 2, high + 2, color="0.8", linewidth=0.6, zorder=0)
+    every = -(-len(bars) // int(2 * figure.get_figwidth()))
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(bars[::every], range(1, len(bars) + 1, every))
+    top.set_xlabel("bar")
+    figure.legend(loc="outside lower right", ncols=2, fontsize="small")
+    figure.savefig(path)
+
+
+def draw_losses(path: Path, history: list[dict]) -> None:
+    """Draw the losses of a training run over its steps. Raises Unusable."""
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
+    for key, label in (("train_loss", "training (transposed at random)"), ("val_loss", "validation")):
+        points = [(row["step"], row[key]) for row in history if row[key] is not None]
+        if points:
+            axes.plot(*zip(*points), marker=".", label=f"{label}: {points[-1][1]:.3f}")
+    axes.set(xlabel="step", ylabel="loss in nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
 
 
 @dataclass
@@ -779,7 +928,7 @@ def read_folder(folder: Path, music: MusicConfig, cache_dir: str) -> tuple[list[
         except (OSError, ValueError, TypeError):
             pass  # not in the cache, or not as this version writes it
     new = [path for path in paths if path not in results]
-    bar = tqdm(encode_in_workers(new, music), total=len(new), desc="reading MIDI", unit="file", disable=not new)
+    bar = progress(encode_in_workers(new, music), total=len(new), desc="reading MIDI", unit="file", disable=not new)
     for path, encoded in bar:
         results[path] = encoded
         if cache_dir and path in kept:
@@ -798,6 +947,76 @@ def keep_encoded(path: Path, encoded: Encoded) -> bool:
     except OSError as e:
         say(f"the cache {path.parent} cannot be written ({e.strerror}): files will be read again next time")
         return False
+
+
+COLLECTIONS = {  # name: where it is, the folder in it, the MIDI files it holds, its licence
+    "maestro": (
+        "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip",
+        "maestro-v3.0.0",
+        1276,
+        "CC BY-NC-SA 4.0: name the source, sell nothing made of it, share what you make under the same licence",
+    )
+}
+DOWNLOAD_TRIES = 5
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch url into path; a download that broke goes on where it stopped. Raises UserError if that does not help."""
+    part = Path(f"{path}.part")
+    for tries in range(1, DOWNLOAD_TRIES + 1):
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                have = have if answer.status == 206 else 0  # a server that cannot go on begins anew
+                total = have + int(answer.headers["Content-Length"] or 0)
+                bar = progress(total=total, initial=have, desc=path.name, unit="B", unit_scale=True)
+                with open(part, "ab" if have else "wb") as file, bar:
+                    while block := answer.read(2**16):
+                        file.write(block)
+                        bar.update(len(block))
+            if part.stat().st_size < total:
+                raise ConnectionError("the connection broke")
+            break
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+            if getattr(e, "code", 0) == 416:  # nothing is left to fetch: part is whole, or of another file
+                break
+            if tries == DOWNLOAD_TRIES:
+                raise UserError(f"{url} cannot be fetched ({e}): the same command goes on with it later") from None
+            time.sleep(tries)
+    part.replace(path)
+
+
+def unpack(archive: Path, folder: Path, inside: str, files: int) -> None:
+    """Put the folder `inside` of a zip under folder, whole or not at all, once all of the zip is found to be sound."""
+    try:
+        with zipfile.ZipFile(archive) as content, tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as new:
+            names = content.namelist()
+            for name in names:
+                if not Path(new, name).resolve().is_relative_to(Path(new).resolve()):
+                    raise UserError(f"{archive} wants to write outside of {folder} ({name}), so nothing was unpacked")
+            if content.testzip() or sum(name.lower().endswith((".mid", ".midi")) for name in names) != files:
+                raise zipfile.BadZipFile
+            content.extractall(new)
+            Path(new, inside).replace(folder / inside)
+    except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError):
+        archive.unlink()
+        raise UserError(
+            f"what came as {archive} was damaged and is removed: the same command fetches it again"
+        ) from None
+
+
+def fetch_collection(name: str, folder: Path) -> None:
+    """Download a collection of MIDI files into folder, or do nothing if it is there; its licence is printed."""
+    url, inside, files, licence = COLLECTIONS[name]
+    if not (folder / inside).is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = folder / url.rsplit("/", 1)[1]
+        if not archive.exists():
+            download(url, archive)
+        unpack(archive, folder, inside, files)
+        archive.unlink()
+    say(f"{name}: {files:,} files in {folder / inside}, {licence}")
 
 
 def name_hash(piece: str) -> float:
@@ -828,7 +1047,8 @@ def read_split_tables(folder: Path) -> dict[str, str]:
 def join_recordings(pieces: list[Piece], pitches: range) -> None:
     """Give pieces that are recordings of the same music, in whatever key, the same work: the first name among theirs."""
     steps = [intervals(pitches_of(p.encoded.ids, pitches)) for p in pieces]
-    owner, steps = np.repeat(np.arange(len(pieces)), [len(s) for s in steps]), np.concatenate(steps)
+    owner = np.repeat(np.arange(len(pieces)), [len(s) for s in steps])
+    steps = np.concatenate([*steps, [np.int16(STRANGE)]])
     hashes = window_hashes(hash_parts(steps), SAME_MUSIC)
     order = np.argsort(hashes, kind="stable")
     again = np.flatnonzero(np.diff(hashes[order]) == 0)
@@ -1133,6 +1353,7 @@ def load_checkpoint(path: Path) -> dict:
 
 LR_WIDTH = 1024  # the width at which --lr is the rate of every matrix
 SAVE_SECONDS = 120  # the most training that a crash can cost
+TIMED_STEPS = 20  # after the first, which may compile, these tell how long the run will take
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -1144,12 +1365,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def make_optimizer(model: PianoGPT, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; a matrix learns at lr x 1024 / n_embd, so that one lr suits every width, and only matrices decay."""
-    groups = []
-    for name, p in model.named_parameters():
-        is_matrix = p.dim() == 2 and not name.startswith("embedding")
-        peak = config.lr * LR_WIDTH / model.config.n_embd if is_matrix else 10 * config.lr
-        groups.append({"params": [p], "peak": peak, "weight_decay": config.weight_decay if is_matrix else 0.0})
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embedding")]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or name.startswith("embedding")]
+    rate, decay = config.lr * LR_WIDTH / model.config.n_embd, config.weight_decay
+    groups = [
+        {"params": matrices, "peak": rate, "weight_decay": decay, "what": "matrices"},
+        {"params": others, "peak": 10 * config.lr, "weight_decay": 0.0, "what": "the rest"},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
@@ -1269,17 +1492,25 @@ class Trainer:
             self.best_loss, self.best = row["val_loss"] or math.inf, self.weights()
         self.history.append(row)
 
-    def run(self, batches: Batches, windows: tuple[Tensor, Tensor], save, stopped) -> None:
-        """Train to the last step, or until stopped() is true in any process; save() is called now and then."""
+    def run(self, batches: Batches, windows: tuple[Tensor, Tensor], stopped, save, sample) -> None:
+        """Train to the last step, or until stopped() is true in any process; save() and sample() are called now and then."""
         self.model.train()
-        saved, before = time.monotonic(), time.monotonic() - self.seconds
-        bar = tqdm(total=self.config.steps, initial=self.step, desc="training", unit="step", mininterval=0.5)
+        first, start = self.step, time.monotonic()
+        before, saved, timed = start - self.seconds, start, start
+        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        bar = progress(total=self.config.steps, initial=self.step, desc="training", bar_format=layout, position=0)
         while self.step < self.config.steps and not sum_over_processes(stopped(), self.device):
             loss = self.train_step(*batches[self.step], rank=batches.rank)
             self.seconds = time.monotonic() - before
+            if self.step == first + TIMED_STEPS:
+                left = (self.config.steps - self.step) * (time.monotonic() - timed) / (TIMED_STEPS - 1)
+                say(
+                    f"time: about {left / 60:.1f} minutes to step {self.config.steps}; Ctrl-C stops, and nothing is lost"
+                )
+            timed = time.monotonic() if self.step == first + 1 else timed
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
                 self.validate(windows, batches)
-            rate = (bar.format_dict["rate"] or 0) * batches.batch_size * batches.block_size
+            rate = (self.step - first) / (time.monotonic() - start) * batches.batch_size * batches.block_size
             val = self.history[-1]["val_loss"] if self.history else None
             bar.set_postfix_str(f"loss {loss:.3f}, val {val or math.nan:.3f}, {rate:,.0f} tok/s", refresh=False)
             bar.update()
@@ -1287,6 +1518,9 @@ class Trainer:
             if self.step % every == 0 if every else time.monotonic() - saved > SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
+            if self.config.sample_every and self.step % self.config.sample_every == 0:
+                sample()
+                self.model.train()
         bar.close()
 
 
@@ -1364,7 +1598,8 @@ def generate(
         rows[:, grammar.eos] = -math.inf  # the piece ends where it was asked to, not before
         grammar = replace(grammar, rows=rows)
     model.eval()
-    for id in tqdm(draw_tokens(model, grammar, config, ids, seed), desc="writing", unit="token", unit_scale=len(ids)):
+    stream = draw_tokens(model, grammar, config, ids, seed)
+    for id in progress(stream, desc="writing", unit="token", unit_scale=len(ids), leave=False, position=0):
         drawn.append(id)
         if len(drawn) == 16:  # looking at every token would make a GPU wait
             for piece, clock, new in zip(pieces, clocks, torch.stack(drawn, 1).tolist()):
@@ -1393,6 +1628,8 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """A flag for each field of the configuration; one that is not given leaves no trace."""
     parser = Parser(prog="pianogpt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "miditok", "symusic"))
+    parser.add_argument("--version", action="version", version=f"pianogpt {VERSION}, {versions}")
     for group in fields(Config):
         config = group.default_factory()
         section = parser.add_argument_group(group.name, config.__doc__)
@@ -1414,7 +1651,7 @@ def make_parser() -> Parser:
 
 
 # What may differ between the runs that train one checkpoint: how long, from where, and how often one looks.
-MAY_CHANGE = {"steps", "eval_every", "save_every", "accumulate", "midi_dir", "cache_dir"}
+MAY_CHANGE = {"steps", "eval_every", "save_every", "sample_every", "accumulate", "midi_dir", "cache_dir"}
 STORED = ("data", "music", "model", "train")
 
 
@@ -1484,9 +1721,9 @@ def load_tokenizer(checkpoint: dict | None, music: MusicConfig) -> miditok.REMI:
 
 def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> None:
     """Say what was found, what was skipped and what was changed, by name and number."""
-    for reason in sorted(set(skipped.values())):
-        names = [name for name, why in skipped.items() if why == reason]
-        say(f"skipped {len(names)} ({reason}): {', '.join(names)}")
+    if skipped:
+        names = {why: ", ".join(n for n, w in skipped.items() if w == why) for why in skipped.values()}
+        say(f"skipped: {len(skipped)} files: " + "; ".join(f"{files} ({why})" for why, files in names.items()))
     if not pieces:
         raise UserError(
             f"none of the {len(skipped)} MIDI files under {folder} holds music for a piano: try another --midi-dir"
@@ -1499,10 +1736,9 @@ def print_reading(folder: str, pieces: list[Piece], skipped: dict[str, str]) -> 
         f"music: {len(pieces)} files{f' of {sum(works.values())} works ({sides})' if sides else ''} under {folder}, "
         f"{hours:.1f} hours, {notes:,} notes, {sum(len(e.ids) for e in encoded):,} tokens"
     )
-    for change in encoded[0].changes:
-        count = sum(e.changes[change] for e in encoded)
-        if count:
-            say(f"  {count:,} {change}")
+    changes = {change: sum(e.changes[change] for e in encoded) for change in encoded[0].changes}
+    if any(changes.values()):
+        say("changed: " + ", ".join(f"{count:,} {change}" for change, count in changes.items() if count))
 
 
 def print_block(values: dict) -> None:
@@ -1561,6 +1797,8 @@ def prepare_data(
         )
     if rank:
         distributed.barrier()  # the first process reads the files; the others then find them in the cache
+    elif config.run.download:
+        fetch_collection(config.run.download, Path(data.midi_dir))
     pieces, skipped = read_folder(Path(data.midi_dir), config.music, data.cache_dir)
     if rank == 0 and processes > 1:
         distributed.barrier()
@@ -1645,22 +1883,29 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
     music = hashlib.sha256(batches.ids.cpu().numpy().tobytes()).hexdigest()
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
-        say(f"going on with {path} from step {trainer.step} of {config.train.steps}")
         if checkpoint["music"] != music:
             say(f"the training music under {config.data.midi_dir} has changed since")
     elif config.run.fresh and rank == 0:
         keep_old(path)
     parameters = sum(p.numel() for p in model.parameters())
-    how = ("bfloat16" if bfloat16 else "float32") + (", compiled" if compiled else "")
+    rates = " and ".join(f"{group['peak']:.2g} ({group['what']})" for group in trainer.optimizer.param_groups)
     say(
-        f"model: {parameters:,} parameters, {how}, on {device}"
+        f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled}, on {device}"
         + (f" and {processes - 1} more" if processes > 1 else "")
+        + f", learning rates up to {rates}"
+        + (f", going on from step {trainer.step}" if checkpoint else "")
     )
     stored = {"config": {name: asdict(getattr(config, name)) for name in STORED}, "music": music}
     stored |= {"vocabulary": make_vocabulary(tokenizer), "tokenizer": tokenizer.config.to_dict()}
     first, start = trainer.step, time.monotonic()
     with StopSignal() as stop:
-        trainer.run(batches, windows, lambda: rank or save_or_say(path, stored | {"trainer": trainer.state()}), stop)
+        trainer.run(
+            batches,
+            windows,
+            stop,
+            save=lambda: rank or save_or_say(path, stored | {"trainer": trainer.state()}),
+            sample=lambda: rank or write_step_sample(config, trainer, tokenizer),
+        )
         if rank == 0:
             save_at_the_end(path, stored | {"trainer": trainer.state()})
     if trainer.step < config.train.steps:
@@ -1672,6 +1917,17 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
     rate = (trainer.step - first) * batches.batch_size * batches.block_size / (time.monotonic() - start)
     print_result(trainer, {"tokens_per_second": round(rate), "parameters": parameters, "checkpoint": path})
     return 0
+
+
+def write_step_sample(config: Config, trainer: Trainer, tokenizer: miditok.REMI) -> None:
+    """Write eight bars as the model in training would, named by the step."""
+    clock, grammar = BarClock(tokenizer, bars=8), make_grammar(tokenizer)
+    ids = generate(trainer.model, grammar, replace(config.sample, bars=8), config.train.seed, [], [clock])[0]
+    score = decode_ids(ids, tokenizer)
+    if score.note_num():
+        path = free_path(Path(config.sample.samples_dir), f"step-{trainer.step:06d}", ".mid")
+        path.write_bytes(score.dumps_midi())
+        say(f"step {trainer.step}: {score.note_num()} notes, {path}")
 
 
 def print_result(trainer: Trainer, more: dict) -> None:
@@ -1726,6 +1982,10 @@ def write_samples(
     return [(ids, len(prompt)) for ids in generate(model, grammar, sample, config.train.seed, start, clocks)]
 
 
+# The settings that decide the notes of a piece, besides the checkpoint, the seed and the prompt
+WHAT_MAKES_A_PIECE = "num_samples prompt_bars prompt_seconds bars seconds tempo temperature top_k top_p min_p".split()
+
+
 def run_generation(config: Config, checkpoint: dict, device: torch.device) -> None:
     """Write the samples, announce each, and report on them if asked."""
     tokenizer = load_tokenizer(checkpoint, config.music)
@@ -1738,22 +1998,53 @@ def run_generation(config: Config, checkpoint: dict, device: torch.device) -> No
     known = (
         KnownRuns({p.path: pitches_of(p.encoded.ids, pitches) for p in music if p.split == "train"}) if music else None
     )
-    rows = []
-    for ids, prompt in samples:
+    rows, problems = [], {}  # problems: an ordered set
+    for number, (ids, prompt) in enumerate(samples, 1):
         written = ids[prompt:] if config.sample.continuation_only else ids
         score = decode_ids(written, tokenizer, config.sample.tempo)
         if score.note_num():
+            score.markers.append(symusic.TextMeta(0, origin(config, step, number)))
             path = free_path(Path(config.sample.samples_dir), "sample", ".mid")
             path.write_bytes(score.dumps_midi())
             figures = describe(score, written, grammar)
             rows.append(figures | novelty_of(ids[prompt:], pitches, known))
             say(describe_sample(written.count(grammar.bar), score, rows[-1], path))
+            clocks = [BarClock(tokenizer, tempo=config.sample.tempo).feed(part) for part in (written, ids[:prompt])]
+            clocks[1].end()
+            bars = [seconds for _, _, seconds in clocks[0].lines]
+            prompt_seconds = 0.0 if config.sample.continuation_only else clocks[1].seconds
+            problems |= dict.fromkeys(play_and_draw(config.sample, path, score, bars, prompt_seconds))
     if config.sample.report and rows:
         print_report(rows, music, [len(ids) for ids, _ in samples], known, tokenizer)
     if len(rows) < len(samples):
-        raise UserError(
-            f"{len(samples) - len(rows)} pieces had no notes: train longer, or try another --seed or --temperature"
-        )
+        empty = f"{len(samples) - len(rows)} pieces had no notes: train longer, or try another --seed or --temperature"
+        problems |= {empty: None}
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def origin(config: Config, step: int, number: int) -> str:
+    """What made a piece, for a text in its file: the same files for the same seed, so no folder and no time."""
+    made = {k: v for k, v in asdict(config.sample).items() if k in WHAT_MAKES_A_PIECE}
+    made |= {"prompt": Path(config.sample.prompt).name, "seed": config.train.seed, "piece": number, "step": step}
+    return f"PianoGPT {VERSION} " + json.dumps(made)
+
+
+def play_and_draw(sample: SampleConfig, path: Path, score: Score, bars: list[float], prompt: float) -> list[str]:
+    """Write the .wav and the .png beside a piece's .mid where they are asked for; what went wrong, in sentences."""
+    problems = []
+    for wanted, suffix in ((sample.wav, ".wav"), (sample.plot, ".png")):
+        try:
+            if wanted and suffix == ".wav":
+                soundfont = find_soundfont(sample.soundfont)
+                write_wav(path.with_suffix(suffix), score, soundfont)
+                say(f"  {path.with_suffix(suffix)}, played on {soundfont}")
+            elif wanted:
+                draw_piano_roll(path.with_suffix(suffix), score, bars, prompt)
+                say(f"  {path.with_suffix(suffix)}")
+        except Unusable as e:
+            problems.append(f"no {suffix} was written: {e}")
+    return problems
 
 
 def novelty_of(ids: list[int], pitches: range, known: KnownRuns | None) -> dict:
@@ -1804,7 +2095,7 @@ def run_evaluation(config: Config, checkpoint: dict, device: torch.device) -> No
     pieces, skipped = read_folder(Path(config.run.evaluate), config.music, config.data.cache_dir)
     print_reading(config.run.evaluate, pieces, skipped)
     loss, tokens, notes = 0.0, 0, 0
-    for piece in tqdm(pieces, desc="evaluating", unit="piece"):
+    for piece in progress(pieces, desc="evaluating", unit="piece"):
         ids = np.r_[grammar.bos, piece.encoded.ids, grammar.eos]
         loss += evaluate(model, sliding_windows(ids, config.model.block_size))
         tokens, notes = tokens + len(ids) - 1, notes + piece.encoded.notes
@@ -1851,6 +2142,12 @@ def run(argv: list[str] | None) -> int:
         )
     if asked.generate and rank == 0:
         run_generation(config, load_checkpoint(path), device)
+    if config.sample.plot and rank == 0:
+        try:
+            draw_losses(path.with_suffix(".png"), load_checkpoint(path)["trainer"]["history"])
+        except Unusable as e:
+            raise UserError(f"no {path.with_suffix('.png')} was drawn: {e}") from None
+        say(f"losses: {path.with_suffix('.png')}")
     return 0
 
 

@@ -1,8 +1,10 @@
 """Tiny MIDI files, written with symusic, and a tiny model: everything the tests read is made here."""
 
+import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
 
@@ -74,3 +76,30 @@ def here(tmp_path, monkeypatch):
 def tokenizer():
     """The default tokenizer."""
     return pg.make_tokenizer(pg.MusicConfig())
+
+
+def chunk(name, data):
+    """A RIFF chunk, padded to an even length."""
+    return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+
+@pytest.fixture
+def soundfont(tmp_path):
+    """A soundfont whose only preset is an endless sine: 441 Hz, said to be an A4 (key 69)."""
+    rate, key = 44_100, 69
+    wave = np.round(20_000 * np.sin(2 * np.pi * np.arange(4410) / 100)).astype("<i2").tobytes() + b"\0" * 92
+    name = lambda text: text.encode().ljust(20, b"\0")  # noqa: E731
+    pairs = lambda *values: b"".join(struct.pack("<HH", *v) for v in values)  # noqa: E731
+    info = chunk(b"ifil", struct.pack("<HH", 2, 1)) + chunk(b"isng", b"EMU8000\0") + chunk(b"INAM", b"sine\0\0")
+    preset = b"".join(name(n) + struct.pack("<HHHIII", 0, 0, bag, 0, 0, 0) for n, bag in (("sine", 0), ("EOP", 1)))
+    header = name("sine") + struct.pack("<IIIIIBbHH", 0, 4410, 100, 4400, rate, key, 0, 0, 1)
+    pdta = chunk(b"phdr", preset) + chunk(b"pbag", pairs((0, 0), (1, 0))) + chunk(b"pmod", bytes(10))
+    pdta += chunk(b"pgen", pairs((41, 0), (0, 0)))  # 41: the instrument
+    pdta += chunk(b"inst", name("sine") + struct.pack("<H", 0) + name("EOI") + struct.pack("<H", 1))
+    pdta += chunk(b"ibag", pairs((0, 0), (2, 0))) + chunk(b"imod", bytes(10))
+    pdta += chunk(b"igen", pairs((54, 1), (53, 0), (0, 0)))  # 54: looped, 53: the sample
+    pdta += chunk(b"shdr", header + name("EOS") + bytes(26))
+    lists = [(b"INFO", info), (b"sdta", chunk(b"smpl", wave)), (b"pdta", pdta)]
+    path = tmp_path / "sine.sf2"
+    path.write_bytes(chunk(b"RIFF", b"sfbk" + b"".join(chunk(b"LIST", kind + data) for kind, data in lists)))
+    return path

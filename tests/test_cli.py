@@ -1,6 +1,7 @@
 """Room 8: the command line, run in-process in a temporary folder."""
 
 import errno
+import json
 import os
 import random
 import re
@@ -76,7 +77,7 @@ def test_interrupted_training_goes_on_and_equals_the_uninterrupted(trained, caps
     assert pg.main(["--checkpoint", "b.pt", "--device", "cpu"]) == 0, (
         "what the command line does not say, the checkpoint says"
     )
-    assert "going on with b.pt from step 10 of 30" in capsys.readouterr().out
+    assert "going on from step 10\n" in capsys.readouterr().out
     again = pg.load_checkpoint(Path("b.pt"))["trainer"]
     assert all(torch.equal(again["weights"][k], v) for k, v in whole["weights"].items())
 
@@ -90,7 +91,7 @@ def start(*argv):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_says_how_to_go_on_and_exits_with_128_and_its_number(number, folder, here):
     process = start("--steps", "100000")
-    while "loss" not in Path("err").read_text():
+    while "time:" not in Path("out").read_text():
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(number)
@@ -111,7 +112,7 @@ def test_run_killed_at_any_moment_ends_with_the_weights_of_the_uninterrupted(fol
     rng, kills = random.Random(0), 0
     while True:
         process = start(*argv)
-        while process.poll() is None and "loss" not in Path("err").read_text():
+        while process.poll() is None and "time:" not in Path("out").read_text():
             time.sleep(0.01)
         if kills < 3 and process.poll() is None:
             time.sleep(rng.random() * 0.3)
@@ -504,3 +505,72 @@ def test_generating_without_the_training_music_says_that_novelty_is_unknown(trai
     assert len(generate("--bars", "3")) == 3
     out = capsys.readouterr().out
     assert "cannot be said" in out and "longest known run" not in out
+
+
+def test_run_says_in_five_lines_at_most_what_it_does_and_how_long_it_takes(folder, here, capsys):
+    (folder / "page.mid").write_text("<html>")
+    write_midi(folder / "drums.mid", [[(0, 1, 38, 90)]], drums=[0])
+    write_midi(folder / "high.mid", [[(i, 1, 60 + i, 80) for i in range(60)]])
+    assert pg.main(SHORT) == 0
+    out, err = capsys.readouterr()
+    lines = out.split("\nsteps:")[0].splitlines()
+    assert [line.split(":")[0] for line in lines] == ["skipped", "music", "changed", "model", "time"]
+    assert "page.mid (unreadable" in lines[0] and "drums.mid (only drums)" in lines[0]
+    assert re.search(
+        r"13 files of \d+ works \(\d+ train, \d+ validation\) under midi, [\d.]+ hours, [\d,]+ notes", lines[1]
+    )
+    assert "11 notes outside the piano" in lines[2]
+    assert "learning rates up to 0.0096 (matrices) and 0.003 (the rest)" in lines[3] and "on cpu" in lines[3]
+    assert re.match(r"time: about [\d.]+ minutes to step 30", lines[4])
+    assert "\r" not in err and all(len(line) <= 80 for line in err.splitlines()), "a log file gets whole lines"
+
+
+def test_pieces_written_while_training_change_no_bit_of_it(trained):
+    assert pg.main([*SHORT, "--checkpoint", "heard.pt", "--sample-every", "10"]) == 0
+    assert sorted(p.name for p in Path("samples").iterdir()) == [f"step-0000{s}-001.mid" for s in (10, 20, 30)]
+    one, two = (pg.load_checkpoint(Path(name))["trainer"]["weights"] for name in ("pianogpt.pt", "heard.pt"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_each_sample_says_in_itself_what_made_it(trained):
+    assert (
+        pg.main(["--generate", "--num-samples", "2", "--bars", "3", "--seed", "7", "--prompt", "midi/piece01.mid"]) == 2
+    )
+    assert (
+        pg.main(["--generate", "--num-samples", "2", "--bars", "12", "--seed", "7", "--prompt", "midi/piece01.mid"])
+        == 0
+    )
+    texts = [Score(path).markers[0].text for path in sorted(Path("samples").glob("*.mid"))]
+    name, made = texts[1].split(" {")[0], json.loads("{" + texts[1].split(" {")[1])
+    assert name == f"PianoGPT {pg.VERSION}" and made["seed"] == 7 and made["step"] == 30 and made["piece"] == 2
+    assert made["prompt"] == "piece01.mid" and made["bars"] == 12 and made["min_p"] == pg.SampleConfig().min_p
+
+
+def test_pictures_and_sound_lie_beside_each_sample_and_nothing_is_overwritten(trained, soundfont, capsys):
+    pytest.importorskip("matplotlib"), pytest.importorskip("tinysoundfont")
+    Path("samples").mkdir()
+    Path("samples/sample-001.wav").write_bytes(b"mine")
+    argv = ["--generate", "--num-samples", "2", "--bars", "3", "--wav", "--plot", "--soundfont", str(soundfont)]
+    assert pg.main(argv) == 0
+    names = sorted(p.name for p in Path("samples").iterdir())
+    assert names[1:] == [f"sample-00{i}.{kind}" for i in (2, 3) for kind in ("mid", "png", "wav")]
+    assert Path("samples/sample-001.wav").read_bytes() == b"mine"
+    assert str(soundfont) in capsys.readouterr().out and Path("pianogpt.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("flag, module", [("--wav", "tinysoundfont"), ("--plot", "matplotlib.figure")])
+def test_missing_library_is_one_sentence_and_the_midi_files_are_there(
+    flag, module, trained, soundfont, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    argv = ["--generate", "--num-samples", "2", "--bars", "3", flag, "--soundfont", str(soundfont)]
+    assert pg.main(argv) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.count("pip install") == 1 and len(list(Path("samples").glob("*.mid"))) == 2
+
+
+def test_version_names_what_matters(capsys):
+    with pytest.raises(SystemExit) as end:
+        pg.main(["--version"])
+    assert end.value.code == 0
+    assert re.fullmatch(r"pianogpt [\d.]+, torch \S+, miditok \S+, symusic \S+\n", capsys.readouterr().out)

@@ -1,10 +1,14 @@
 """Room 3: a folder becomes pieces, pieces a split, ids become batches."""
 
+import http.server
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +268,110 @@ def test_validation_windows_lie_side_by_side_and_score_no_padding(length):
     x, y = pg.validation_windows(np.arange(length), 16, limit=10_000)
     assert y[y != pg.IGNORE].tolist() == list(range(1, length))
     assert len(pg.validation_windows(np.arange(length), 16, limit=4)[0]) == min(4, len(x))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`, breaking the connection after `breaks` many bytes, once for each of them."""
+
+    content, breaks, ranges, asked = b"", [], True, []
+
+    def do_GET(self):  # noqa: N802
+        wanted = self.headers["Range"]
+        Server.asked.append(wanted)
+        start = int(wanted[6:-1]) if wanted and self.ranges else 0
+        if start >= len(self.content):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted and self.ranges else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        self.wfile.write(self.content[start:][: Server.breaks.pop(0) if Server.breaks else None])
+
+    def log_message(self, *args):
+        pass
+
+
+def archive(files, **more):
+    """The bytes of a zip of these files, {name: bytes}, and of more beside it."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as content:
+        for name, text in {**files, **more}.items():
+            content.writestr(name, text)
+    return data.getvalue()
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A server on this machine that stands for MAESTRO's, with three pieces."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    names = [f"small-v1/2004/{i}.midi" for i in range(3)]
+    table = "midi_filename,split\n" + "".join(
+        f"2004/{i}.midi,{s}\n" for i, s in enumerate(("train", "validation", "test"))
+    )
+    data = [write_midi(tmp_path / "source" / f"{i}.mid", scale(i)).read_bytes() for i in range(3)]
+    Server.files = dict(zip(names, data)) | {"small-v1/small-v1.csv": table}
+    Server.content, Server.breaks, Server.ranges, Server.asked = archive(Server.files), [], True, []
+    url = f"http://127.0.0.1:{server.server_port}/small.zip"
+    monkeypatch.setitem(pg.COLLECTIONS, "maestro", (url, "small-v1", 3, "CC TEST"))
+    monkeypatch.setattr(pg.time, "sleep", lambda seconds: None)
+    yield tmp_path / "midi"
+    server.shutdown()
+    server.server_close()
+
+
+def test_collection_is_fetched_unpacked_split_as_its_table_says_and_not_fetched_again(served, capsys):
+    pg.fetch_collection("maestro", served)
+    assert "CC TEST" in capsys.readouterr().out
+    pieces, skipped = read(served)
+    pg.split_pieces(pieces, served, pg.DataConfig(), PITCHES)
+    assert [p.split for p in pieces] == ["train", "validation", "test"] and not skipped
+    assert [p.name for p in served.iterdir()] == ["small-v1"], "nothing else is left behind"
+    pg.fetch_collection("maestro", served)
+    assert Server.asked == [None] and "CC TEST" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_broken_download_goes_on_where_it_stopped_or_begins_anew(ranges, served):
+    Server.breaks, Server.ranges = [100, 50], ranges
+    pg.fetch_collection("maestro", served)
+    assert Server.asked == [None, "bytes=100-", "bytes=150-" if ranges else "bytes=50-"]
+    assert (served / "small-v1/2004/1.midi").read_bytes() == Server.files["small-v1/2004/1.midi"]
+
+
+def test_download_that_always_breaks_is_a_sentence_and_the_next_command_goes_on(served):
+    Server.breaks = [10] * pg.DOWNLOAD_TRIES
+    with pytest.raises(pg.UserError, match="goes on with it later"):
+        pg.fetch_collection("maestro", served)
+    pg.fetch_collection("maestro", served)
+    assert Server.asked[-1] == f"bytes={10 * pg.DOWNLOAD_TRIES}-" and (served / "small-v1").is_dir()
+
+
+def test_whole_part_of_a_run_that_ended_before_it_was_renamed_is_used(served):
+    served.mkdir()
+    (served / "small.zip.part").write_bytes(Server.content)
+    pg.fetch_collection("maestro", served)
+    assert len(read(served)[0]) == 3
+
+
+@pytest.mark.parametrize("damage", ["bits", "count", "cut", "folder"])
+def test_damaged_archive_is_removed_and_said(damage, served):
+    whole, few = Server.content, dict(list(Server.files.items())[1:])
+    other = {"other/" + name: data for name, data in Server.files.items()}
+    at = whole.index(b"MThd") + 30
+    bits = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    Server.content = {"bits": bits, "count": archive(few), "cut": whole[:-50], "folder": archive(other)}[damage]
+    with pytest.raises(pg.UserError, match="damaged"):
+        pg.fetch_collection("maestro", served)
+    assert not list(served.iterdir())
+    Server.content = whole
+    pg.fetch_collection("maestro", served)
+    assert len(read(served)[0]) == 3
+
+
+@pytest.mark.parametrize("name", ["../escaped.mid", "/tmp/pianogpt-escaped.mid", "small-v1/../../../escaped.mid"])
+def test_archive_that_would_write_elsewhere_is_refused(name, served):
+    Server.content = archive(Server.files, **{name: b""})
+    with pytest.raises(pg.UserError, match="outside"):
+        pg.fetch_collection("maestro", served)
+    assert not list(served.parent.rglob("*escaped*")) and not (served / "small-v1").exists()

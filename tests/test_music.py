@@ -1,5 +1,9 @@
 """Room 2: a MIDI file becomes ids and ids become a MIDI file."""
 
+import urllib.error
+import wave
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import pg, scale, write_midi
@@ -317,3 +321,71 @@ def test_copied_passage_is_found_with_its_file_and_does_not_run_across_pieces():
     assert known.longest(np.r_[10, 90, pieces["3"][100:140] + 5, 20]) == (40, "3")
     assert known.longest(np.r_[pieces["1"][-20:], pieces["2"][:15]]) == (20, "1")
     assert known.longest(np.array([60], np.int16)) == (0, "")
+
+
+def two_notes(tmp_path, tokenizer):
+    """A piece with an A4 from 0 to 1 s and an A5 from 4 to 5 s, in two bars of 2 s and one of 1 s."""
+    path = write_midi(tmp_path / "two.mid", [[(0, 2, 69, 100), (8, 2, 81, 100)]])
+    return pg.decode_ids(pg.encode_file(path, tokenizer, pg.MusicConfig()).ids.tolist(), tokenizer)
+
+
+def test_sound_is_where_the_notes_are_and_at_their_pitch(tmp_path, tokenizer, soundfont):
+    pytest.importorskip("tinysoundfont")
+    pg.write_wav(tmp_path / "two.wav", two_notes(tmp_path, tokenizer), soundfont)
+    with wave.open(str(tmp_path / "two.wav")) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (2, 2, 44_100)
+        assert file.getnframes() == 7 * 44_100, "five seconds of music and two to ring out"
+        sound = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, 2).mean(1)
+    loud = np.sqrt((sound.reshape(-1, 4410) ** 2).mean(1))  # of each tenth of a second
+    assert loud[1:9].min() > 5000 and loud[41:49].min() > 5000 and loud[20:39].max() < 50
+    assert 30_000 < np.abs(sound).max() <= 32_000
+    for start, hertz in ((0.25, 440), (4.25, 880)):
+        part = sound[round(start * 44_100) :][:22_050]
+        assert abs(np.abs(np.fft.rfft(part))[1:].argmax() * 2 + 2 - hertz) <= 4
+
+
+def test_soundfont_is_the_one_asked_for_or_found_or_a_sentence(tmp_path, soundfont, monkeypatch):
+    assert pg.find_soundfont(str(soundfont)) == soundfont
+    monkeypatch.setattr(pg, "SOUNDFONTS", (str(tmp_path / "nowhere"), str(tmp_path)))
+    assert pg.find_soundfont("") == soundfont
+    with pytest.raises(pg.Unusable, match="pass another --soundfont"):
+        pg.find_soundfont(str(tmp_path / "none.sf2"))
+    monkeypatch.setattr(pg, "SOUNDFONTS", ())
+    monkeypatch.setattr(
+        pg.symusic, "BuiltInSF3", SimpleNamespace(MuseScoreGeneral=lambda: SimpleNamespace(path=no_network))
+    )
+    with pytest.raises(pg.Unusable, match="none could be downloaded"):
+        pg.find_soundfont("")
+
+
+def no_network(download):
+    """A download without a network."""
+    raise urllib.error.URLError("no network")
+
+
+def test_file_that_is_no_soundfont_is_a_sentence(tmp_path, tokenizer):
+    pytest.importorskip("tinysoundfont")
+    (tmp_path / "no.sf2").write_bytes(b"RIFF no soundfont")
+    with pytest.raises(pg.Unusable, match="no soundfont that can be read"):
+        pg.write_wav(tmp_path / "two.wav", two_notes(tmp_path, tokenizer), tmp_path / "no.sf2")
+
+
+def test_piano_roll_shows_notes_where_they_are_and_the_prompt_in_its_colour(tmp_path, tokenizer):
+    image = pytest.importorskip("matplotlib.image")
+    pg.draw_piano_roll(tmp_path / "two.png", two_notes(tmp_path, tokenizer), [0, 2, 4], prompt_seconds=2)
+    picture = image.imread(tmp_path / "two.png")[:, :, :3]
+    orange = (picture[..., 0] > picture[..., 2] + 0.3).nonzero()
+    blue = (picture[..., 2] > picture[..., 0] + 0.3).nonzero()
+    legend = 0.9 * len(picture)
+    inside = [(rows[rows < legend], columns[rows < legend]) for rows, columns in (orange, blue)]
+    assert inside[0][1].max() < inside[1][1].min(), "the prompt comes first"
+    assert inside[0][0].mean() > inside[1][0].mean(), "and its note is the lower one"
+
+
+def test_loss_picture_is_drawn_with_and_without_validation(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"step": 10 * i, "train_loss": 3 / i, "val_loss": 4 / i} for i in range(1, 5)]
+    pg.draw_losses(tmp_path / "both.png", rows)
+    pg.draw_losses(tmp_path / "one.png", [row | {"val_loss": None} for row in rows])
+    sizes = [(tmp_path / f"{name}.png").stat().st_size for name in ("both", "one")]
+    assert sizes[0] > sizes[1] > 5000

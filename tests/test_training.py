@@ -25,7 +25,7 @@ def parts(ids=None, **train):
 
 def run(trainer, batches, windows, until=None):
     """Train to the end or until a step."""
-    trainer.run(batches, windows, save=lambda: None, stopped=lambda: trainer.step == until)
+    trainer.run(batches, windows, stopped=lambda: trainer.step == until, save=lambda: None, sample=lambda: None)
     return trainer
 
 
@@ -80,7 +80,7 @@ def test_shares_of_a_batch_make_the_batch():
 def test_checkpoints_are_written_as_often_as_asked():
     saved = []
     trainer, batches, windows = parts(save_every=7)
-    trainer.run(batches, windows, save=lambda: saved.append(trainer.step), stopped=lambda: False)
+    trainer.run(batches, windows, stopped=lambda: False, save=lambda: saved.append(trainer.step), sample=lambda: None)
     assert saved == [7, 14, 21, 28, 35]
 
 
@@ -95,7 +95,8 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
     def groups(n_embd):
         model = pg.PianoGPT(pg.ModelConfig(n_embd=n_embd), V)
         optimizer = pg.make_optimizer(model, pg.TrainConfig())
-        return {name: g for (name, _), g in zip(model.named_parameters(), optimizer.param_groups)}
+        of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        return {name: of[id(p)] for name, p in model.named_parameters()}
 
     narrow, wide = groups(128), groups(512)
     assert narrow["blocks.0.expand.weight"]["peak"] == pytest.approx(3e-4 * 8)
@@ -148,5 +149,5 @@ def test_loss_that_is_no_number_stops_the_run_before_it_is_saved():
         trainer.model.head.weight.fill_(math.inf)
     saved = []
     with pytest.raises(pg.UserError, match="smaller --lr"):
-        trainer.run(batches, windows, save=lambda: saved.append(1), stopped=lambda: False)
+        trainer.run(batches, windows, stopped=lambda: False, save=lambda: saved.append(1), sample=lambda: None)
     assert not saved
