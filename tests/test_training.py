@@ -34,20 +34,22 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_one_batch_can_be_overfitted():
-    trainer, batches, _ = parts(steps=300, lr=1e-3)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_can_be_overfitted(optimizer):
+    trainer, batches, _ = parts(steps=300, lr=1e-3, optimizer=optimizer)
     trainer.model.train()
     trainer.model.dropout.p = 0
     losses = [trainer.train_step(*batches[0]) for _ in range(300)]
     assert losses[0] > 3.5 and losses[-1] < 0.2
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
-    whole = run(*parts())
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(optimizer, tmp_path):
+    whole = run(*parts(optimizer=optimizer))
     for stop in (1, 17, 30):
-        first = run(*parts(), until=stop)
+        first = run(*parts(optimizer=optimizer), until=stop)
         pg.save_checkpoint(tmp_path / "m.pt", first.state())
-        second, *data = parts()
+        second, *data = parts(optimizer=optimizer)
         second.load_state(pg.load_checkpoint(tmp_path / "m.pt"))
         assert second.step == stop
         run(second, *data)
@@ -92,19 +94,25 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
 
 
 def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
-    def groups(n_embd):
+    def groups(n_embd, optimizer="adamw"):
         model = pg.PianoGPT(pg.ModelConfig(n_embd=n_embd), V)
-        optimizer = pg.make_optimizer(model, pg.TrainConfig())
-        of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        optimizers = pg.make_optimizers(model, pg.TrainConfig(optimizer=optimizer))
+        of = {id(p): g for o in optimizers for g in o.param_groups for p in g["params"]}
         return {name: of[id(p)] for name, p in model.named_parameters()}
 
     narrow, wide = groups(128), groups(512)
     assert narrow["blocks.0.expand.weight"]["peak"] == pytest.approx(3e-4 * 8)
     assert wide["blocks.0.expand.weight"]["peak"] == pytest.approx(3e-4 * 2)
     assert narrow["embedding.weight"]["peak"] == wide["embedding.weight"]["peak"]
-    assert {name for name, g in narrow.items() if g["weight_decay"]} == {
-        n for n in narrow if "norm" not in n and "embedding" not in n
+    muon = groups(128, "muon")
+    assert muon["head.weight"] == groups(128)["head.weight"] | {"params": muon["head.weight"]["params"]}
+    assert {n for n in muon if muon[n]["what"] == "Muon"} == {
+        n for n in narrow if n.endswith("weight") and "blocks" in n and "norm" not in n
     }
+    for named in (narrow, muon):
+        assert {n for n, g in named.items() if g["weight_decay"]} == {
+            n for n in narrow if "norm" not in n and "embedding" not in n
+        }
 
 
 def test_best_validation_weights_are_kept():
