@@ -922,7 +922,7 @@ def read_folder(folder: Path, music: MusicConfig, cache_dir: str) -> tuple[list[
         raise UserError(f"there is no folder {folder}: make it and put .mid files there, or pass --midi-dir")
     paths = find_midi_files(folder)
     if not paths:
-        raise UserError(f"no .mid or .midi file under {folder}: put some there, or pass --midi-dir")
+        raise UserError(f"no .mid or .midi file under {folder}: put some there (audio will not do), or pass --midi-dir")
     cache, kept, results = cache_folder(cache_dir, music), {}, {}
     for path in paths:
         try:
@@ -1533,7 +1533,8 @@ class Trainer:
                 self.validate(windows, batches)
             rate = (self.step - first) / (time.monotonic() - start) * batches.batch_size * batches.block_size
             val = self.history[-1]["val_loss"] if self.history else None
-            bar.set_postfix_str(f"loss {loss:.3f}, val {val or math.nan:.3f}, {rate:,.0f} tok/s", refresh=False)
+            heard = f"val {val:.3f}, " if val is not None else ""
+            bar.set_postfix_str(f"loss {loss:.3f}, {heard}{rate:,.0f} tok/s", refresh=False)
             bar.update()
             every = self.config.save_every
             if self.step % every == 0 if every else time.monotonic() - saved > SAVE_SECONDS:
@@ -1646,28 +1647,40 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; python pianogpt.py --help lists the flags")
 
 
+EXAMPLES = """examples:
+  python pianogpt.py --midi-dir ~/Music/midi --checkpoint mine.pt --steps 5000
+  python pianogpt.py --generate --checkpoint mine.pt --num-samples 10 --bars 64 --wav --plot
+  python pianogpt.py --generate --prompt song.mid --prompt-bars 4 --bars 32
+  python pianogpt.py --download maestro --midi-dir maestro --checkpoint maestro.pt --steps 20000 --sample-every 1000
+  python pianogpt.py --n-layer 6 --n-embd 256 --n-head 8 --block-size 512 --optimizer muon"""
+
+
 def make_parser() -> Parser:
     """A flag for each field of the configuration; one that is not given leaves no trace."""
-    parser = Parser(prog="pianogpt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(
+        prog="pianogpt.py",
+        usage="python pianogpt.py [flags]",
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120),
+    )
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "miditok", "symusic"))
     parser.add_argument("--version", action="version", version=f"pianogpt {VERSION}, {versions}")
     for group in fields(Config):
         config = group.default_factory()
-        section = parser.add_argument_group(group.name, config.__doc__)
+        section = parser.add_argument_group(f"{group.name}: {config.__doc__.rstrip('.').lower()}")
         for f in fields(config):
-            flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+            flag, text, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["choices"]
             if isinstance(f.default, bool):
                 section.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            else:
-                text += f" (default: {f.default if f.default != '' else 'none'})"
-                kind = {
-                    "type": type(f.default),
-                    "choices": f.metadata["choices"],
-                    "metavar": type(f.default).__name__.upper(),
-                }
-                if kind["choices"]:
-                    del kind["metavar"]
-                section.add_argument(flag, **kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+                continue
+            text += f" (default: {f.default if f.default != '' else 'none'})"
+            metavar = (
+                "|".join(filter(None, choices)) if choices else {int: "N", float: "X", str: "TEXT"}[type(f.default)]
+            )
+            kind = {"type": type(f.default), "choices": choices, "metavar": metavar}
+            section.add_argument(flag, **kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     return parser
 
 
@@ -2152,6 +2165,10 @@ def run(argv: list[str] | None) -> int:
         run_evaluation(config, checkpoint, device)
         return 0
     if train:
+        if asked.generate and config.sample.prompt:
+            read_prompt(
+                config.sample, load_tokenizer(checkpoint, config.music), config.music
+            )  # complain now, not after
         with contextlib.nullcontext() if rank else lock_checkpoint(path):
             code = run_training(config, checkpoint, rank, processes, device)
         if code:

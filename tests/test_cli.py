@@ -377,6 +377,11 @@ def test_continuation_only_leaves_the_prompt_out(prompt):
     assert notes_of(rest) == [(round(a - 12, 3), round(b - 12, 3), p) for a, b, p in notes_of(whole) if a >= 12]
 
 
+def test_missing_prompt_is_said_before_the_training(folder, here, capsys):
+    assert pg.main([*SHORT, "--generate", "--prompt", "none.mid"]) == 2
+    assert "there is no MIDI file none.mid" in capsys.readouterr().err and not Path("pianogpt.pt").exists()
+
+
 def test_prompt_longer_than_the_context_is_written_whole(prompt):
     long = str(write_midi(Path("long.mid"), scale(5, bars=40)))
     notes = notes_of(generate("--prompt", long, "--bars", "44", "--num-samples", "1")[0])

@@ -50,6 +50,12 @@ def test_parallel_reading_gives_what_one_process_gives(folder, tokenizer):
         assert np.array_equal(alone.ids, piece.encoded.ids)
 
 
+def test_workers_that_are_spawned_as_elsewhere_than_on_linux_read_the_same(folder, monkeypatch):
+    forked = [p.encoded.ids for p in read(folder)[0]]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert all(np.array_equal(a, p.encoded.ids) for a, p in zip(forked, read(folder)[0], strict=True))
+
+
 def test_file_that_kills_or_hangs_its_worker_costs_that_file_alone(folder, monkeypatch):
     def encode_file(path, tokenizer, music):
         if path.name == "piece03.mid":
