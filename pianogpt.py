@@ -1235,6 +1235,15 @@ class Block(nn.Module):
         return x + self.dropout(self.contract(hidden))
 
 
+RECENT = 3  # tokens that are mixed into the embedding of the next
+
+
+def add_recent(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, T, C) plus the RECENT tokens before each, weighed channel by channel by weight (RECENT, C), newest first."""
+    padded, T = F.pad(x, (0, 0, RECENT, 0)), x.size(1)
+    return x + sum(padded[:, RECENT - n : RECENT - n + T] * w for n, w in enumerate(weight, 1))
+
+
 class PianoGPT(nn.Module):
     """Ids in, logits of the next id out."""
 
@@ -1242,6 +1251,8 @@ class PianoGPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        # A note is three tokens: with its neighbours in it, a token is worth attending to from the first layer on.
+        self.recent = nn.Parameter(torch.zeros(RECENT, config.n_embd))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
@@ -1265,7 +1276,7 @@ class PianoGPT(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Embedded tokens (B, T, C) -> what the head reads, (B, T, C)."""
-        x, T = self.dropout(x), x.size(1)
+        x, T = self.dropout(add_recent(x, self.recent)), x.size(1)
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
         return self.norm(x)
@@ -1293,6 +1304,9 @@ class Decoder:
         self.model, self.length = model, 0
         shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)  # keys, then values
         self.store = [torch.empty(shape, device=weight.device) for _ in model.blocks]
+        self.taps = torch.cat(
+            [model.recent.flip(0), torch.ones_like(model.recent[:1])]
+        )  # (RECENT + 1, C), oldest first
         # Queries and keys turn with their position; values stand still, at cos 1 and sin 0.
         angles = [(model.cos, torch.ones_like(model.cos)), (model.sin, torch.zeros_like(model.sin))]
         self.cos, self.sin = (torch.stack([a] * 2 * c.n_head + [b] * c.n_head, 1) for a, b in angles)  # (T, 3 nh, hs)
@@ -1303,7 +1317,10 @@ class Decoder:
         C, nh = self.model.config.n_embd, self.model.config.n_head
         assert (t == 1 or start == 0) and end <= self.model.config.block_size, (t, start, end)
         cos, sin, self.length = self.cos[start:end], self.sin[start:end], end
-        x = F.embedding(idx.reshape(-1), self.model.embedding.weight)  # (B t, C)
+        x = F.embedding(idx, self.model.embedding.weight)  # (B, t, C)
+        seen = torch.cat([self.recent, x], 1) if start else F.pad(x, (0, 0, RECENT, 0))
+        self.recent = seen[:, -RECENT:]
+        x = (seen * self.taps).sum(1) if start else add_recent(x, self.model.recent).view(-1, C)  # (B t, C)
         for block, store in zip(self.model.blocks, self.store):
             h = F.layer_norm(x, (C,), block.norm_1.weight, block.norm_1.bias)
             qkv = F.linear(h, block.attention.qkv.weight).view(B, t, 3 * nh, C // nh)
@@ -1376,7 +1393,7 @@ def make_optimizers(model: PianoGPT, config: TrainConfig) -> list[torch.optim.Op
     """
     wide, muon = config.lr * LR_WIDTH / model.config.n_embd, config.optimizer == "muon"
     inside = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith("embedding")]
+    rest = [model.embedding.weight, model.recent, *(p for p in model.parameters() if p.dim() == 1)]
     matrices = [model.head.weight] if muon else [*inside, model.head.weight]
     groups = [
         {"params": matrices, "peak": wide, "weight_decay": config.weight_decay, "what": "matrices"},

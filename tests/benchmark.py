@@ -2,6 +2,7 @@
 
     python tests/benchmark.py            all of it, some minutes
     python tests/benchmark.py --quick    fewer rounds and no table, under a minute
+    python tests/benchmark.py --recipe DIR --minutes 10    how much better the same model learns than by the plain recipe
 
 "Plain" is what most scripts do: one Linear for each head's query, key and value, float32, no compiling, and in generation
 the whole window read again for every token. Every ratio is the median over rounds in which the two run in turn, because
@@ -287,6 +288,64 @@ def measure_growth(device):
             )
 
 
+class PlainRecipe(pg.PianoGPT):
+    """The same model with learned positions, and nothing that mixes neighbours before the first layer."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size)
+        self.positions = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))
+        self.recent.requires_grad_(False)
+        self.cos.fill_(1)
+        self.sin.fill_(0)
+
+    def hidden(self, x):
+        """Embedded tokens (B, T, C) -> (B, T, C)."""
+        return super().hidden(x + self.positions[: x.size(1)])
+
+
+def train_for(trainer, batches, windows, minutes):
+    """Train for so many minutes; validation in nats a note, and the steps that it took."""
+    start = time.perf_counter()
+    while trainer.step < trainer.config.steps and time.perf_counter() - start < 60 * minutes:
+        trainer.train_step(*batches[trainer.step])
+    trainer.validate(windows, batches)
+    return trainer.history[-1]["val_nats_per_note"], trainer.step
+
+
+def measure_recipe(folder, minutes, optimizer, device):
+    """Held-out nats a note after the same minutes: constant lr 3e-4, learned positions, no transposition; and ours."""
+    config = pg.Config(data=pg.DataConfig(midi_dir=folder, piece_is_folder=True, transpose=0))
+    tokenizer = pg.make_tokenizer(config.music)
+    V, (bfloat16, _) = len(tokenizer), pg.choose_speed(config.run, device, steps=1)
+    batches, windows = pg.prepare_data(config, tokenizer, device, 0, 1)
+
+    torch.manual_seed(0)
+    endless = pg.TrainConfig(steps=10**9, warmup=0)  # so far up the cosine, the rate is constant
+    plain = pg.Trainer(PlainRecipe(config.model, V).to(device).train(), endless, bfloat16)
+    groups = [{"params": list(plain.model.parameters()), "peak": 3e-4}]
+    plain.optimizers = [torch.optim.AdamW(groups, lr=3e-4, fused=True)]
+    plain_loss, plain_steps = train_for(plain, batches, windows, minutes)
+
+    torch.manual_seed(0)
+    batches.transpose = pg.DataConfig().transpose
+    trial = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), pg.TrainConfig(optimizer=optimizer), bfloat16)
+    trial.train_step(*batches[0])
+    step = seconds(lambda: trial.train_step(*batches[trial.step]), times=50)
+    torch.manual_seed(0)
+    settings = pg.TrainConfig(steps=int(0.97 * 60 * minutes / step * 50), optimizer=optimizer)
+    ours = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), settings, bfloat16)
+    our_loss, our_steps = train_for(ours, batches, windows, minutes)
+    return {
+        "minutes_each": minutes,
+        "plain_steps": plain_steps,
+        "plain_nats_per_note": plain_loss,
+        "steps": our_steps,
+        "steps_planned": settings.steps,
+        "nats_per_note": our_loss,
+        "gain_nats_per_note": plain_loss - our_loss,
+    }
+
+
 def machine(device):
     """What the figures were measured on."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
@@ -300,8 +359,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and no table")
     parser.add_argument("--device", default="auto", help="as of pianogpt.py")
+    parser.add_argument(
+        "--recipe", metavar="DIR", help="train on this folder, where each folder is a work, in both ways"
+    )
+    parser.add_argument("--minutes", type=float, default=10, help="of training for each of the two")
+    parser.add_argument("--optimizer", default="adamw", help="of ours: adamw or muon")
     args = parser.parse_args()
     device = pg.choose_device(args.device)
+    if args.recipe:
+        pg.print_block(machine(device) | measure_recipe(args.recipe, args.minutes, args.optimizer, device))
+        return
     for values in (
         lambda: machine(device),
         lambda: measure_training(device, 3 if args.quick else 9),

@@ -14,10 +14,11 @@ CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
 
 @pytest.fixture
 def model():
-    """A small model whose head is not near zero, so that its logits differ."""
+    """A small model whose head and mixture of recent tokens are not near zero, so that its logits differ."""
     torch.manual_seed(0)
     model = pg.PianoGPT(CONFIG, V).eval()
     torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.recent)
     return model
 
 
@@ -35,6 +36,14 @@ def test_future_tokens_do_not_change_past_logits(model):
     a, b = model(ids), model(changed)
     assert torch.equal(a[:, :50], b[:, :50])
     assert not torch.allclose(a[:, 50], b[:, 50]) and not torch.allclose(a[:, 95], b[:, 95])
+
+
+def test_recent_tokens_are_added_newest_first():
+    x, weight = torch.randn(2, 9, 8), torch.randn(pg.RECENT, 8)
+    y = pg.add_recent(x, weight)
+    for t in range(9):
+        expected = x[:, t] + sum(weight[n - 1] * x[:, t - n] for n in (1, 2, 3) if t >= n)
+        assert torch.allclose(y[:, t], expected, atol=1e-6)
 
 
 def test_fused_attention_equals_the_textbook_head_by_head(model):

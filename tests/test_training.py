@@ -111,7 +111,7 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
     }
     for named in (narrow, muon):
         assert {n for n, g in named.items() if g["weight_decay"]} == {
-            n for n in narrow if "norm" not in n and "embedding" not in n
+            n for n in narrow if "norm" not in n and n not in ("embedding.weight", "recent")
         }
 
 
