@@ -1050,7 +1050,7 @@ def read_split_tables(folder: Path) -> dict[str, str]:
 
 
 def join_recordings(pieces: list[Piece], pitches: range) -> None:
-    """Give pieces that are recordings of the same music, in whatever key, the same work: the first name among theirs."""
+    """Give pieces that are recordings of the same music, in whatever key, the same work: the first of their names."""
     steps = [intervals(pitches_of(p.encoded.ids, pitches)) for p in pieces]
     owner = np.repeat(np.arange(len(pieces)), [len(s) for s in steps])
     steps = np.concatenate([*steps, [np.int16(STRANGE)]])

@@ -316,24 +316,24 @@ def measure_recipe(folder, minutes, optimizer, device):
     """Held-out nats a note after the same minutes: constant lr 3e-4, learned positions, no transposition; and ours."""
     config = pg.Config(data=pg.DataConfig(midi_dir=folder, piece_is_folder=True, transpose=0))
     tokenizer = pg.make_tokenizer(config.music)
-    V, (bfloat16, _) = len(tokenizer), pg.choose_speed(config.run, device, steps=1)
+    V, speed = len(tokenizer), pg.choose_speed(config.run, device, steps=10**6 if minutes > 5 else 1)
     batches, windows = pg.prepare_data(config, tokenizer, device, 0, 1)
 
     torch.manual_seed(0)
     endless = pg.TrainConfig(steps=10**9, warmup=0)  # so far up the cosine, the rate is constant
-    plain = pg.Trainer(PlainRecipe(config.model, V).to(device).train(), endless, bfloat16)
+    plain = pg.Trainer(PlainRecipe(config.model, V).to(device).train(), endless, *speed)
     groups = [{"params": list(plain.model.parameters()), "peak": 3e-4}]
     plain.optimizers = [torch.optim.AdamW(groups, lr=3e-4, fused=True)]
     plain_loss, plain_steps = train_for(plain, batches, windows, minutes)
 
     torch.manual_seed(0)
     batches.transpose = pg.DataConfig().transpose
-    trial = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), pg.TrainConfig(optimizer=optimizer), bfloat16)
+    trial = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), pg.TrainConfig(optimizer=optimizer), *speed)
     trial.train_step(*batches[0])
     step = seconds(lambda: trial.train_step(*batches[trial.step]), times=50)
     torch.manual_seed(0)
     settings = pg.TrainConfig(steps=int(0.97 * 60 * minutes / step * 50), optimizer=optimizer)
-    ours = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), settings, bfloat16)
+    ours = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), settings, *speed)
     our_loss, our_steps = train_for(ours, batches, windows, minutes)
     return {
         "minutes_each": minutes,
