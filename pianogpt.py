@@ -710,7 +710,7 @@ def draw_piano_roll(path: Path, score: Score, bars: list[float], prompt_seconds:
     """Draw notes over seconds and pitch, darker where louder, the prompt's in another colour. Raises Unusable."""
     notes = [n for t in score.to("second").tracks for n in t.notes]
     end = max(n.end for n in notes)
-    figure = new_figure(min(60.0, 3 + end / 4), 4)
+    figure = new_figure(min(60.0, max(12.0, end / 8)), 4)
     from matplotlib import colormaps
 
     axes = figure.add_subplot()
