@@ -1239,7 +1239,7 @@ RECENT = 3  # tokens that are mixed into the embedding of the next
 
 
 def add_recent(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, T, C) plus the RECENT tokens before each, weighed channel by channel by weight (RECENT, C), newest first."""
+    """x (B, T, C) plus the RECENT tokens before each, weighed by channel with weight (RECENT, C), newest first."""
     padded, T = F.pad(x, (0, 0, RECENT, 0)), x.size(1)
     return x + sum(padded[:, RECENT - n : RECENT - n + T] * w for n, w in enumerate(weight, 1))
 
@@ -1389,7 +1389,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_optimizers(model: PianoGPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; only matrices decay.
 
-    A matrix learns at lr x 1024 / n_embd under AdamW, so that one lr suits every width; Muon's step does not depend on it.
+    A matrix learns at lr x 1024 / n_embd under AdamW, so one lr suits every width; Muon's step does not depend on it.
     """
     wide, muon = config.lr * LR_WIDTH / model.config.n_embd, config.optimizer == "muon"
     inside = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -1531,7 +1531,7 @@ class Trainer:
         self.history.append(row)
 
     def run(self, batches: Batches, windows: tuple[Tensor, Tensor], stopped, save, sample) -> None:
-        """Train to the last step, or until stopped() is true in any process; save() and sample() are called now and then."""
+        """Train to the last step, or until stopped() in any process; save() and sample() are called now and then."""
         self.model.train()
         first, start = self.step, time.monotonic()
         before, saved, timed = start - self.seconds, start, start
@@ -1542,9 +1542,7 @@ class Trainer:
             self.seconds = time.monotonic() - before
             if self.step == first + TIMED_STEPS:
                 left = (self.config.steps - self.step) * (time.monotonic() - timed) / (TIMED_STEPS - 1)
-                say(
-                    f"time: about {left / 60:.1f} minutes to step {self.config.steps}; Ctrl-C stops, and nothing is lost"
-                )
+                say(f"time: about {left / 60:.1f} minutes to step {self.config.steps}; Ctrl-C stops and loses nothing")
             timed = time.monotonic() if self.step == first + 1 else timed
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
                 self.validate(windows, batches)
@@ -1923,6 +1921,20 @@ def keep_old(path: Path) -> None:
         say(f"kept the old checkpoint as {new}")
 
 
+def parameters(model: nn.Module) -> int:
+    """How many numbers a model learns."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def print_model(trainer: Trainer, compiled: str, where: str) -> None:
+    """Say what is trained, in which precision, where, at which rates and from which step on."""
+    rates = " and ".join(f"{group['peak']:.2g} ({group['what']})" for group in trainer.groups)
+    say(
+        f"model: {parameters(trainer.model):,} parameters, {'bfloat16' if trainer.bfloat16 else 'float32'}, {compiled}"
+        f"on {where}, learning rates up to {rates}" + f", going on from step {trainer.step}" * (trainer.step > 0)
+    )
+
+
 def run_training(config: Config, checkpoint: dict | None, rank: int, processes: int, device: torch.device) -> int:
     """Train to the last step and print the result; 0, or 128 + the number of the signal that stopped it."""
     path, tokenizer = Path(config.run.checkpoint), load_tokenizer(checkpoint, config.music)
@@ -1938,14 +1950,7 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
             say(f"the training music under {config.data.midi_dir} has changed since")
     elif config.run.fresh and rank == 0:
         keep_old(path)
-    parameters = sum(p.numel() for p in model.parameters())
-    rates = " and ".join(f"{group['peak']:.2g} ({group['what']})" for group in trainer.groups)
-    say(
-        f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled}, on {device}"
-        + (f" and {processes - 1} more" if processes > 1 else "")
-        + f", learning rates up to {rates}"
-        + (f", going on from step {trainer.step}" if checkpoint else "")
-    )
+    print_model(trainer, "compiled, " * compiled, f"{device}" + f" and {processes - 1} more" * (processes > 1))
     stored = {"config": {name: asdict(getattr(config, name)) for name in STORED}, "music": music}
     stored |= {"vocabulary": make_vocabulary(tokenizer), "tokenizer": tokenizer.config.to_dict()}
     first, start = trainer.step, time.monotonic()
@@ -1966,7 +1971,7 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
         )
         return 128 + (stop.number or signal.SIGTERM)
     rate = (trainer.step - first) * batches.batch_size * batches.block_size / (time.monotonic() - start)
-    print_result(trainer, {"tokens_per_second": round(rate), "parameters": parameters, "checkpoint": path})
+    print_result(trainer, {"tokens_per_second": round(rate), "parameters": parameters(model), "checkpoint": path})
     return 0
 
 
