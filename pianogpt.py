@@ -1374,7 +1374,7 @@ def load_checkpoint(path: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LR_WIDTH = 1024  # the width at which --lr is the rate of every matrix
-REST_RATE, MUON_RATE = 10, 64  # times --lr: of what is no matrix, and of the matrices under Muon
+REST_RATE, MUON_RATE = 30, 64  # times --lr: of what is no matrix, and of the matrices under Muon
 SAVE_SECONDS = 120  # the most training that a crash can cost
 TIMED_STEPS = 20  # after the first, which may compile, these tell how long the run will take
 

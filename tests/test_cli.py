@@ -525,7 +525,7 @@ def test_run_says_in_five_lines_at_most_what_it_does_and_how_long_it_takes(folde
         r"13 files of \d+ works \(\d+ train, \d+ validation\) under midi, [\d.]+ hours, [\d,]+ notes", lines[1]
     )
     assert "11 notes outside the piano" in lines[2]
-    assert "learning rates up to 0.0096 (matrices) and 0.003 (the rest)" in lines[3] and "on cpu" in lines[3]
+    assert "learning rates up to 0.0096 (matrices) and 0.009 (the rest)" in lines[3] and "on cpu" in lines[3]
     assert re.match(r"time: about [\d.]+ minutes to step 30", lines[4])
     assert "\r" not in err and all(len(line) <= 80 for line in err.splitlines()), "a log file gets whole lines"
 
