@@ -151,9 +151,7 @@ class TrainConfig:
     steps: int = option(2000, "optimizer steps in all", 1)
     batch_size: int = option(16, "sequences in a step", 1)
     optimizer: str = option(
-        "adamw",
-        "muon learns more a minute on a CPU: it turns each step of a matrix orthogonal",
-        choices=("adamw", "muon"),
+        "adamw", "of the blocks' matrices; the rest always learns by AdamW", choices=("adamw", "muon")
     )
     lr: float = option(
         3e-4, "peak learning rate of AdamW, as for a model 1024 wide: matrices take lr x 1024 / n_embd", 0, 1
