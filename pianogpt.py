@@ -7,8 +7,8 @@
     python pianogpt.py --help                 every size and knob
 
 In:   a folder of .mid files, each read as one piano: drums dropped, tracks merged, the pedal folded into the notes.
-Out:  pianogpt.pt (the model, all that is needed to go on training or to generate), samples/*.mid, and
-      pianogpt.csv (its validations), .pianogpt-cache/ (the files as token ids; delete it whenever you like).
+Out:  pianogpt.pt (the model, all that is needed to go on training or to generate), samples/*.mid (with --wav and --plot
+      also .wav and .png), pianogpt.csv (the validations), and .pianogpt-cache/ (the files as ids; delete it at will).
 
 The music becomes REMI tokens (MidiTok), a causal Transformer (PyTorch) learns to predict the next one, and drawing one
 token after another writes new music. The file reads in the order of the data:
@@ -19,8 +19,9 @@ Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd channels, nh 
 the vocabulary, N tokens in a corpus.
 
 Read on: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et al., "Attention
-is all you need", 2017. Su et al., "RoFormer" (rotary positions), 2021. So et al., "Primer" (squared ReLU), 2021.
-Yang et al., "Tensor Programs V" (one learning rate for every width), 2022.
+is all you need", 2017. Su et al., "RoFormer" (rotary positions), 2021. So et al., "Primer" (squared ReLU; neighbours
+mixed in by channel), 2021. Yang et al., "Tensor Programs V" (one learning rate for every width), 2022. Jordan et al.,
+"Muon", 2024.
 """
 
 from __future__ import annotations
@@ -2174,21 +2175,19 @@ def run(argv: list[str] | None) -> int:
     name, rank, processes = join_processes(asked.device)
     device = choose_device(name)
     checkpoint = load_checkpoint(path) if asked.evaluate or exists and not asked.fresh else None
-    done, wanted = (
-        (checkpoint["trainer"]["step"], given.get("steps", checkpoint["config"]["train"]["steps"]))
-        if checkpoint
-        else (0, 1)
-    )
-    train = not asked.evaluate and (done < wanted and (not asked.generate or not checkpoint or "steps" in given))
+    done = checkpoint["trainer"]["step"] if checkpoint else 0
+    wanted = given.get("steps", checkpoint["config"]["train"]["steps"]) if checkpoint else 1
+    train = not asked.evaluate and done < wanted and (not asked.generate or not checkpoint or "steps" in given)
     config = make_config(given, checkpoint, training=train)
     if asked.evaluate:
         run_evaluation(config, checkpoint, device)
         return 0
     if train:
         if asked.generate and config.sample.prompt:
+            tokenizer = load_tokenizer(checkpoint, config.music)
             read_prompt(
-                config.sample, load_tokenizer(checkpoint, config.music), config.music
-            )  # complain now, not after
+                config.sample, tokenizer, config.music
+            )  # if it cannot be read, that is said before the training
         with contextlib.nullcontext() if rank else lock_checkpoint(path):
             code = run_training(config, checkpoint, rank, processes, device)
         if code:
