@@ -184,7 +184,7 @@ class SampleConfig:
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
     top_k: int = option(0, "draw from the k likeliest tokens only; 0: off", 0)
     top_p: float = option(0.0, "draw from the likeliest tokens that together reach this probability; 0: off", 0, 1)
-    min_p: float = option(0.03, "drop tokens less likely than this share of the likeliest; 0: off", 0, 1)
+    min_p: float = option(0.003, "drop tokens less likely than this share of the likeliest; 0: off", 0, 1)
     wav: bool = option(False, "also write each piece as sound, through a soundfont's piano (needs tinysoundfont)")
     soundfont: str = option(
         "", "the .sf2 or .sf3 file for --wav; empty: one of the system's, or else one that is downloaded"
