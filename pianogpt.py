@@ -414,9 +414,9 @@ def encode_file(path: Path, tokenizer: miditok.REMI, music: MusicConfig) -> Enco
         return Encoded(problem=str(e))
     except (*SCORE_LOADING_EXCEPTION, KeyError, IndexError, ZeroDivisionError, TypeError, MemoryError) as e:
         return Encoded(problem=f"unreadable: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
-    pitches = set(tokenizer.token_ids_of_type("Pitch"))
-    notes = sum(i in pitches for i in ids)
-    return Encoded(notes, seconds, count_changes(piano, tokenizer, notes), ids=np.array(ids, np.int16))
+    ids = np.array(ids, np.int16)
+    notes = len(pitches_of(ids, pitch_range(tokenizer)))
+    return Encoded(notes, seconds, count_changes(piano, tokenizer, notes), ids=ids)
 
 
 @dataclass
@@ -1303,9 +1303,8 @@ class Decoder:
         self.model, self.length = model, 0
         shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)  # keys, then values
         self.store = [torch.empty(shape, device=weight.device) for _ in model.blocks]
-        self.taps = torch.cat(
-            [model.recent.flip(0), torch.ones_like(model.recent[:1])]
-        )  # (RECENT + 1, C), oldest first
+        # Of the recent tokens, oldest first, and of the token itself: (RECENT + 1, C).
+        self.taps = torch.cat([model.recent.flip(0), torch.ones_like(model.recent[:1])])
         # Queries and keys turn with their position; values stand still, at cos 1 and sin 0.
         angles = [(model.cos, torch.ones_like(model.cos)), (model.sin, torch.zeros_like(model.sin))]
         self.cos, self.sin = (torch.stack([a] * 2 * c.n_head + [b] * c.n_head, 1) for a, b in angles)  # (T, 3 nh, hs)
@@ -1850,9 +1849,9 @@ def prepare_data(
     pieces, skipped = read_folder(Path(data.midi_dir), config.music, data.cache_dir)
     if rank == 0 and processes > 1:
         distributed.barrier()
-    split_pieces(pieces, Path(data.midi_dir), data, pitch_range(tokenizer))
-    print_reading(data.midi_dir, pieces, skipped)
     grammar, pitches = make_grammar(tokenizer), pitch_range(tokenizer)
+    split_pieces(pieces, Path(data.midi_dir), data, pitches)
+    print_reading(data.midi_dir, pieces, skipped)
     ids = {split: join_pieces(pieces, split, grammar) for split in SPLITS}
     if not len(ids["train"]):
         raise UserError(f"no piece under {data.midi_dir} is left to train on: see which are held out above")
@@ -2007,14 +2006,14 @@ def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device
     return model.to(device).eval()
 
 
-def known_music(config: Config) -> list[Piece]:
+def known_music(config: Config, pitches: range) -> list[Piece]:
     """The pieces on which a checkpoint was trained and validated, or none where they are out of reach."""
     folder = Path(config.data.midi_dir)
     if not find_midi_files(folder):
         say(f"the training music in {folder} is not here, so how much of a piece is known from it cannot be said")
         return []
     pieces = read_folder(folder, config.music, config.data.cache_dir)[0]
-    split_pieces(pieces, folder, config.data, pitch_range(make_tokenizer(config.music)))
+    split_pieces(pieces, folder, config.data, pitches)
     return pieces
 
 
@@ -2049,7 +2048,7 @@ def run_generation(config: Config, checkpoint: dict, device: torch.device) -> No
     if step < steps:
         say(f"{config.run.checkpoint} is trained for {step} of {steps} steps: python pianogpt.py would finish it")
     samples = write_samples(config, checkpoint, device, tokenizer)
-    music = known_music(config)
+    music = known_music(config, pitches)
     known = (
         KnownRuns({p.path: pitches_of(p.encoded.ids, pitches) for p in music if p.split == "train"}) if music else None
     )
@@ -2185,9 +2184,7 @@ def run(argv: list[str] | None) -> int:
     if train:
         if asked.generate and config.sample.prompt:
             tokenizer = load_tokenizer(checkpoint, config.music)
-            read_prompt(
-                config.sample, tokenizer, config.music
-            )  # if it cannot be read, that is said before the training
+            read_prompt(config.sample, tokenizer, config.music)  # what is wrong with it is said before the training
         with contextlib.nullcontext() if rank else lock_checkpoint(path):
             code = run_training(config, checkpoint, rank, processes, device)
         if code:

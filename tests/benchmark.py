@@ -330,9 +330,9 @@ def measure_recipe(folder, minutes, optimizer, device):
     batches.transpose = pg.DataConfig().transpose
     trial = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), pg.TrainConfig(optimizer=optimizer), *speed)
     trial.train_step(*batches[0])
-    step = seconds(lambda: trial.train_step(*batches[trial.step]), times=50)
+    step = seconds(lambda: trial.train_step(*batches[trial.step]), times=50) / 50
     torch.manual_seed(0)
-    settings = pg.TrainConfig(steps=int(0.97 * 60 * minutes / step * 50), optimizer=optimizer)
+    settings = pg.TrainConfig(steps=int(0.97 * 60 * minutes / step), optimizer=optimizer)
     ours = pg.Trainer(pg.PianoGPT(config.model, V).to(device).train(), settings, *speed)
     our_loss, our_steps = train_for(ours, batches, windows, minutes)
     return {

@@ -325,7 +325,9 @@ def test_one_file_trains_without_validation_and_says_so(here, capsys):
 def test_help_shows_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit):
         pg.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 100 and "examples:" in out, "two screens of fifty lines"
+    text = " ".join(out.split())
     for group in pg.fields(pg.Config):
         for f in pg.fields(group.default_factory):
             assert "--" + f.name.replace("_", "-") in text
@@ -440,12 +442,9 @@ def test_each_sample_is_described_and_its_longest_known_run_named(trained, capsy
     assert len(lines) == 3 and all(0 < int(run) <= int(notes) for notes, _, _, run, _ in lines)
 
 
-def test_prompt_itself_does_not_count_as_known(trained, capsys):
-    train = next(
-        p.path
-        for p in pg.known_music(pg.make_config({}, pg.load_checkpoint(Path("pianogpt.pt")), False))
-        if p.split == "train"
-    )
+def test_prompt_itself_does_not_count_as_known(trained, tokenizer, capsys):
+    config = pg.make_config({}, pg.load_checkpoint(Path("pianogpt.pt")), False)
+    train = next(p.path for p in pg.known_music(config, pg.pitch_range(tokenizer)) if p.split == "train")
     generate("--prompt", f"midi/{train}", "--bars", "9", "--num-samples", "1")
     line = re.search(r"(\d+) notes, .*longest known run (\d+) notes", capsys.readouterr().out)
     assert int(line[2]) < int(line[1]) / 2
@@ -527,6 +526,7 @@ def test_run_says_in_five_lines_at_most_what_it_does_and_how_long_it_takes(folde
     assert "11 notes outside the piano" in lines[2]
     assert "learning rates up to 0.0096 (matrices) and 0.009 (the rest)" in lines[3] and "on cpu" in lines[3]
     assert re.match(r"time: about [\d.]+ minutes to step 30", lines[4])
+    assert "warning" not in err.lower(), "of a library"
     assert "\r" not in err and all(len(line) <= 80 for line in err.splitlines()), "a log file gets whole lines"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import pg, scale, write_midi
+from conftest import TINY, pg, scale, write_midi
 from fuzz_midi import check
 
 PITCHES = range(4, 92)
@@ -336,6 +336,13 @@ def test_collection_is_fetched_unpacked_split_as_its_table_says_and_not_fetched_
     assert [p.name for p in served.iterdir()] == ["small-v1"], "nothing else is left behind"
     pg.fetch_collection("maestro", served)
     assert Server.asked == [None] and "CC TEST" in capsys.readouterr().out
+
+
+def test_collection_is_fetched_before_a_training_that_asks_for_it(served, monkeypatch, capsys):
+    monkeypatch.chdir(served.parent)
+    assert pg.main(["--download", "maestro", "--midi-dir", str(served), *TINY, "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("maestro: 3 files") and "(1 train, 1 validation, 1 test)" in out
 
 
 @pytest.mark.parametrize("ranges", [True, False])
