@@ -1068,7 +1068,7 @@ def join_recordings(pieces: list[Piece], pitches: range) -> None:
 
 
 def split_pieces(pieces: list[Piece], folder: Path, data: DataConfig, pitches: range) -> None:
-    """Put each piece on its side: as a csv or a folder's name says, else by hash; all recordings of a work together."""
+    """Put each piece on its side: as a csv or a folder's name says, else as the rest of its work, else by hash."""
     table = read_split_tables(folder)
     for piece in pieces:
         piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
@@ -1076,7 +1076,12 @@ def split_pieces(pieces: list[Piece], folder: Path, data: DataConfig, pitches: r
         piece.split = table.get(piece.path) or (named[-1] if named else "")
     join_recordings(pieces, pitches)
     validation_is_given = any(p.split == "validation" for p in pieces)
-    open_pieces = [p for p in pieces if p.split == "" or p.split == "train" and not validation_is_given]
+    undecided = ("",) if validation_is_given else ("", "train")
+    # Where a work is given to two sides, it is held out.
+    given = {p.work: p.split for p in sorted(pieces, key=lambda p: p.split != "train") if p.split not in undecided}
+    for piece in pieces:
+        piece.split = piece.split or given.get(piece.work, "")
+    open_pieces = [p for p in pieces if p.split in undecided]
     works = {p.work for p in open_pieces}
     held_out = {work for work in works if in_validation(work, data.val_percent)}
     if data.val_percent and not validation_is_given and not held_out and len(works) > 1:

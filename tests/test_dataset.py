@@ -188,6 +188,16 @@ def test_recordings_of_the_same_music_are_never_on_two_sides(tmp_path):
     assert all(len(s) == 1 for s in sides) and {"train"} in sides and {"validation"} in sides
 
 
+@pytest.mark.parametrize("side", ["train", "validation", "test"])
+def test_recording_without_a_given_side_goes_where_its_work_is_given(tmp_path, side):
+    rng = np.random.default_rng(6)
+    music = [rng.integers(20, 80, 60) for _ in range(30)]
+    given = [pg.Piece(f"{side}/{n}.mid", pg.Encoded(ids=p.astype(np.int16))) for n, p in enumerate(music)]
+    loose = [pg.Piece(f"{n}.mid", pg.Encoded(ids=(p + 1).astype(np.int16))) for n, p in enumerate(music)]
+    pg.split_pieces([*loose, pg.Piece("validation/x.mid", pg.Encoded()), *given], tmp_path, pg.DataConfig(), range(108))
+    assert {p.split for p in loose} == {side}
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_few_files_still_have_a_validation_piece(count, tmp_path):
     sides = list(split([f"{i}.mid" for i in range(count)], tmp_path).values())
