@@ -19,9 +19,9 @@ Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd channels, nh 
 the vocabulary, N tokens in a corpus.
 
 Read on: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et al., "Attention
-is all you need", 2017. Su et al., "RoFormer" (rotary positions), 2021. So et al., "Primer" (squared ReLU; neighbours
-mixed in by channel), 2021. Yang et al., "Tensor Programs V" (one learning rate for every width), 2022. Jordan et al.,
-"Muon", 2024.
+is all you need", 2017. Su et al., "RoFormer" (rotary positions), 2021. Shazeer, "GLU Variants Improve Transformer",
+2020. So et al., "Primer" (neighbours mixed in by channel), 2021. Yang et al., "Tensor Programs V" (one learning rate
+for every width), 2022. Jordan et al., "Muon", 2024.
 """
 
 from __future__ import annotations
@@ -149,18 +149,18 @@ class ModelConfig:
 class TrainConfig:
     """How the model is trained."""
 
-    steps: int = option(2000, "optimizer steps in all", 1)
-    batch_size: int = option(16, "sequences in a step", 1)
+    steps: int = option(4000, "optimizer steps in all", 1)
+    batch_size: int = option(8, "sequences in a step", 1)
     optimizer: str = option(
         "adamw", "of the blocks' matrices; the rest always learns by AdamW", choices=("adamw", "muon")
     )
     lr: float = option(
-        3e-4, "peak learning rate of AdamW, as for a model 1024 wide: matrices take lr x 1024 / n_embd", 0, 1
+        3e-4, "peak learning rate of AdamW, as for a model 1024 wide: a matrix that reads n numbers takes lr x 1024 / n", 0, 1
     )
-    warmup: int = option(100, "steps in which the learning rate rises", 0)
+    warmup: int = option(200, "steps in which the learning rate rises", 0)
     weight_decay: float = option(0.1, "AdamW's decay of the matrices; 0: off", 0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
-    eval_every: int = option(250, "steps between two validations", 1)
+    eval_every: int = option(500, "steps between two validations", 1)
     save_every: int = option(0, "steps between two checkpoints; 0: two minutes", 0)
     sample_every: int = option(0, "steps between two short pieces that let you hear it learn; 0: none", 0)
     accumulate: int = option(1, "parts in which a batch is worked off, to need less memory", 1)
@@ -307,6 +307,19 @@ def pitch_range(tokenizer: miditok.REMI) -> range:
 def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
     """The Pitch ids among ids, in order of onset and then of pitch."""
     return ids[is_pitch(ids, pitches)]
+
+
+def make_clock(tokenizer: miditok.REMI) -> np.ndarray:
+    """(3, V) int64, what each id does to musical time: bars begun, grid step in its bar, grid steps of a bar; or -1."""
+    config, words = tokenizer.config, [w.split("_") for w in make_vocabulary(tokenizer)]
+    clock = np.full((3, len(words)), -1, np.int64)
+    for i, (kind, value) in enumerate(words):
+        clock[0, i] = kind == "Bar"
+        if kind in ("Bar", "Position"):
+            clock[1, i] = int(value) if kind == "Position" else 0
+        if kind in ("TimeSig", "PAD"):  # what PAD says holds before the first metre that is read
+            clock[2, i] = config.max_num_pos_per_beat * (int(value.split("/")[0]) if kind == "TimeSig" else 4)
+    return clock
 
 
 def pedal_intervals(track: Track, end: int) -> list[tuple[int, int]]:
@@ -1165,15 +1178,39 @@ def sliding_windows(ids: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Model: a causal Transformer with rotary positions, and a decoder that keeps its keys and values.
+# 4. Model: a causal Transformer that knows the time of each token, and a decoder that keeps its keys and values.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rotary_angles(block_size: int, hs: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, hs), of the angle by which each pair of channels turns at each position; the sine is signed."""
-    frequency = 10_000.0 ** -(torch.arange(0, hs, 2) / hs)
-    angle = torch.arange(block_size)[:, None] * frequency  # (T, hs / 2)
-    return torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
+TOKEN_STEP = 0.1  # tokens at one moment of the music stand so many grid steps apart
+
+
+def latest(values: Tensor, before: Tensor) -> Tensor:
+    """values (B, T) with -1 where there is none -> (B, T + 1), the latest before each and after all; before (B,) is first."""
+    values = torch.cat([before[:, None], values], 1)
+    at = torch.arange(values.size(1), device=values.device)
+    return values.gather(1, torch.where(values < 0, 0, at).cummax(1).values)
+
+
+def follow(clock: Tensor, idx: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Where tokens idx (B, T) stand in musical time, in grid steps, (B, T), and the state (3, B) to go on from.
+
+    clock (3, V) is what each id does to the time. The state is the step at which the bar began, how far in it the
+    music is, and how long it is.
+    """
+    bars, steps, lengths = clock[:, idx]  # 3 x (B, T)
+    if state is None:
+        state = torch.stack([torch.zeros_like(idx[:, 0])] * 2 + [clock[2, :1].expand(len(idx))])
+    lengths, steps = latest(lengths, state[2]), latest(steps, state[1])[:, 1:]
+    starts = state[0][:, None] + (bars * lengths[:, :-1]).cumsum(1)
+    return starts + steps, torch.stack([starts[:, -1], steps[:, -1], lengths[:, -1]])
+
+
+def rotary_angles(place: Tensor, hs: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, (..., hs), of the angle by which each pair of channels turns at each place; the sine is signed."""
+    frequency = 10_000.0 ** -(torch.arange(0, hs, 2, device=place.device) / hs)
+    angle = place[..., None] * frequency  # (..., hs / 2)
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1228,15 +1265,16 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
         self.attention = Attention(config)
-        self.expand = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.contract = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        inner = 16 * max(1, round(config.n_embd / 6))  # 8/3 n_embd: as many weights as 4 n_embd without a gate
+        self.expand = nn.Linear(config.n_embd, 2 * inner, bias=False)
+        self.contract = nn.Linear(inner, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
-        hidden = self.expand(self.norm_2(x)).relu().square()  # (B, T, 4 C)
-        return x + self.dropout(self.contract(hidden))
+        hidden, gate = self.expand(self.norm_2(x)).chunk(2, -1)  # 2 x (B, T, 8/3 C)
+        return x + self.dropout(self.contract(hidden * F.silu(gate)))
 
 
 RECENT = 3  # tokens that are mixed into the embedding of the next
@@ -1249,11 +1287,12 @@ def add_recent(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class PianoGPT(nn.Module):
-    """Ids in, logits of the next id out."""
+    """Ids in, logits of the next id out; clock (3, V) is what each id does to musical time."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: ModelConfig, clock: Tensor):
         super().__init__()
-        self.config = config
+        self.config, vocab_size = config, clock.size(1)
+        self.register_buffer("clock", clock, persistent=False)
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         # A note is three tokens: with its neighbours in it, a token is worth attending to from the first layer on.
         self.recent = nn.Parameter(torch.zeros(RECENT, config.n_embd))
@@ -1261,9 +1300,6 @@ class PianoGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        cos, sin = rotary_angles(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module) -> None:
@@ -1278,22 +1314,27 @@ class PianoGPT(nn.Module):
         if isinstance(module, PianoGPT):
             nn.init.normal_(module.head.weight, std=0.1 * self.config.n_embd**-0.5)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Embedded tokens (B, T, C) -> what the head reads, (B, T, C)."""
-        x, T = self.dropout(add_recent(x, self.recent)), x.size(1)
+    def turn(self, idx: Tensor) -> Tensor:
+        """The cos and sin, (2, B, 1, T, hs), by which queries and keys of tokens idx (B, T) turn."""
+        place = follow(self.clock, idx)[0] + TOKEN_STEP * torch.arange(idx.size(1), device=idx.device)
+        return torch.stack(rotary_angles(place, self.config.n_embd // self.config.n_head))[:, :, None]
+
+    def hidden(self, x: Tensor, turn: Tensor) -> Tensor:
+        """Embedded tokens (B, T, C) and their turn -> what the head reads, (B, T, C)."""
+        x = self.dropout(F.layer_norm(add_recent(x, self.recent), x.shape[-1:]))
         for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])
+            x = block(x, *turn)
         return self.norm(x)
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, turn: Tensor, targets: Tensor) -> Tensor:
         """The summed cross-entropy, in nats, of embedded tokens (B, T, C) and the ids (B, T) that follow them."""
-        logits = self.head(self.hidden(x)).float().flatten(0, 1)  # (B T, V)
+        logits = self.head(self.hidden(x, turn)).float().flatten(0, 1)  # (B T, V)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """idx (B, T) -> logits (B, T, V), or with targets (B, T) the summed loss in nats."""
-        x = self.embedding(idx)
-        return self.head(self.hidden(x)) if targets is None else self.loss(x, targets)
+        x, turn = self.embedding(idx), self.turn(idx)
+        return self.head(self.hidden(x, turn)) if targets is None else self.loss(x, turn, targets)
 
 
 class Decoder:
@@ -1310,32 +1351,33 @@ class Decoder:
         self.store = [torch.empty(shape, device=weight.device) for _ in model.blocks]
         # Of the recent tokens, oldest first, and of the token itself: (RECENT + 1, C).
         self.taps = torch.cat([model.recent.flip(0), torch.ones_like(model.recent[:1])])
-        # Queries and keys turn with their position; values stand still, at cos 1 and sin 0.
-        angles = [(model.cos, torch.ones_like(model.cos)), (model.sin, torch.zeros_like(model.sin))]
-        self.cos, self.sin = (torch.stack([a] * 2 * c.n_head + [b] * c.n_head, 1) for a, b in angles)  # (T, 3 nh, hs)
 
     def read(self, idx: Tensor) -> Tensor:
         """idx (B, t), one token or, at the beginning, several -> the logits of the token that follows, (B, V)."""
         (B, t), start, end = idx.shape, self.length, self.length + idx.size(1)
         C, nh = self.model.config.n_embd, self.model.config.n_head
         assert (t == 1 or start == 0) and end <= self.model.config.block_size, (t, start, end)
-        cos, sin, self.length = self.cos[start:end], self.sin[start:end], end
+        self.length = end
+        place, self.state = follow(self.model.clock, idx, self.state if start else None)
+        place = place + TOKEN_STEP * torch.arange(start, end, device=idx.device)
+        cos, sin = rotary_angles(place[:, :, None], C // nh)  # (B, t, 1, hs)
         x = F.embedding(idx, self.model.embedding.weight)  # (B, t, C)
         seen = torch.cat([self.recent, x], 1) if start else F.pad(x, (0, 0, RECENT, 0))
         self.recent = seen[:, -RECENT:]
         x = (seen * self.taps).sum(1) if start else add_recent(x, self.model.recent).view(-1, C)  # (B t, C)
+        x = F.layer_norm(x, (C,))
         for block, store in zip(self.model.blocks, self.store):
             h = F.layer_norm(x, (C,), block.norm_1.weight, block.norm_1.bias)
-            qkv = F.linear(h, block.attention.qkv.weight).view(B, t, 3 * nh, C // nh)
-            qkv = torch.addcmul(qkv * cos, qkv.roll(C // nh // 2, -1), sin)  # rotate()
-            q, *kv = qkv.view(B, t, 3, nh, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, t, hs)
-            store[0, :, :, start:end], store[1, :, :, start:end] = kv
+            qk, v = F.linear(h, block.attention.qkv.weight).view(B, t, 3 * nh, C // nh).split([2 * nh, nh], 2)
+            qk = torch.addcmul(qk * cos, qk.roll(C // nh // 2, -1), sin)  # rotate()
+            q, k = qk.view(B, t, 2, nh, -1).permute(2, 0, 3, 1, 4)  # 2 x (B, nh, t, hs)
+            store[0, :, :, start:end], store[1, :, :, start:end] = k, v.transpose(1, 2)
             k, v = store[:, :, :, :end]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
             x = torch.addmm(x, y.transpose(1, 2).reshape(-1, C), block.attention.proj.weight.t())
             h = F.layer_norm(x, (C,), block.norm_2.weight, block.norm_2.bias)
-            h = F.linear(h, block.expand.weight).relu_().square_()
-            x = torch.addmm(x, h, block.contract.weight.t())
+            h, gate = F.linear(h, block.expand.weight).chunk(2, -1)
+            x = torch.addmm(x, F.silu(gate).mul_(h), block.contract.weight.t())
         x = F.layer_norm(x.view(B, t, C)[:, -1], (C,), self.model.norm.weight, self.model.norm.bias)
         return F.linear(x, self.model.head.weight)
 
@@ -1344,7 +1386,7 @@ class Decoder:
 # 5. Checkpoint: the one file that is the model. The only torch.save and torch.load are here.
 # ---------------------------------------------------------------------------------------------------------------------
 
-FORMAT = "pianogpt 2"
+FORMAT = "pianogpt 3"
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -1376,32 +1418,40 @@ def load_checkpoint(path: Path) -> dict:
 # 6. Training: optimizer, schedule, evaluation, the loop.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LR_WIDTH = 1024  # the width at which --lr is the rate of every matrix
-REST_RATE, MUON_RATE = 30, 64  # times --lr: of what is no matrix, and of the matrices under Muon
+LR_WIDTH = 1024  # a matrix that reads so many numbers learns at --lr
+# Times --lr: the embedding, what is left, and the blocks' matrices under Muon.
+EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64
 SAVE_SECONDS = 120  # the most training that a crash can cost
 TIMED_STEPS = 20  # after the first, which may compile, these tell how long the run will take
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate at a step as a share of the peak: a line up to it, then half a cosine down to nothing."""
+    """The rate at a step as a share of the peak: a line up to it, then a line down to nothing."""
     if step < config.warmup:
         return (step + 1) / config.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
+    return 1 - (step - config.warmup) / max(1, config.steps - config.warmup)
 
 
 def make_optimizers(model: PianoGPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; only matrices decay.
 
-    A matrix learns at lr x 1024 / n_embd under AdamW, so one lr suits every width; Muon's step does not depend on it.
+    Under AdamW a matrix that reads n numbers learns at lr x 1024 / n, so one lr suits every width (Yang et al.); Muon's
+    step does not depend on it.
     """
-    wide, muon = config.lr * LR_WIDTH / model.config.n_embd, config.optimizer == "muon"
-    inside = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [model.embedding.weight, model.recent, *(p for p in model.parameters() if p.dim() == 1)]
+    muon, inside = config.optimizer == "muon", [p for p in model.blocks.parameters() if p.dim() == 2]
     matrices = [model.head.weight] if muon else [*inside, model.head.weight]
     groups = [
-        {"params": matrices, "peak": wide, "weight_decay": config.weight_decay, "what": "matrices"},
-        {"params": rest, "peak": REST_RATE * config.lr, "weight_decay": 0.0, "what": "the rest"},
+        {
+            "params": [p for p in matrices if p.size(1) == n],
+            "peak": config.lr * LR_WIDTH / n,
+            "weight_decay": config.weight_decay,
+            "what": f"matrices that read {n}",
+        }
+        for n in sorted({p.size(1) for p in matrices})
     ]
+    rest = [model.recent, *(p for p in model.parameters() if p.dim() == 1)]
+    for params, rate, what in (([model.embedding.weight], EMBEDDING_RATE, "embedding"), (rest, REST_RATE, "the rest")):
+        groups.append({"params": params, "peak": rate * config.lr, "weight_decay": 0.0, "what": what})
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
     if muon:
         group = {"params": inside, "peak": MUON_RATE * config.lr, "weight_decay": config.weight_decay, "what": "Muon"}
@@ -1416,7 +1466,7 @@ def evaluate(model: PianoGPT, windows: tuple[Tensor, Tensor], batch_size: int = 
     model.eval()
     parts = zip(*(w.to(device).split(batch_size) for w in windows))
     # The class's loss, not the compiled one of a model in training: that would be built again for these shapes.
-    total = sum(PianoGPT.loss(model, model.embedding(x), y).item() for x, y in parts)
+    total = sum(PianoGPT.loss(model, model.embedding(x), model.turn(x), y).item() for x, y in parts)
     model.train(was_training)
     return total
 
@@ -1931,7 +1981,7 @@ def parameters(model: nn.Module) -> int:
 
 def print_model(trainer: Trainer, compiled: str, where: str) -> None:
     """Say what is trained, in which precision, where, at which rates and from which step on."""
-    rates = " and ".join(f"{group['peak']:.2g} ({group['what']})" for group in trainer.groups)
+    rates = ", ".join(f"{group['peak']:.2g} ({group['what']})" for group in trainer.groups)
     say(
         f"model: {parameters(trainer.model):,} parameters, {'bfloat16' if trainer.bfloat16 else 'float32'}, {compiled}"
         f"on {where}, learning rates up to {rates}" + f", going on from step {trainer.step}" * (trainer.step > 0)
@@ -1943,7 +1993,7 @@ def run_training(config: Config, checkpoint: dict | None, rank: int, processes: 
     path, tokenizer = Path(config.run.checkpoint), load_tokenizer(checkpoint, config.music)
     batches, windows = prepare_data(config, tokenizer, device, rank, processes)
     torch.manual_seed(config.train.seed)
-    model = PianoGPT(config.model, len(tokenizer)).to(device)
+    model = make_model(config.model, tokenizer).to(device)
     bfloat16, compiled = choose_speed(config.run, device, config.train.steps)  # of all steps: resuming changes nothing
     trainer = Trainer(model, config.train, bfloat16, compiled)
     music = hashlib.sha256(batches.ids.cpu().numpy().tobytes()).hexdigest()
@@ -2004,9 +2054,14 @@ def print_result(trainer: Trainer, more: dict) -> None:
     print_block({key: values[key] for key in order})
 
 
+def make_model(config: ModelConfig, tokenizer: miditok.REMI) -> PianoGPT:
+    """A new model for the ids of a tokenizer."""
+    return PianoGPT(config, torch.from_numpy(make_clock(tokenizer)))
+
+
 def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device: torch.device) -> PianoGPT:
     """The model of a checkpoint, with the weights that validated best."""
-    model = PianoGPT(config.model, len(tokenizer))
+    model = make_model(config.model, tokenizer)
     model.load_state_dict(checkpoint["trainer"]["best"])
     return model.to(device).eval()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -76,6 +77,17 @@ def here(tmp_path, monkeypatch):
 def tokenizer():
     """The default tokenizer."""
     return pg.make_tokenizer(pg.MusicConfig())
+
+
+def clock(V):
+    """What V made-up ids do to musical time: two begin bars, ten are steps in a bar, two are metres, the rest nothing."""
+    table = torch.full((3, V), -1)
+    table[0] = 0
+    table[2, 0] = 16  # before the first metre
+    table[0, 1:3], table[1, 1:3] = 1, 0
+    table[1, 3:13] = torch.arange(10)
+    table[2, 13:15] = torch.tensor([12, 24])
+    return table
 
 
 def chunk(name, data):

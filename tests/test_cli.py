@@ -524,7 +524,7 @@ def test_run_says_in_five_lines_at_most_what_it_does_and_how_long_it_takes(folde
         r"13 files of \d+ works \(\d+ train, \d+ validation\) under midi, [\d.]+ hours, [\d,]+ notes", lines[1]
     )
     assert "11 notes outside the piano" in lines[2]
-    assert "learning rates up to 0.0096 (matrices) and 0.009 (the rest)" in lines[3] and "on cpu" in lines[3]
+    assert "learning rates up to 0.0096 (matrices that read 32), 0.0038 (matrices that read 80), 0.024 (embedding)" in lines[3] and "on cpu" in lines[3]
     assert re.match(r"time: about [\d.]+ minutes to step 30", lines[4])
     assert "warning" not in err.lower(), "of a library"
     assert "\r" not in err and all(len(line) <= 80 for line in err.splitlines()), "a log file gets whole lines"

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from benchmark import PlainAttention
-from conftest import pg
+from conftest import clock, pg, scale, write_midi
 
 V = 100
 CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
@@ -16,7 +17,7 @@ CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
 def model():
     """A small model whose head and mixture of recent tokens are not near zero, so that its logits differ."""
     torch.manual_seed(0)
-    model = pg.PianoGPT(CONFIG, V).eval()
+    model = pg.PianoGPT(CONFIG, clock(V)).eval()
     torch.nn.init.normal_(model.head.weight)
     torch.nn.init.normal_(model.recent)
     return model
@@ -24,7 +25,7 @@ def model():
 
 def test_initial_loss_is_near_ln_v():
     torch.manual_seed(0)
-    model, ids = pg.PianoGPT(CONFIG, V), torch.randint(V, (8, 65))
+    model, ids = pg.PianoGPT(CONFIG, clock(V)), torch.randint(V, (8, 65))
     loss = model(ids[:, :-1], ids[:, 1:]) / (8 * 64)
     assert abs(loss.item() - math.log(V)) < 0.1
 
@@ -54,7 +55,7 @@ def test_fused_attention_equals_the_textbook_head_by_head(model):
         for part, linear in enumerate((head.q, head.k, head.v)):
             linear.weight.data = attention.qkv.weight.split(32)[part][h * 8 : h * 8 + 8]
     assert torch.allclose(attention(x, torch.ones(20, 8), torch.zeros(20, 8)), plain(x), atol=1e-5)
-    assert not torch.allclose(attention(x, *pg.rotary_angles(20, 8)), plain(x), atol=1e-2)
+    assert not torch.allclose(attention(x, *pg.rotary_angles(torch.arange(20), 8)), plain(x), atol=1e-2)
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 96, 200])
@@ -67,8 +68,31 @@ def test_tiled_attention_equals_pytorchs(T):
         assert torch.allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8)])
+def test_tokens_stand_where_the_music_is(tokenizer, tmp_path, metre):
+    path = write_midi(tmp_path / "x.mid", scale(1), metre=metre)
+    ids = pg.encode_file(path, tokenizer, pg.MusicConfig()).ids.astype(np.int64)
+    table, listener = torch.from_numpy(pg.make_clock(tokenizer)), pg.BarClock(tokenizer)
+    places = pg.follow(table, torch.from_numpy(ids)[None])[0][0]
+    quarters = []
+    for id in ids.tolist():
+        quarters.append(listener.feed([id]).now)
+    steps = np.array(quarters) * 8 * metre[1] / 4 + 32  # what is before the first bar line is taken for a bar of 4/4
+    assert len(set(quarters)) > 50 and places.tolist() == steps.tolist()
+
+
+def test_musical_time_goes_on_from_a_state():
+    ids = torch.randint(V, (3, 60))
+    whole, end = pg.follow(clock(V), ids)
+    parts, state = [], None
+    for part in ids.split([17, 1, 1, 41], 1):
+        places, state = pg.follow(clock(V), part, state)
+        parts.append(places)
+    assert torch.equal(torch.cat(parts, 1), whole) and torch.equal(state, end)
+
+
 def test_rotary_products_depend_on_the_distance_alone():
-    cos, sin = pg.rotary_angles(50, 8)
+    cos, sin = pg.rotary_angles(torch.arange(50), 8)
     q, k = torch.randn(8), torch.randn(8)
     products = [(pg.rotate(q, cos[t], sin[t]) * pg.rotate(k, cos[t - 7], sin[t - 7])).sum() for t in range(7, 50)]
     assert torch.allclose(torch.stack(products), products[0], atol=1e-4)
@@ -87,14 +111,14 @@ def test_cached_logits_equal_uncached(model):
 
 def test_bfloat16_loss_is_near_float32(model):
     ids = torch.randint(V, (4, 97))
-    x = model.embedding(ids[:, :-1])
-    exact = model.loss(x, ids[:, 1:])
+    x = model.embedding(ids[:, :-1]), model.turn(ids[:, :-1])
+    exact = model.loss(*x, ids[:, 1:])
     with torch.autocast("cpu", torch.bfloat16):
-        assert abs(model.loss(x, ids[:, 1:]) / exact - 1) < 0.01
+        assert abs(model.loss(*x, ids[:, 1:]) / exact - 1) < 0.01
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation():
-    model, ids = pg.PianoGPT(pg.ModelConfig(2, 4, 32, 96, dropout=0.5), V), torch.randint(V, (2, 96))
+    model, ids = pg.PianoGPT(pg.ModelConfig(2, 4, 32, 96, dropout=0.5), clock(V)), torch.randint(V, (2, 96))
     torch.nn.init.normal_(model.head.weight)
     assert not torch.allclose(model(ids), model(ids))
     model.eval()

@@ -18,7 +18,7 @@ def grammar(tokenizer):
 def model(tokenizer):
     """An untrained model: it proposes everything, so the grammar has all the work."""
     torch.manual_seed(0)
-    model = pg.PianoGPT(pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32), len(tokenizer))
+    model = pg.make_model(pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32), tokenizer)
     torch.nn.init.normal_(model.head.weight, std=0.2)
     return model
 
