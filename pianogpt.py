@@ -309,17 +309,21 @@ def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
     return ids[is_pitch(ids, pitches)]
 
 
-def make_clock(tokenizer: miditok.REMI) -> np.ndarray:
-    """(3, V) int64, what each id does to musical time: bars begun, grid step in its bar, grid steps of a bar; or -1."""
-    config, words = tokenizer.config, [w.split("_") for w in make_vocabulary(tokenizer)]
-    clock = np.full((3, len(words)), -1, np.int64)
+def make_map(tokenizer: miditok.REMI) -> np.ndarray:
+    """(4, V) int64, where each id leads: bars begun, grid step in the bar, grid steps of a bar, MIDI pitch; -1: stays."""
+    grid, words = tokenizer.config.max_num_pos_per_beat, [w.split("_") for w in make_vocabulary(tokenizer)]
+    table = np.full((4, len(words)), -1, np.int64)
+    table[0], table[2:, tokenizer.vocab["PAD_None"]] = 0, (4 * grid, 60)  # before the first metre: 4/4; pitch: middle C
     for i, (kind, value) in enumerate(words):
-        clock[0, i] = kind == "Bar"
-        if kind in ("Bar", "Position"):
-            clock[1, i] = int(value) if kind == "Position" else 0
-        if kind in ("TimeSig", "PAD"):  # what PAD says holds before the first metre that is read
-            clock[2, i] = config.max_num_pos_per_beat * (int(value.split("/")[0]) if kind == "TimeSig" else 4)
-    return clock
+        if kind == "Bar":
+            table[:2, i] = 1, 0
+        if kind == "Position":
+            table[1, i] = int(value)
+        if kind == "TimeSig":
+            table[2, i] = grid * int(value.split("/")[0])
+        if kind == "Pitch":
+            table[3, i] = int(value)
+    return table
 
 
 def pedal_intervals(track: Track, end: int) -> list[tuple[int, int]]:
@@ -1178,38 +1182,43 @@ def sliding_windows(ids: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Model: a causal Transformer that knows the time of each token, and a decoder that keeps its keys and values.
+# 4. Model: a causal Transformer that knows the time and pitch of each token, and a decoder that keeps its keys and values.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 TOKEN_STEP = 0.1  # tokens at one moment of the music stand so many grid steps apart
+# Semitones after which the pairs of channels that turn with the pitch have turned once; all others turn with time.
+PITCH_PERIODS = (12, 6, 4, 24, 48, 96)
 
 
 def latest(values: Tensor, before: Tensor) -> Tensor:
-    """values (B, T) with -1 where there is none -> (B, T + 1), the latest before each and after all; before (B,) is first."""
+    """values (B, T), -1 where there is none -> (B, T + 1), the latest before each and after all; before (B,) is first."""
     values = torch.cat([before[:, None], values], 1)
     at = torch.arange(values.size(1), device=values.device)
     return values.gather(1, torch.where(values < 0, 0, at).cummax(1).values)
 
 
-def follow(clock: Tensor, idx: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Where tokens idx (B, T) stand in musical time, in grid steps, (B, T), and the state (3, B) to go on from.
+def follow(table: Tensor, idx: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Where tokens idx (B, T) stand, (2, B, T): grid steps since the first, and pitch; and a state to go on from, (4, B).
 
-    clock (3, V) is what each id does to the time. The state is the step at which the bar began, how far in it the
-    music is, and how long it is.
+    table (4, V) is where each id leads. The state is the step at which the bar began, how far in it the music is, how
+    long it is, and the pitch of the last note.
     """
-    bars, steps, lengths = clock[:, idx]  # 3 x (B, T)
+    bars, steps, lengths, pitches = table[:, idx]  # 4 x (B, T)
     if state is None:
-        state = torch.stack([torch.zeros_like(idx[:, 0])] * 2 + [clock[2, :1].expand(len(idx))])
-    lengths, steps = latest(lengths, state[2]), latest(steps, state[1])[:, 1:]
+        state = table[:, :1].clamp(min=0).expand(4, len(idx))
+    steps, lengths, pitches = (latest(x, y) for x, y in zip((steps, lengths, pitches), state[1:]))  # 3 x (B, T + 1)
     starts = state[0][:, None] + (bars * lengths[:, :-1]).cumsum(1)
-    return starts + steps, torch.stack([starts[:, -1], steps[:, -1], lengths[:, -1]])
+    end = torch.stack([x[:, -1] for x in (starts, steps, lengths, pitches)])
+    return torch.stack([starts + steps[:, 1:], pitches[:, 1:]]), end
 
 
-def rotary_angles(place: Tensor, hs: int) -> tuple[Tensor, Tensor]:
+def rotary_angles(time: Tensor, pitch: Tensor, hs: int) -> tuple[Tensor, Tensor]:
     """cos and sin, (..., hs), of the angle by which each pair of channels turns at each place; the sine is signed."""
-    frequency = 10_000.0 ** -(torch.arange(0, hs, 2, device=place.device) / hs)
-    angle = place[..., None] * frequency  # (..., hs / 2)
+    periods = torch.tensor(PITCH_PERIODS[: hs // 4], device=time.device)
+    pairs = hs // 2 - len(periods)
+    by_time = 10_000.0 ** -(torch.arange(pairs, device=time.device) / pairs)  # radians a grid step
+    angle = torch.cat([time[..., None] * by_time, pitch[..., None] * (2 * math.pi / periods)], -1)  # (..., hs / 2)
     return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
@@ -1287,12 +1296,12 @@ def add_recent(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class PianoGPT(nn.Module):
-    """Ids in, logits of the next id out; clock (3, V) is what each id does to musical time."""
+    """Ids in, logits of the next id out; table (4, V) is where each id leads in time and pitch (make_map)."""
 
-    def __init__(self, config: ModelConfig, clock: Tensor):
+    def __init__(self, config: ModelConfig, table: Tensor):
         super().__init__()
-        self.config, vocab_size = config, clock.size(1)
-        self.register_buffer("clock", clock, persistent=False)
+        self.config, vocab_size = config, table.size(1)
+        self.register_buffer("table", table, persistent=False)
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         # A note is three tokens: with its neighbours in it, a token is worth attending to from the first layer on.
         self.recent = nn.Parameter(torch.zeros(RECENT, config.n_embd))
@@ -1316,8 +1325,9 @@ class PianoGPT(nn.Module):
 
     def turn(self, idx: Tensor) -> Tensor:
         """The cos and sin, (2, B, 1, T, hs), by which queries and keys of tokens idx (B, T) turn."""
-        place = follow(self.clock, idx)[0] + TOKEN_STEP * torch.arange(idx.size(1), device=idx.device)
-        return torch.stack(rotary_angles(place, self.config.n_embd // self.config.n_head))[:, :, None]
+        time, pitch = follow(self.table, idx)[0]
+        time = time + TOKEN_STEP * torch.arange(idx.size(1), device=idx.device)
+        return torch.stack(rotary_angles(time, pitch, self.config.n_embd // self.config.n_head))[:, :, None]
 
     def hidden(self, x: Tensor, turn: Tensor) -> Tensor:
         """Embedded tokens (B, T, C) and their turn -> what the head reads, (B, T, C)."""
@@ -1358,9 +1368,9 @@ class Decoder:
         C, nh = self.model.config.n_embd, self.model.config.n_head
         assert (t == 1 or start == 0) and end <= self.model.config.block_size, (t, start, end)
         self.length = end
-        place, self.state = follow(self.model.clock, idx, self.state if start else None)
-        place = place + TOKEN_STEP * torch.arange(start, end, device=idx.device)
-        cos, sin = rotary_angles(place[:, :, None], C // nh)  # (B, t, 1, hs)
+        (time, pitch), self.state = follow(self.model.table, idx, self.state if start else None)
+        time = time + TOKEN_STEP * torch.arange(start, end, device=idx.device)
+        cos, sin = rotary_angles(time[:, :, None], pitch[:, :, None], C // nh)  # (B, t, 1, hs)
         x = F.embedding(idx, self.model.embedding.weight)  # (B, t, C)
         seen = torch.cat([self.recent, x], 1) if start else F.pad(x, (0, 0, RECENT, 0))
         self.recent = seen[:, -RECENT:]
@@ -1432,6 +1442,37 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return 1 - (step - config.warmup) / max(1, config.steps - config.warmup)
 
 
+def orthogonal(matrices: Tensor) -> Tensor:
+    """matrices (n, r, c) with their singular values moved near 1, by the Newton-Schulz steps of Jordan et al."""
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal, is the step of a matrix: no direction in it is neglected (Jordan et al.).
+
+    torch.optim.Muon works matrix by matrix and in bfloat16, which a processor without it takes twenty times as long for.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every matrix, those of one shape together."""
+        for group in self.param_groups:
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                same = [p for p in group["params"] if p.shape == shape]
+                for p in same:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                step = orthogonal(torch.stack([p.grad.lerp(self.state[p]["momentum"], 0.95) for p in same]))
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, step.unbind(), alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+
+
 def make_optimizers(model: PianoGPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; only matrices decay.
 
@@ -1455,7 +1496,7 @@ def make_optimizers(model: PianoGPT, config: TrainConfig) -> list[torch.optim.Op
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
     if muon:
         group = {"params": inside, "peak": MUON_RATE * config.lr, "weight_decay": config.weight_decay, "what": "Muon"}
-        optimizers.append(torch.optim.Muon([group], lr=config.lr))
+        optimizers.append(Muon([group], {}))
     return optimizers
 
 
@@ -2056,7 +2097,7 @@ def print_result(trainer: Trainer, more: dict) -> None:
 
 def make_model(config: ModelConfig, tokenizer: miditok.REMI) -> PianoGPT:
     """A new model for the ids of a tokenizer."""
-    return PianoGPT(config, torch.from_numpy(make_clock(tokenizer)))
+    return PianoGPT(config, torch.from_numpy(make_map(tokenizer)))
 
 
 def load_model(checkpoint: dict, config: Config, tokenizer: miditok.REMI, device: torch.device) -> PianoGPT:
@@ -2179,27 +2220,45 @@ def describe_sample(bars: int, score: Score, row: dict, path: Path) -> str:
     )
 
 
+def openings(pieces: list[Piece], length: int, grammar: Grammar):
+    """Yield the ids of the first bars, at most `length` ids, of up to 50 pieces."""
+    for piece in pieces[:: -(-len(pieces) // 50) or 1]:
+        ids = piece.encoded.ids.tolist()
+        lines = [i for i, id in enumerate(ids) if id == grammar.bar and i <= length]
+        yield ids[: lines[-1]] if len(ids) > length and len(lines) > 1 else ids
+
+
+def distance(rows: list[dict], others: list[dict]) -> float:
+    """How far the means of rows lie from those of others, in standard deviations of others; the mean over the figures."""
+    keys = [k for k in others[0] if not k.startswith("known")]
+    ours, theirs = (np.array([[row[k] for k in keys] for row in x], float) for x in (rows, others))
+    varies = theirs.std(0) > 0
+    return float((np.abs(ours.mean(0) - theirs.mean(0))[varies] / theirs.std(0)[varies]).mean())
+
+
 def print_report(
     rows: list[dict], music: list[Piece], lengths: list[int], known: KnownRuns | None, tokenizer: miditok.REMI
 ) -> None:
     """Print the mean of each figure over the samples and over as long openings of up to 50 pieces of each side."""
     grammar, pitches, length = make_grammar(tokenizer), pitch_range(tokenizer), int(np.median(lengths))
-    columns = {"samples": rows}
+    columns = {"samples": rows, "train": [], "validation": []}
     for split in ("train", "validation"):
-        columns[split] = []
-        side = [p for p in music if p.split == split]
-        for piece in side[:: -(-len(side) // 50) or 1]:
-            ids = piece.encoded.ids.tolist()
-            lines = [i for i, id in enumerate(ids) if id == grammar.bar and i <= length]
-            ids = ids[: lines[-1]] if len(ids) > length and len(lines) > 1 else ids
+        for ids in openings([p for p in music if p.split == split], length, grammar):
             score = decode_ids(ids, tokenizer)
             if score.note_num():
                 novelty = novelty_of(ids, pitches, known) if split == "validation" else {}
                 columns[split].append(describe(score, ids, grammar) | novelty)
     say(f"{'mean of':26}" + "".join(f"{f'{len(c)} {name}':>16}" for name, c in columns.items()))
-    for key in [k for k in rows[0] if k != "known_from"]:
-        means = [np.mean([r[key] for r in c]) if c and key in c[0] else math.nan for c in columns.values()]
-        say(f"{key:26}" + "".join(f"{'-' if math.isnan(m) else f'{m:.2f}':>16}" for m in means))
+    table = {
+        key: [np.mean([r[key] for r in c]) if c and key in c[0] else math.nan for c in columns.values()]
+        for key in rows[0]
+        if key != "known_from"
+    }
+    held_out = columns["validation"]
+    if held_out:
+        table["distance_from_validation"] = [distance(c, held_out) if c else math.nan for c in columns.values()]
+    for key, values in table.items():
+        say(f"{key:26}" + "".join(f"{'-' if math.isnan(v) else f'{v:.2f}':>16}" for v in values))
 
 
 def run_evaluation(config: Config, checkpoint: dict, device: torch.device) -> None:

@@ -303,8 +303,8 @@ class PlainRecipe(pg.PianoGPT):
         self.recent.requires_grad_(False)
 
     def turn(self, idx):
-        """Nothing turns."""
-        return torch.zeros(2, 0)
+        """The cos and sin, (2, 1), of no angle: nothing turns."""
+        return torch.tensor([[1.0], [0.0]], device=idx.device)
 
     def hidden(self, x, turn):
         """Embedded tokens (B, T, C) -> (B, T, C)."""
@@ -314,20 +314,20 @@ class PlainRecipe(pg.PianoGPT):
         return self.norm(x)
 
 
-def plain_trainer(config, clock, speed):
+def plain_trainer(config, clock, device, speed):
     """A trainer of the plain recipe: AdamW at a constant 3e-4 on everything."""
     torch.manual_seed(0)
     endless = pg.TrainConfig(steps=10**9, warmup=0)  # so early in its fall, the rate is constant
-    trainer = pg.Trainer(PlainRecipe(config, clock).train(), endless, *speed)
+    trainer = pg.Trainer(PlainRecipe(config, clock).to(device).train(), endless, *speed)
     groups = [{"params": list(trainer.model.parameters()), "peak": 3e-4}]
     trainer.optimizers = [torch.optim.AdamW(groups, lr=3e-4, fused=True)]
     return trainer
 
 
-def our_trainer(config, clock, speed, **train):
+def our_trainer(config, clock, device, speed, **train):
     """A trainer with the defaults."""
     torch.manual_seed(0)
-    return pg.Trainer(pg.PianoGPT(config, clock).train(), pg.TrainConfig(**train), *speed)
+    return pg.Trainer(pg.PianoGPT(config, clock).to(device).train(), pg.TrainConfig(**train), *speed)
 
 
 def step_seconds(trainer, batches):
@@ -356,11 +356,11 @@ def measure_recipe(folder, minutes, optimizer, device):
     out = {"minutes_each": minutes}
     # Compiling is paid before the clock starts, for all alike.
     for size in (16, batches.batch_size):
-        plain, trainer = dataclasses.replace(batches, batch_size=size, transpose=0), plain_trainer(config.model, clock, speed)
+        plain, trainer = dataclasses.replace(batches, batch_size=size, transpose=0), plain_trainer(config.model, clock, device, speed)
         step_seconds(trainer, plain)
         loss, steps = train_for(trainer, plain, windows, minutes)
         out |= {f"plain_{size}_steps": steps, f"plain_{size}_nats_per_note": loss}
-    ours = our_trainer(config.model, clock, speed, optimizer=optimizer)
+    ours = our_trainer(config.model, clock, device, speed, optimizer=optimizer)
     steps = ours.config.steps = int(0.95 * 60 * minutes / step_seconds(ours, batches))  # so that its rate falls to the end
     loss, done = train_for(ours, batches, windows, minutes)
     out |= {"steps_planned": steps, "steps": done, "nats_per_note": loss}

@@ -79,14 +79,15 @@ def tokenizer():
     return pg.make_tokenizer(pg.MusicConfig())
 
 
-def clock(V):
-    """What V made-up ids do to musical time: two begin bars, ten are steps in a bar, two are metres, the rest nothing."""
-    table = torch.full((3, V), -1)
+def table(V):
+    """Where V made-up ids lead: two begin bars, ten are steps in a bar, two are metres, twenty pitches, the rest nowhere."""
+    table = torch.full((4, V), -1)
     table[0] = 0
-    table[2, 0] = 16  # before the first metre
+    table[2, 0], table[3, 0] = 16, 60  # before the first metre and the first pitch
     table[0, 1:3], table[1, 1:3] = 1, 0
     table[1, 3:13] = torch.arange(10)
     table[2, 13:15] = torch.tensor([12, 24])
+    table[3, 20:40] = torch.arange(50, 70)
     return table
 
 

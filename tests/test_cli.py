@@ -467,6 +467,15 @@ def test_report_shows_samples_beside_training_and_validation_music(trained, caps
         and rows["known_run_notes"][1] == "-"
         and float(rows["known_run_notes"][2]) > 0
     )
+    samples, _, itself = map(float, rows["distance_from_validation"])
+    assert samples > 0 and itself == 0
+
+
+def test_distance_counts_in_standard_deviations_and_leaves_out_what_does_not_vary():
+    others = [{"a": 0.0, "b": 5.0, "c": 1, "known_from": "x"}, {"a": 2.0, "b": 5.0, "c": 3, "known_from": "y"}]
+    rows = [{"a": 4.0, "b": 7.0, "c": 2, "known_from": "z"}]  # 3 deviations of 1 away, any, none
+    assert pg.distance(rows, others) == 1.5
+    assert pg.distance(others, others) == 0
 
 
 def test_samples_folder_that_cannot_be_made_is_one_sentence(trained, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmark import PlainAttention
-from conftest import clock, pg, scale, write_midi
+from conftest import pg, scale, table, write_midi
 
 V = 100
 CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
@@ -17,7 +17,7 @@ CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
 def model():
     """A small model whose head and mixture of recent tokens are not near zero, so that its logits differ."""
     torch.manual_seed(0)
-    model = pg.PianoGPT(CONFIG, clock(V)).eval()
+    model = pg.PianoGPT(CONFIG, table(V)).eval()
     torch.nn.init.normal_(model.head.weight)
     torch.nn.init.normal_(model.recent)
     return model
@@ -25,7 +25,7 @@ def model():
 
 def test_initial_loss_is_near_ln_v():
     torch.manual_seed(0)
-    model, ids = pg.PianoGPT(CONFIG, clock(V)), torch.randint(V, (8, 65))
+    model, ids = pg.PianoGPT(CONFIG, table(V)), torch.randint(V, (8, 65))
     loss = model(ids[:, :-1], ids[:, 1:]) / (8 * 64)
     assert abs(loss.item() - math.log(V)) < 0.1
 
@@ -55,7 +55,7 @@ def test_fused_attention_equals_the_textbook_head_by_head(model):
         for part, linear in enumerate((head.q, head.k, head.v)):
             linear.weight.data = attention.qkv.weight.split(32)[part][h * 8 : h * 8 + 8]
     assert torch.allclose(attention(x, torch.ones(20, 8), torch.zeros(20, 8)), plain(x), atol=1e-5)
-    assert not torch.allclose(attention(x, *pg.rotary_angles(torch.arange(20), 8)), plain(x), atol=1e-2)
+    assert not torch.allclose(attention(x, *pg.rotary_angles(torch.arange(20), torch.arange(20), 8)), plain(x), atol=1e-2)
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 96, 200])
@@ -72,33 +72,44 @@ def test_tiled_attention_equals_pytorchs(T):
 def test_tokens_stand_where_the_music_is(tokenizer, tmp_path, metre):
     path = write_midi(tmp_path / "x.mid", scale(1), metre=metre)
     ids = pg.encode_file(path, tokenizer, pg.MusicConfig()).ids.astype(np.int64)
-    table, listener = torch.from_numpy(pg.make_clock(tokenizer)), pg.BarClock(tokenizer)
-    places = pg.follow(table, torch.from_numpy(ids)[None])[0][0]
-    quarters = []
+    time, pitch = pg.follow(torch.from_numpy(pg.make_map(tokenizer)), torch.from_numpy(ids)[None])[0][:, 0]
+    listener, words, quarters, pitches = pg.BarClock(tokenizer), pg.make_vocabulary(tokenizer), [], [60]
     for id in ids.tolist():
         quarters.append(listener.feed([id]).now)
+        pitches.append(int(words[id].split("_")[1]) if words[id].startswith("Pitch_") else pitches[-1])
     steps = np.array(quarters) * 8 * metre[1] / 4 + 32  # what is before the first bar line is taken for a bar of 4/4
-    assert len(set(quarters)) > 50 and places.tolist() == steps.tolist()
+    assert len(set(quarters)) > 50 and time.tolist() == steps.tolist()
+    assert len(set(pitches)) > 5 and pitch.tolist() == pitches[1:]
 
 
-def test_musical_time_goes_on_from_a_state():
+def test_place_goes_on_from_a_state():
     ids = torch.randint(V, (3, 60))
-    whole, end = pg.follow(clock(V), ids)
+    whole, end = pg.follow(table(V), ids)
     parts, state = [], None
     for part in ids.split([17, 1, 1, 41], 1):
-        places, state = pg.follow(clock(V), part, state)
+        places, state = pg.follow(table(V), part, state)
         parts.append(places)
-    assert torch.equal(torch.cat(parts, 1), whole) and torch.equal(state, end)
+    assert torch.equal(torch.cat(parts, 2), whole) and torch.equal(state, end)
 
 
-def test_rotary_products_depend_on_the_distance_alone():
-    cos, sin = pg.rotary_angles(torch.arange(50), 8)
-    q, k = torch.randn(8), torch.randn(8)
+def test_rotary_products_depend_on_the_distance_in_time_and_pitch_alone():
+    at = torch.arange(50)
+    cos, sin = pg.rotary_angles(3 * at, 2 * at, 32)
+    q, k = torch.randn(32), torch.randn(32)
     products = [(pg.rotate(q, cos[t], sin[t]) * pg.rotate(k, cos[t - 7], sin[t - 7])).sum() for t in range(7, 50)]
     assert torch.allclose(torch.stack(products), products[0], atol=1e-4)
     assert not torch.allclose(
         (pg.rotate(q, cos[9], sin[9]) * pg.rotate(k, cos[3], sin[3])).sum(), products[0], atol=1e-3
     )
+
+
+def test_octaves_and_moments_turn_the_channels_differently():
+    cos, _ = pg.rotary_angles(torch.tensor([0, 0, 5]), torch.tensor([60, 72, 60]), 32)
+    time, pitch = cos[:, :10], cos[:, 10:16]
+    assert torch.equal(time[0], time[1]) and not torch.equal(time[0], time[2])
+    assert torch.equal(pitch[0], pitch[2])
+    same = [math.isclose(a, b, abs_tol=1e-4) for a, b in zip(pitch[0].tolist(), pitch[1].tolist())]
+    assert same == [True, True, True, False, False, False], "an octave is a whole turn of the periods that divide it"
 
 
 def test_cached_logits_equal_uncached(model):
@@ -118,7 +129,7 @@ def test_bfloat16_loss_is_near_float32(model):
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation():
-    model, ids = pg.PianoGPT(pg.ModelConfig(2, 4, 32, 96, dropout=0.5), clock(V)), torch.randint(V, (2, 96))
+    model, ids = pg.PianoGPT(pg.ModelConfig(2, 4, 32, 96, dropout=0.5), table(V)), torch.randint(V, (2, 96))
     torch.nn.init.normal_(model.head.weight)
     assert not torch.allclose(model(ids), model(ids))
     model.eval()

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import clock, pg
+from conftest import pg, table
 
 V = 60
 MODEL = pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1)
@@ -18,7 +18,7 @@ def parts(ids=None, **train):
     config = pg.TrainConfig(**{"steps": 40, "batch_size": 4, "warmup": 5, "eval_every": 10, "seed": 1} | train)
     ids = np.arange(500) * 7 % V if ids is None else ids
     torch.manual_seed(config.seed)
-    trainer = pg.Trainer(pg.PianoGPT(MODEL, clock(V)), config)
+    trainer = pg.Trainer(pg.PianoGPT(MODEL, table(V)), config)
     batches = pg.Batches(torch.from_numpy(ids).short(), PITCHES, config.batch_size, MODEL.block_size, 2, config.seed)
     return trainer, batches, pg.validation_windows(ids[:100], MODEL.block_size, 8)
 
@@ -95,7 +95,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
 
 def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
     def groups(n_embd, optimizer="adamw"):
-        model = pg.PianoGPT(pg.ModelConfig(n_embd=n_embd), clock(V))
+        model = pg.PianoGPT(pg.ModelConfig(n_embd=n_embd), table(V))
         optimizers = pg.make_optimizers(model, pg.TrainConfig(optimizer=optimizer))
         of = {id(p): g for o in optimizers for g in o.param_groups for p in g["params"]}
         return {name: of[id(p)] for name, p in model.named_parameters()}
@@ -115,6 +115,21 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_width():
         assert {n for n, g in named.items() if g["weight_decay"]} == {
             n for n in narrow if "norm" not in n and n not in ("embedding.weight", "recent")
         }
+
+
+def test_muon_steps_as_pytorchs_does():
+    torch.manual_seed(0)
+    ours = [torch.randn(*shape) for shape in [(64, 32), (32, 64), (64, 32)]]
+    theirs = [p.clone() for p in ours]
+    optimizers = pg.Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.1}], {}), torch.optim.Muon(theirs, lr=0.1)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        assert torch.allclose(p, q, atol=0.01)  # theirs is in bfloat16; a step is 0.1 long
 
 
 def test_best_validation_weights_are_kept():
