@@ -1191,35 +1191,36 @@ TOKEN_STEP = 0.1  # tokens at one moment of the music stand so many grid steps a
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)
 
 
-def latest(values: Tensor, before: Tensor) -> Tensor:
-    """values (B, T), -1 where there is none -> (B, T + 1), the latest before each and after all; before (B,) is first."""
-    values = torch.cat([before[:, None], values], 1)
-    at = torch.arange(values.size(1), device=values.device)
-    return values.gather(1, torch.where(values < 0, 0, at).cummax(1).values)
-
-
 def follow(table: Tensor, idx: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Where tokens idx (B, T) stand, (2, B, T): grid steps since the first, and pitch; and a state to go on from, (4, B).
 
     table (4, V) is where each id leads. The state is the step at which the bar began, how far in it the music is, how
     long it is, and the pitch of the last note.
     """
-    bars, steps, lengths, pitches = table[:, idx]  # 4 x (B, T)
+    moves, at = table[:, idx], torch.arange(idx.size(1) + 1, device=idx.device)
     if state is None:
         state = table[:, :1].clamp(min=0).expand(4, len(idx))
-    steps, lengths, pitches = (latest(x, y) for x, y in zip((steps, lengths, pitches), state[1:]))  # 3 x (B, T + 1)
-    starts = state[0][:, None] + (bars * lengths[:, :-1]).cumsum(1)
+    said = torch.cat([state[1:, :, None], moves[1:]], 2)  # (3, B, T + 1), -1 where a token says nothing
+    steps, lengths, pitches = said.gather(2, torch.where(said < 0, 0, at).cummax(2).values)  # the latest that was said
+    starts = state[0][:, None] + (moves[0] * lengths[:, :-1]).cumsum(1)  # (B, T)
     end = torch.stack([x[:, -1] for x in (starts, steps, lengths, pitches)])
     return torch.stack([starts + steps[:, 1:], pitches[:, 1:]]), end
 
 
-def rotary_angles(time: Tensor, pitch: Tensor, hs: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, (..., hs), of the angle by which each pair of channels turns at each place; the sine is signed."""
-    periods = torch.tensor(PITCH_PERIODS[: hs // 4], device=time.device)
-    pairs = hs // 2 - len(periods)
-    by_time = 10_000.0 ** -(torch.arange(pairs, device=time.device) / pairs)  # radians a grid step
-    angle = torch.cat([time[..., None] * by_time, pitch[..., None] * (2 * math.pi / periods)], -1)  # (..., hs / 2)
-    return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+def rotary_speeds(hs: int) -> Tensor:
+    """(2, hs / 2): by how many radians each pair of channels turns in a grid step, and in a semitone."""
+    by_pitch = 2 * math.pi / torch.tensor(PITCH_PERIODS[: hs // 4])
+    pairs = hs // 2 - len(by_pitch)
+    by_time = 10_000.0 ** -(torch.arange(pairs) / pairs)
+    return torch.stack([F.pad(by_time, (0, len(by_pitch))), F.pad(by_pitch, (pairs, 0))])
+
+
+def rotary_angles(place: Tensor, first: int, speeds: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, T, hs), of the turn of tokens `first` and on, at place (2, B, T); the sine is signed."""
+    time = place[0] + TOKEN_STEP * torch.arange(first, first + place.size(2), device=place.device)
+    angle = time[..., None] * speeds[0] + place[1, ..., None] * speeds[1]  # (B, T, hs / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1302,6 +1303,7 @@ class PianoGPT(nn.Module):
         super().__init__()
         self.config, vocab_size = config, table.size(1)
         self.register_buffer("table", table, persistent=False)
+        self.register_buffer("speeds", rotary_speeds(config.n_embd // config.n_head), persistent=False)
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         # A note is three tokens: with its neighbours in it, a token is worth attending to from the first layer on.
         self.recent = nn.Parameter(torch.zeros(RECENT, config.n_embd))
@@ -1325,9 +1327,7 @@ class PianoGPT(nn.Module):
 
     def turn(self, idx: Tensor) -> Tensor:
         """The cos and sin, (2, B, 1, T, hs), by which queries and keys of tokens idx (B, T) turn."""
-        time, pitch = follow(self.table, idx)[0]
-        time = time + TOKEN_STEP * torch.arange(idx.size(1), device=idx.device)
-        return torch.stack(rotary_angles(time, pitch, self.config.n_embd // self.config.n_head))[:, :, None]
+        return torch.stack(rotary_angles(follow(self.table, idx)[0], 0, self.speeds))[:, :, None]
 
     def hidden(self, x: Tensor, turn: Tensor) -> Tensor:
         """Embedded tokens (B, T, C) and their turn -> what the head reads, (B, T, C)."""
@@ -1368,9 +1368,8 @@ class Decoder:
         C, nh = self.model.config.n_embd, self.model.config.n_head
         assert (t == 1 or start == 0) and end <= self.model.config.block_size, (t, start, end)
         self.length = end
-        (time, pitch), self.state = follow(self.model.table, idx, self.state if start else None)
-        time = time + TOKEN_STEP * torch.arange(start, end, device=idx.device)
-        cos, sin = rotary_angles(time[:, :, None], pitch[:, :, None], C // nh)  # (B, t, 1, hs)
+        place, self.state = follow(self.model.table, idx, self.state if start else None)
+        cos, sin = (x[:, :, None] for x in rotary_angles(place, start, self.model.speeds))  # 2 x (B, t, 1, hs)
         x = F.embedding(idx, self.model.embedding.weight)  # (B, t, C)
         seen = torch.cat([self.recent, x], 1) if start else F.pad(x, (0, 0, RECENT, 0))
         self.recent = seen[:, -RECENT:]

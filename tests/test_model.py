@@ -55,7 +55,9 @@ def test_fused_attention_equals_the_textbook_head_by_head(model):
         for part, linear in enumerate((head.q, head.k, head.v)):
             linear.weight.data = attention.qkv.weight.split(32)[part][h * 8 : h * 8 + 8]
     assert torch.allclose(attention(x, torch.ones(20, 8), torch.zeros(20, 8)), plain(x), atol=1e-5)
-    assert not torch.allclose(attention(x, *pg.rotary_angles(torch.arange(20), torch.arange(20), 8)), plain(x), atol=1e-2)
+    turn = pg.rotary_angles(torch.arange(20).expand(2, 1, 20), 0, pg.rotary_speeds(8))
+    turned = attention(x, *(part[:, None] for part in turn))  # (1, 1, T, hs): the same for every head
+    assert not torch.allclose(turned, plain(x), atol=1e-2)
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 96, 200])
@@ -94,7 +96,7 @@ def test_place_goes_on_from_a_state():
 
 def test_rotary_products_depend_on_the_distance_in_time_and_pitch_alone():
     at = torch.arange(50)
-    cos, sin = pg.rotary_angles(3 * at, 2 * at, 32)
+    cos, sin = (x[0] for x in pg.rotary_angles(torch.stack([3 * at, 2 * at])[:, None], 0, pg.rotary_speeds(32)))
     q, k = torch.randn(32), torch.randn(32)
     products = [(pg.rotate(q, cos[t], sin[t]) * pg.rotate(k, cos[t - 7], sin[t - 7])).sum() for t in range(7, 50)]
     assert torch.allclose(torch.stack(products), products[0], atol=1e-4)
@@ -104,7 +106,8 @@ def test_rotary_products_depend_on_the_distance_in_time_and_pitch_alone():
 
 
 def test_octaves_and_moments_turn_the_channels_differently():
-    cos, _ = pg.rotary_angles(torch.tensor([0, 0, 5]), torch.tensor([60, 72, 60]), 32)
+    place = torch.tensor([[[0], [0], [5]], [[60], [72], [60]]])  # three sequences of one token
+    cos = pg.rotary_angles(place, 0, pg.rotary_speeds(32))[0][:, 0]
     time, pitch = cos[:, :10], cos[:, 10:16]
     assert torch.equal(time[0], time[1]) and not torch.equal(time[0], time[2])
     assert torch.equal(pitch[0], pitch[2])
