@@ -58,12 +58,17 @@ def scale(seed=0, bars=8):
     return [right, left]
 
 
+def write_folder(path):
+    """Write twelve small two-track pieces."""
+    for i in range(12):
+        write_midi(path / f"piece{i:02d}.mid", scale(i))
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder of twelve small two-track pieces."""
-    for i in range(12):
-        write_midi(tmp_path / "midi" / f"piece{i:02d}.mid", scale(i))
-    return tmp_path / "midi"
+    return write_folder(tmp_path / "midi")
 
 
 @pytest.fixture

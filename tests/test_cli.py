@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, pg, scale, write_midi
+from conftest import TINY, pg, scale, write_folder, write_midi
 from symusic import Score
 
 SHORT = ["--midi-dir", "midi", *TINY, "--steps", "30", "--eval-every", "10", "--warmup", "5", "--seed", "1"]
@@ -26,11 +26,21 @@ def block(text):
     return dict(re.findall(r"^(\w+): (.+)$", text, re.M))
 
 
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """A folder with MIDI and a checkpoint trained for 30 steps, to be copied."""
+    root = tmp_path_factory.mktemp("trained")
+    write_folder(root / "midi")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert pg.main(SHORT) == 0
+    return root
+
+
 @pytest.fixture
-def trained(folder, here, capsys):
-    """A folder with MIDI and a checkpoint trained for 30 steps."""
-    assert pg.main(SHORT) == 0
-    capsys.readouterr()
+def trained(trained_once, here):
+    """A current folder with MIDI and a checkpoint trained for 30 steps."""
+    shutil.copytree(trained_once, here, dirs_exist_ok=True)
     return here
 
 
@@ -533,7 +543,8 @@ def test_run_says_in_five_lines_at_most_what_it_does_and_how_long_it_takes(folde
         r"13 files of \d+ works \(\d+ train, \d+ validation\) under midi, [\d.]+ hours, [\d,]+ notes", lines[1]
     )
     assert "11 notes outside the piano" in lines[2]
-    assert "learning rates up to 0.0096 (matrices that read 32), 0.0038 (matrices that read 80), 0.024 (embedding)" in lines[3] and "on cpu" in lines[3]
+    assert "learning rates up to 0.0096 (matrices that read 32), 0.0038 (matrices that read 80), 0.024" in lines[3]
+    assert "on cpu" in lines[3]
     assert re.match(r"time: about [\d.]+ minutes to step 30", lines[4])
     assert "warning" not in err.lower(), "of a library"
     assert "\r" not in err and all(len(line) <= 80 for line in err.splitlines()), "a log file gets whole lines"
