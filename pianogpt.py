@@ -149,7 +149,7 @@ class ModelConfig:
 class TrainConfig:
     """How the model is trained."""
 
-    steps: int = option(4000, "optimizer steps in all", 1)
+    steps: int = option(2000, "optimizer steps in all", 1)
     batch_size: int = option(8, "sequences in a step", 1)
     optimizer: str = option(
         "adamw", "of the blocks' matrices; the rest always learns by AdamW", choices=("adamw", "muon")
@@ -160,7 +160,7 @@ class TrainConfig:
     warmup: int = option(200, "steps in which the learning rate rises", 0)
     weight_decay: float = option(0.1, "AdamW's decay of the matrices; 0: off", 0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
-    eval_every: int = option(500, "steps between two validations", 1)
+    eval_every: int = option(250, "steps between two validations", 1)
     save_every: int = option(0, "steps between two checkpoints; 0: two minutes", 0)
     sample_every: int = option(0, "steps between two short pieces that let you hear it learn; 0: none", 0)
     accumulate: int = option(1, "parts in which a batch is worked off, to need less memory", 1)
@@ -176,7 +176,7 @@ class SampleConfig:
     prompt_bars: int = option(0, "bars of the prompt to continue from; 0: all of it", 0)
     prompt_seconds: float = option(0.0, "the same in seconds, to the last bar line before them; 0: all of it", 0)
     continuation_only: bool = option(False, "leave the prompt out of the file")
-    bars: int = option(0, "length of the whole piece in bars; 0: until the model ends it, at most 32 new bars", 0)
+    bars: int = option(0, "length of the whole piece in bars; 0: until the model ends it, 8 to 32 new bars", 0)
     seconds: float = option(0.0, "the same in seconds, to the next bar line; 0: see --bars", 0, 86_400)
     tempo: float = option(
         0.0, "one tempo for the whole piece, in quarter notes a minute; 0: as the model wrote it", 0, 1000
@@ -1685,8 +1685,11 @@ def draw(logits: Tensor, config: SampleConfig, random: torch.Generator) -> Tenso
 
 
 @torch.inference_mode()
-def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Tensor, seed: int):
-    """Yield the ids (B,) that follow ids (B, T), one token of every sequence at a time, without end."""
+def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Tensor, seed: int, wait: Tensor | float):
+    """Yield the ids (B,) that follow ids (B, T), one token of every sequence at a time, without end.
+
+    wait (B,) is minus infinity where a sequence may not end yet, else 0; it may be changed between two tokens.
+    """
     device, size = ids.device, model.config.block_size
     rows = torch.from_numpy(grammar.rows).to(device)  # (R, V)
     update = torch.from_numpy(grammar.update).to(device)  # (V, 4)
@@ -1704,11 +1707,16 @@ def draw_tokens(model: PianoGPT, grammar: Grammar, config: SampleConfig, ids: Te
             logits = decoder.read(torch.stack(recent, 1))
         else:
             logits = decoder.read(recent[-1][:, None])
-        id = draw(logits + rows[state].sum(1), config, random)
+        logits = logits + rows[state].sum(1)
+        logits[:, grammar.eos] += wait
+        id = draw(logits, config, random)
         moved = update[id]
         state = torch.where(moved < 0, state, moved)
         recent.append(id)
         yield id
+
+
+LEAST_BARS, MOST_BARS = 8, 32  # in which the model ends a piece of no asked-for length, without the prompt
 
 
 def generate(
@@ -1723,12 +1731,10 @@ def generate(
     drawn: list[Tensor] = []
     for clock in clocks:
         clock.feed(prompt)
-    if config.bars or config.seconds:
-        rows = grammar.rows.copy()
-        rows[:, grammar.eos] = -math.inf  # the piece ends where it was asked to, not before
-        grammar = replace(grammar, rows=rows)
+    begun = len(clocks[0].lines)
+    wait = torch.full((len(clocks),), -math.inf, device=ids.device)
     model.eval()
-    stream = draw_tokens(model, grammar, config, ids, seed)
+    stream = draw_tokens(model, grammar, config, ids, seed, wait)
     for id in progress(stream, desc="writing", unit="token", unit_scale=len(ids), leave=False, position=0):
         drawn.append(id)
         if len(drawn) == 16:  # looking at every token would make a GPU wait
@@ -1736,6 +1742,8 @@ def generate(
                 piece += new
                 clock.feed(new)
             drawn = []
+            if not (config.bars or config.seconds):  # a piece of an asked-for length ends there, not before
+                wait[[len(clock.lines) >= begun + LEAST_BARS for clock in clocks]] = 0
             if all(clock.over for clock in clocks):
                 return [piece[: clock.kept] for piece, clock in zip(pieces, clocks)]
 
@@ -2129,7 +2137,7 @@ def write_samples(
         raise UserError(
             f"the prompt alone is {len(before.lines)} bars, {before.seconds:.1f} seconds: ask for a longer piece"
         )
-    bars = sample.bars or (0 if sample.seconds else len(before.lines) + 32)
+    bars = sample.bars or (0 if sample.seconds else len(before.lines) + MOST_BARS)
     clocks = [BarClock(tokenizer, bars, sample.seconds, sample.tempo) for _ in range(sample.num_samples)]
     model = load_model(checkpoint, config, tokenizer, device)
     start = [*prompt, grammar.bar] if prompt else []  # the continuation begins with a bar of its own

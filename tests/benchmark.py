@@ -178,23 +178,16 @@ def measure_training(device, rounds):
     }
 
 
-def endless_grammar():
-    """The default tokenizer's grammar without EOS."""
-    grammar = pg.make_grammar(pg.make_tokenizer(pg.MusicConfig()))
-    grammar.rows[:, grammar.eos] = -math.inf
-    return grammar
-
-
 @torch.no_grad()
 def measure_generation(device, rounds):
     """Tokens/s of one sequence and of 32, beside plain's one, each once its window is full; and what a late token costs."""
-    config, grammar, settings = pg.ModelConfig(), endless_grammar(), pg.SampleConfig()
+    config, grammar, settings = pg.ModelConfig(), pg.make_grammar(pg.make_tokenizer(pg.MusicConfig())), pg.SampleConfig()
     V = grammar.rows.shape[1]
     plain, model = PlainGPT(config, V).to(device).eval(), our_model(config, device).eval()
 
     def ours(B):
         ids = torch.full((B, 1), grammar.bos, device=device)
-        stream = pg.draw_tokens(model, grammar, settings, ids, seed=0)
+        stream = pg.draw_tokens(model, grammar, settings, ids, seed=0, wait=-math.inf)
         list(islice(stream, config.block_size))
         return lambda: list(islice(stream, config.block_size)), config.block_size
 
@@ -204,7 +197,7 @@ def measure_generation(device, rounds):
     taken = {name: [t / per_token[name][1] for t in times] for name, times in taken.items()}
     late = []
     for _ in range(2):
-        stream = pg.draw_tokens(model, grammar, settings, torch.full((1, 1), grammar.bos, device=device), seed=1)
+        stream = pg.draw_tokens(model, grammar, settings, torch.full((1, 1), grammar.bos, device=device), seed=1, wait=-math.inf)
         early = [seconds(lambda: next(stream)) for _ in range(5256)]
         late.append(sum(early[5000:5256]) / sum(early[256:512]))
     return {
@@ -270,7 +263,7 @@ def measure_growth(device):
     peak = 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
     print(f"matrix_product_tflops: {peak / 1e12:.2f}")
     print("n_embd  block_size  train_tok/s  share_of_peak  generate_tok/s")
-    grammar = endless_grammar()
+    grammar = pg.make_grammar(pg.make_tokenizer(pg.MusicConfig()))
     V = grammar.rows.shape[1]
     for n_embd in (128, 256, 512):
         for block_size in (256, 1024):
@@ -283,9 +276,8 @@ def measure_growth(device):
             matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - V * n_embd
             # 2 for a product and a sum, 3 for forward and the two gradients; the causal half of the attention scores
             flops = 6 * 4096 * (matrices + config.n_layer * block_size * n_embd)
-            stream = pg.draw_tokens(
-                model, grammar, pg.SampleConfig(), torch.full((1, 1), grammar.bos, device=device), 0
-            )
+            ids = torch.full((1, 1), grammar.bos, device=device)
+            stream = pg.draw_tokens(model, grammar, pg.SampleConfig(), ids, seed=0, wait=-math.inf)
             next(stream)
             rate = 256 / seconds(lambda: list(islice(stream, 256)))
             print(

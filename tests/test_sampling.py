@@ -1,5 +1,6 @@
 """Room 7: logits become ids."""
 
+import copy
 import math
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, grammar, t
     ids = generate(model, grammar, tokenizer, bars=600, seconds=1e5)[0]
     assert len(ids) > 5000 + model.config.block_size
     assert tokenizer.tokens_errors([ids]) == [0.0] and inside_bars(ids, tokenizer)
+
+
+@pytest.mark.parametrize("prompt_bars", [0, 3])
+def test_a_piece_of_no_asked_for_length_ends_by_the_model_after_eight_new_bars(prompt_bars, model, grammar, tokenizer):
+    prompt = generate(model, grammar, tokenizer, bars=prompt_bars)[0] if prompt_bars else []
+    clocks = [pg.BarClock(tokenizer, prompt_bars + pg.MOST_BARS) for _ in range(24)]
+    eager = copy.deepcopy(model)
+    eager.head.weight.data[grammar.eos] *= 4  # ends often, and without the rule at once
+    pieces = pg.generate(eager, grammar, pg.SampleConfig(), 1, prompt, clocks)
+    bars = [ids.count(grammar.bar) - prompt_bars for ids in pieces]
+    assert all(8 <= n <= 32 for n in bars) and min(bars) < 32
 
 
 def test_notes_of_the_ids_are_all_heard(model, grammar, tokenizer):
