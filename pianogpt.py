@@ -155,7 +155,7 @@ class TrainConfig:
         "adamw", "of the blocks' matrices; the rest always learns by AdamW", choices=("adamw", "muon")
     )
     lr: float = option(
-        3e-4, "peak learning rate of AdamW, as for a model 1024 wide: a matrix that reads n numbers takes lr x 1024 / n", 0, 1
+        3e-4, "peak learning rate, as for a model 1024 wide: a matrix that reads n numbers takes lr x 1024 / n", 0, 1
     )
     warmup: int = option(200, "steps in which the learning rate rises", 0)
     weight_decay: float = option(0.1, "AdamW's decay of the matrices; 0: off", 0)
@@ -310,7 +310,7 @@ def pitches_of(ids: np.ndarray, pitches: range) -> np.ndarray:
 
 
 def make_map(tokenizer: miditok.REMI) -> np.ndarray:
-    """(4, V) int64, where each id leads: bars begun, grid step in the bar, grid steps of a bar, MIDI pitch; -1: stays."""
+    """(4, V) int64, where each id leads: bars begun, grid step in the bar, grid steps of a bar, pitch; -1: it stays."""
     grid, words = tokenizer.config.max_num_pos_per_beat, [w.split("_") for w in make_vocabulary(tokenizer)]
     table = np.full((4, len(words)), -1, np.int64)
     table[0], table[2:, tokenizer.vocab["PAD_None"]] = 0, (4 * grid, 60)  # before the first metre: 4/4; pitch: middle C
@@ -1182,17 +1182,17 @@ def sliding_windows(ids: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Model: a causal Transformer that knows the time and pitch of each token, and a decoder that keeps its keys and values.
+# 4. Model: a causal Transformer in musical time and pitch, and a decoder that keeps its keys and values.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 TOKEN_STEP = 0.1  # tokens at one moment of the music stand so many grid steps apart
-# Semitones after which the pairs of channels that turn with the pitch have turned once; all others turn with time.
+# Semitones after which each pair of channels that turns with pitch is round; the other pairs turn with time.
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)
 
 
 def follow(table: Tensor, idx: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Where tokens idx (B, T) stand, (2, B, T): grid steps since the first, and pitch; and a state to go on from, (4, B).
+    """Where tokens idx (B, T) stand, (2, B, T): grid steps since the first, and pitch; and the state after all, (4, B).
 
     table (4, V) is where each id leads. The state is the step at which the bar began, how far in it the music is, how
     long it is, and the pitch of the last note.
@@ -1455,7 +1455,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, is the step of a matrix: no direction in it is neglected (Jordan et al.).
 
-    torch.optim.Muon works matrix by matrix and in bfloat16, which a processor without it takes twenty times as long for.
+    torch.optim.Muon works in bfloat16 and matrix by matrix: twenty times as long on a processor that has no bfloat16.
     """
 
     @torch.no_grad()
@@ -2236,7 +2236,7 @@ def openings(pieces: list[Piece], length: int, grammar: Grammar):
 
 
 def distance(rows: list[dict], others: list[dict]) -> float:
-    """How far the means of rows lie from those of others, in standard deviations of others; the mean over the figures."""
+    """How far the means of rows lie from those of others, in standard deviations of others; averaged over figures."""
     keys = [k for k in others[0] if not k.startswith("known")]
     ours, theirs = (np.array([[row[k] for k in keys] for row in x], float) for x in (rows, others))
     varies = theirs.std(0) > 0
