@@ -1,8 +1,11 @@
 """Tiny MIDI files, written with symusic, and a tiny model: everything the tests read is made here."""
 
+import os
 import struct
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models as tiny as these, threads cost more than they save
 
 import numpy as np
 import pytest
