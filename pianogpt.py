@@ -1197,9 +1197,14 @@ def follow(table: Tensor, idx: Tensor, state: Tensor | None = None) -> tuple[Ten
     table (4, V) is where each id leads. The state is the step at which the bar began, how far in it the music is, how
     long it is, and the pitch of the last note.
     """
-    moves, at = table[:, idx], torch.arange(idx.size(1) + 1, device=idx.device)
     if state is None:
         state = table[:, :1].clamp(min=0).expand(4, len(idx))
+    if idx.size(1) == 1:  # the same in a third of the operators, which is what a token costs in generation
+        moves = table[:, idx[:, 0]]  # (4, B)
+        steps, lengths, pitches = torch.where(moves[1:] < 0, state[1:], moves[1:])
+        start = state[0] + moves[0] * state[2]
+        return torch.stack([start + steps, pitches])[:, :, None], torch.stack([start, steps, lengths, pitches])
+    moves, at = table[:, idx], torch.arange(idx.size(1) + 1, device=idx.device)
     said = torch.cat([state[1:, :, None], moves[1:]], 2)  # (3, B, T + 1), -1 where a token says nothing
     steps, lengths, pitches = said.gather(2, torch.where(said < 0, 0, at).cummax(2).values)  # the latest that was said
     starts = state[0][:, None] + (moves[0] * lengths[:, :-1]).cumsum(1)  # (B, T)
