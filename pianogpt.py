@@ -2267,7 +2267,7 @@ def print_report(
         if key != "known_from"
     }
     held_out = columns["validation"]
-    if held_out:
+    if len(held_out) > 1:  # one piece alone deviates from nothing
         table["distance_from_validation"] = [distance(c, held_out) if c else math.nan for c in columns.values()]
     for key, values in table.items():
         say(f"{key:26}" + "".join(f"{'-' if math.isnan(v) else f'{v:.2f}':>16}" for v in values))
