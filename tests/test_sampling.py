@@ -69,7 +69,7 @@ def test_prompted_sequences_keep_the_grammar_too(filters, model, grammar, tokeni
 
 
 def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, grammar, tokenizer):
-    ids = generate(model, grammar, tokenizer, bars=600, seconds=1e5)[0]
+    ids = generate(model, grammar, tokenizer, bars=180, seconds=1e5)[0]
     assert len(ids) > 5000 + model.config.block_size
     assert tokenizer.tokens_errors([ids]) == [0.0] and inside_bars(ids, tokenizer)
 
@@ -100,9 +100,9 @@ def test_same_seed_same_ids_and_another_seed_others(model, grammar, tokenizer):
 def test_cached_generation_equals_uncached_past_the_window_too(prompt_bars, model, grammar, tokenizer):
     """Greedy ids must be those of a model that reads its window anew for every token."""
     prompt = generate(model, grammar, tokenizer, bars=prompt_bars)[0] if prompt_bars else []
-    fast = generate(model, grammar, tokenizer, prompt=prompt, bars=60, temperature=0.0, seconds=1e4)[0]
+    fast = generate(model, grammar, tokenizer, prompt=prompt, bars=20, temperature=0.0, seconds=1e4)[0]
     assert fast[: len(prompt)] == prompt
-    assert len(fast) > 3 * model.config.block_size
+    assert len(fast) > 10 * model.config.block_size
     ids, state, start = [grammar.bos], grammar.start, 0
     for id in fast:
         if len(ids) - start > model.config.block_size:
