@@ -481,6 +481,15 @@ def test_report_shows_samples_beside_training_and_validation_music(trained, caps
     assert samples > 0 and itself == 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_report_gives_no_distance_from_a_single_held_out_piece(trained, capsys):
+    for split, number in (("train", 1), ("validation", 2)):
+        write_midi(Path("two", split, "piece.mid"), scale(number))
+    generate("--bars", "6", "--report", "--midi-dir", "two")
+    table = capsys.readouterr().out.split("mean of")[1]
+    assert "1 validation" in table and "known_run_notes" in table and "distance" not in table
+
+
 def test_distance_counts_in_standard_deviations_and_leaves_out_what_does_not_vary():
     others = [{"a": 0.0, "b": 5.0, "c": 1, "known_from": "x"}, {"a": 2.0, "b": 5.0, "c": 3, "known_from": "y"}]
     rows = [{"a": 4.0, "b": 7.0, "c": 2, "known_from": "z"}]  # 3 deviations of 1 away, any, none
