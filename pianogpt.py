@@ -1355,8 +1355,8 @@ class PianoGPT(nn.Module):
 class Decoder:
     """A model that reads token after token and keeps their keys and values, so that a new token reads only itself.
 
-    The arithmetic of PianoGPT.forward in as few operators as it can be: for one token, starting an operator costs more
-    than what it computes.
+    The arithmetic of PianoGPT.forward in as few operators and look-ups as it can be: for one token, starting an
+    operator costs more than what it computes.
     """
 
     def __init__(self, model: PianoGPT, batch_size: int):
@@ -1364,6 +1364,11 @@ class Decoder:
         self.model, self.length = model, 0
         shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)  # keys, then values
         self.store = [torch.empty(shape, device=weight.device) for _ in model.blocks]
+        self.layers = [
+            (b.norm_1.weight, b.norm_1.bias, b.attention.qkv.weight, b.attention.proj.weight)
+            + (b.norm_2.weight, b.norm_2.bias, b.expand.weight, b.contract.weight)
+            for b in model.blocks
+        ]
         # Of the recent tokens, oldest first, and of the token itself: (RECENT + 1, C).
         self.taps = torch.cat([model.recent.flip(0), torch.ones_like(model.recent[:1])])
 
@@ -1380,18 +1385,17 @@ class Decoder:
         self.recent = seen[:, -RECENT:]
         x = (seen * self.taps).sum(1) if start else add_recent(x, self.model.recent).view(-1, C)  # (B t, C)
         x = F.layer_norm(x, (C,))
-        for block, store in zip(self.model.blocks, self.store):
-            h = F.layer_norm(x, (C,), block.norm_1.weight, block.norm_1.bias)
-            qk, v = F.linear(h, block.attention.qkv.weight).view(B, t, 3 * nh, C // nh).split([2 * nh, nh], 2)
+        for store, (w_1, b_1, qkv, proj, w_2, b_2, expand, contract) in zip(self.store, self.layers):
+            h = F.linear(torch.layer_norm(x, (C,), w_1, b_1), qkv).view(B, t, 3 * nh, C // nh)
+            qk, v = h.split_with_sizes([2 * nh, nh], 2)
             qk = torch.addcmul(qk * cos, qk.roll(C // nh // 2, -1), sin)  # rotate()
-            q, k = qk.view(B, t, 2, nh, -1).permute(2, 0, 3, 1, 4)  # 2 x (B, nh, t, hs)
+            q, k = qk.view(B, t, 2, nh, -1).permute(2, 0, 3, 1, 4).unbind()  # 2 x (B, nh, t, hs)
             store[0, :, :, start:end], store[1, :, :, start:end] = k, v.transpose(1, 2)
-            k, v = store[:, :, :, :end]
+            k, v = store[:, :, :, :end].unbind()
             y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
-            x = torch.addmm(x, y.transpose(1, 2).reshape(-1, C), block.attention.proj.weight.t())
-            h = F.layer_norm(x, (C,), block.norm_2.weight, block.norm_2.bias)
-            h, gate = F.linear(h, block.expand.weight).chunk(2, -1)
-            x = torch.addmm(x, F.silu(gate).mul_(h), block.contract.weight.t())
+            x = torch.addmm(x, y.transpose(1, 2).reshape(-1, C), proj.t())
+            h, gate = F.linear(torch.layer_norm(x, (C,), w_2, b_2), expand).chunk(2, -1)
+            x = torch.addmm(x, F.silu(gate).mul_(h), contract.t())
         x = F.layer_norm(x.view(B, t, C)[:, -1], (C,), self.model.norm.weight, self.model.norm.bias)
         return F.linear(x, self.model.head.weight)
 
