@@ -2134,7 +2134,7 @@ def known_music(config: Config, pitches: range) -> list[Piece]:
     return pieces
 
 
-def write_samples(
+def generate_samples(
     config: Config, checkpoint: dict, device: torch.device, tokenizer: miditok.REMI
 ) -> list[tuple[list[int], int]]:
     """Generate the samples: the ids of each, and how many of them are the prompt's."""
@@ -2164,7 +2164,7 @@ def run_generation(config: Config, checkpoint: dict, device: torch.device) -> No
     step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
     if step < steps:
         say(f"{config.run.checkpoint} is trained for {step} of {steps} steps: python pianogpt.py would finish it")
-    samples = write_samples(config, checkpoint, device, tokenizer)
+    samples = generate_samples(config, checkpoint, device, tokenizer)
     music = known_music(config, pitches)
     known = (
         KnownRuns({p.path: pitches_of(p.encoded.ids, pitches) for p in music if p.split == "train"}) if music else None
