@@ -142,7 +142,9 @@ class ModelConfig:
     n_head: int = option(4, "attention heads in a layer", 1)
     n_embd: int = option(128, "channels of the model", 2)
     block_size: int = option(256, "tokens of context", 8)
-    dropout: float = option(0.0, "share of activations dropped while training; 0: off", 0, 0.9)
+    dropout: float = option(
+        0.0, "share of activations dropped in training: 0.1 for a small folder and 4000 steps, say; 0: off", 0, 0.9
+    )
 
 
 @dataclass
