@@ -63,7 +63,7 @@ def test_fused_attention_equals_the_textbook_head_by_head(model):
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 96, 200])
 def test_tiled_attention_equals_pytorchs(T):
     q, k, v = (torch.randn(2, 4, T, 8, requires_grad=True) for _ in range(3))
-    a, b = pg.tiled_attention(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    a, b = pg.tiled_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(a, b, atol=1e-5)
     weight = torch.randn_like(a)
     for one, other in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (a, b))):
@@ -137,3 +137,12 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     assert not torch.allclose(model(ids), model(ids))
     model.eval()
     assert torch.equal(model(ids), model(ids))
+
+
+def test_a_head_misses_whole_tokens_in_training():
+    attention, x = pg.Attention(pg.ModelConfig(2, 4, 32, 96, dropout=0.5)), torch.randn(64, 1, 32)
+    attention.proj.weight.data = torch.eye(32)
+    first = lambda: attention(x, torch.ones(1, 8), torch.zeros(1, 8)).view(64, 4, 8)  # noqa: E731
+    heads, whole = first(), attention.eval() and first()
+    missing = (heads == 0).all(-1, keepdim=True)
+    assert torch.allclose(heads, 2 * whole * ~missing, atol=1e-6) and 0.3 < missing.float().mean() < 0.7
