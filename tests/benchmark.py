@@ -1,30 +1,31 @@
 """How fast PianoGPT is, beside the textbook version of the same model, on this machine.
 
-    python tests/benchmark.py            all of it, some minutes
-    python tests/benchmark.py --quick    fewer rounds and no table, under a minute
-    python tests/benchmark.py --recipe DIR --minutes 10    how much better the same model learns than by the plain recipe
+    python tests/benchmark.py            everything; takes some minutes
+    python tests/benchmark.py --quick    fewer rounds and no table
+    python tests/benchmark.py --recipe DIR --minutes 10    how much better it learns than by the plain recipe
 
-"Plain" is what most scripts do: one Linear for each head's query, key and value, float32, no compiling, and in generation
-the whole window read again for every token. Every ratio is the median over rounds in which the two run in turn, because
-machines are shared and noisy. Prints key: value lines.
+"Plain" is what most scripts do: one Linear for each head's query, key and value, float32, no compiling, and a
+generation that reads the whole window again for every token. Every ratio is the median over rounds in which both run
+in turn, as machines are shared and noisy. Prints key: value lines.
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 import torch.nn.functional as F
+from symusic import Score
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -61,42 +62,34 @@ class PlainAttention(nn.Module):
         return self.proj(torch.cat([head(x) for head in self.heads], -1))
 
 
-class PlainBlock(nn.Module):
-    """Attention and a two-layer perceptron, each added to its input."""
-
-    def __init__(self, config):
-        super().__init__()
-        C = config.n_embd
-        self.attention = PlainAttention(C, config.n_head, config.block_size)
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))
-        self.norm_1, self.norm_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+class Added(nn.Sequential):
+    """x plus what layers make of it."""
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
-        x = x + self.attention(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
+        return x + super().forward(x)
 
 
 class PlainGPT(nn.Module):
     """The textbook model: learned positions, heads one by one."""
 
-    def __init__(self, config, vocab_size):
+    def __init__(self, config, V):
         super().__init__()
-        self.block_size = config.block_size
-        self.token = nn.Embedding(vocab_size, config.n_embd)
-        self.position = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.Sequential(*(PlainBlock(config) for _ in range(config.n_layer)))
-        self.norm, self.head = nn.LayerNorm(config.n_embd), nn.Linear(config.n_embd, vocab_size)
+        C, self.block_size, blocks = config.n_embd, config.block_size, []
+        for _ in range(config.n_layer):
+            blocks += [Added(nn.LayerNorm(C), PlainAttention(C, config.n_head, config.block_size)),
+                       Added(nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C))]
+        self.token, self.position = nn.Embedding(V, C), nn.Embedding(config.block_size, C)
+        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(C), nn.Linear(C, V))
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V)."""
-        x = self.token(idx) + self.position(torch.arange(idx.size(1), device=idx.device))
-        return self.head(self.norm(self.blocks(x)))
+        return self.blocks(self.token(idx) + self.position(torch.arange(idx.size(1), device=idx.device)))
 
 
-def plain_stepper(config, V, batch, device):
-    """A function that trains the plain model by one step."""
-    model = PlainGPT(config, V).to(device)
+def plain_stepper(config, V, batch):
+    """A function that trains the plain model by one step; batch (2, B, T) is inputs and targets."""
+    model = PlainGPT(config, V).to(batch.device)
     optimizer, (x, y) = torch.optim.AdamW(model.parameters(), lr=3e-4), batch
 
     def step():
@@ -109,14 +102,10 @@ def plain_stepper(config, V, batch, device):
     return step
 
 
-def our_model(config, device):
-    """A new PianoGPT for the default tokenizer."""
-    return pg.make_model(config, pg.make_tokenizer(pg.MusicConfig())).to(device)
-
-
-def our_stepper(config, batch, bfloat16, compiled):
+def our_stepper(config, vocab, batch, bfloat16, compiled):
     """A function that trains PianoGPT by one step."""
-    trainer = pg.Trainer(our_model(config, batch[0].device).train(), pg.TrainConfig(), bfloat16, compiled)
+    model = pg.PianoGPT(config, vocab.says).to(batch.device)
+    trainer = pg.Trainer(model, pg.TrainConfig(), bfloat16, compiled)
     return lambda: trainer.train_step(*batch)
 
 
@@ -128,203 +117,132 @@ def plain_tokens(model, idx):
         yield idx[:, -1]
 
 
+def our_tokens(model, vocab, B, seed=0):
+    """Yield token after token of B sequences that never end."""
+    device = model.head.device
+    ids, hold = torch.full((B, 1), vocab.bos, device=device), torch.full((B,), -math.inf, device=device)
+    return pg.draw_tokens(model, vocab, pg.SampleConfig(), ids, seed, hold)
+
+
 def seconds(work, times=1):
-    """How long work() takes, `times` times."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """How long one work() takes, on average over `times`."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     for _ in range(times):
         work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    wait()
+    return (time.perf_counter() - start) / times
 
 
-def compare(rounds, **works):
-    """{name: [seconds of each round]} of works (function, times) that run in turn."""
-    for work, _ in works.values():
-        work()
-        work()
-    taken = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, (work, times) in works.items():
-            taken[name].append(seconds(work, times) / times)
-    return taken
+def compare(rounds, works, times=1):
+    """[{name: seconds} for each round] of works, which run in turn, each `times` times; the first round is left out."""
+    return [{name: seconds(work, times) for name, work in works.items()} for _ in range(1 + rounds)][1:]
 
 
-def ratio(taken, slow, fast):
-    """The median over the rounds of how many times longer slow takes than fast."""
-    return statistics.median(a / b for a, b in zip(taken[slow], taken[fast]))
-
-
-def measure_training(device, rounds):
+def measure_training(vocab, device, rounds):
     """Training tokens/s of both, in the precision this machine is best at and in float32."""
-    config, V, B = pg.ModelConfig(), 377, pg.TrainConfig().batch_size
-    batch = tuple(torch.randint(V, (B, config.block_size), device=device) for _ in range(2))
+    config, V, B = pg.ModelConfig(), len(vocab.words), pg.TrainConfig().batch_size
+    batch = torch.randint(V, (2, B, config.block_size), device=device)
     bfloat16, compiled = pg.choose_speed(pg.RunConfig(), device, steps=10**6)
-    works = {
-        "plain": (plain_stepper(config, V, batch, device), 3),
-        "fast": (our_stepper(config, batch, bfloat16, compiled), 3),
-        "eager": (our_stepper(config, batch, bfloat16, False), 3),
-        "float32": (our_stepper(config, batch, False, compiled), 3),
-    }
-    taken, tokens = compare(rounds, **works), B * config.block_size
-    out = {"train_precision": ("bfloat16" if bfloat16 else "float32") + (" compiled" if compiled else "")}
-    out |= {f"train_tokens_per_second_{name}": round(tokens / statistics.median(t)) for name, t in taken.items()}
-    return out | {
-        "train_speedup": ratio(taken, "plain", "fast"),
-        "train_speedup_eager": ratio(taken, "plain", "eager"),
-        "train_speedup_float32": ratio(taken, "plain", "float32"),
-    }
+    works = {"plain": plain_stepper(config, V, batch)}
+    for name, *speed in (("fast", bfloat16, compiled), ("eager", bfloat16, False), ("float32", False, compiled)):
+        works[name] = our_stepper(config, vocab, batch, *speed)
+    rows, tokens = compare(rounds, works, times=3), B * config.block_size
+    out = {"train_precision": ("bfloat16" if bfloat16 else "float32") + " compiled" * compiled}
+    out |= {f"train_tokens_per_second_{name}": round(tokens / median(row[name] for row in rows)) for name in works}
+    for end, name in (("", "fast"), ("_eager", "eager"), ("_float32", "float32")):
+        out[f"train_speedup{end}"] = median(row["plain"] / row[name] for row in rows)
+    return out
 
 
 @torch.no_grad()
-def measure_generation(device, rounds):
-    """Tokens/s of one sequence and of 32, beside plain's one, each once its window is full; and what a late token costs."""
-    config, grammar, settings = pg.ModelConfig(), pg.make_grammar(pg.make_tokenizer(pg.MusicConfig())), pg.SampleConfig()
-    V = grammar.rows.shape[1]
-    plain, model = PlainGPT(config, V).to(device).eval(), our_model(config, device).eval()
-
-    def ours(B):
-        ids = torch.full((B, 1), grammar.bos, device=device)
-        stream = pg.draw_tokens(model, grammar, settings, ids, seed=0, wait=-math.inf)
-        list(islice(stream, config.block_size))
-        return lambda: list(islice(stream, config.block_size)), config.block_size
-
-    stream = plain_tokens(plain, torch.randint(V, (1, config.block_size), device=device))
-    per_token = {"plain": (lambda: list(islice(stream, 16)), 16), "one": ours(1), "many": ours(32)}
-    taken = compare(rounds, **{name: (work, 1) for name, (work, _) in per_token.items()})
-    taken = {name: [t / per_token[name][1] for t in times] for name, times in taken.items()}
-    late = []
-    for _ in range(2):
-        stream = pg.draw_tokens(model, grammar, settings, torch.full((1, 1), grammar.bos, device=device), seed=1, wait=-math.inf)
-        early = [seconds(lambda: next(stream)) for _ in range(5256)]
-        late.append(sum(early[5000:5256]) / sum(early[256:512]))
-    return {
-        "generate_tokens_per_second_plain": round(1 / statistics.median(taken["plain"])),
-        "generate_tokens_per_second": round(1 / statistics.median(taken["one"])),
-        "generate_tokens_per_second_32": round(32 / statistics.median(taken["many"])),
-        "generate_speedup": ratio(taken, "plain", "one"),
-        "generate_batch_speedup": 32 * ratio(taken, "plain", "many"),
-        "late_token_ratio": min(late),
-    }
+def measure_generation(vocab, device, rounds):
+    """Tokens/s of one sequence and of 32, beside plain's one, once their windows are full; what a late token costs."""
+    config, V = pg.ModelConfig(), len(vocab.words)
+    size, model = config.block_size, pg.PianoGPT(config, vocab.says).to(device).eval()
+    plain = plain_tokens(PlainGPT(config, V).to(device).eval(), torch.randint(V, (1, size), device=device))
+    one, many = our_tokens(model, vocab, 1), our_tokens(model, vocab, 32)
+    rows = compare(rounds, {"plain": lambda: list(islice(plain, 16)), "one": lambda: list(islice(one, size)),
+                            "many": lambda: list(islice(many, size))})
+    rates = [{"_plain": 16 / row["plain"], "": size / row["one"], "_32": 32 * size / row["many"]} for row in rows]
+    streams = [our_tokens(model, vocab, 1, seed=1) for _ in range(2)]
+    each = [[seconds(lambda: next(stream)) for _ in range(5256)] for stream in streams]
+    out = {f"generate_tokens_per_second{end}": round(median(rate[end] for rate in rates)) for end in rates[0]}
+    return out | {"generate_speedup": median(rate[""] / rate["_plain"] for rate in rates),
+                  "generate_batch_speedup": median(rate["_32"] / rate["_plain"] for rate in rates),
+                  "late_token_ratio": min(sum(times[5000:]) / sum(times[256:512]) for times in each)}
 
 
-def copies(folder, count):
-    """A folder of `count` different files made of the starter corpus, each a semitone or more from its source."""
-    from symusic import Score
-
-    sources = sorted((ROOT / "my_midis").glob("*.mid"))
-    for i in range(count):
-        Score(sources[i % len(sources)]).shift_pitch(i // len(sources)).dump_midi(folder / f"{i:04d}.mid")
-
-
-def measure_reading(files):
+def measure_reading(vocab, files):
     """Files/s of the worker processes beside one process, and a second start on a cached folder."""
+    sources = sorted((ROOT / "my_midis").glob("*.mid"))
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work, "midi")
-        folder.mkdir()
-        copies(folder, files)
-        paths, music = sorted(folder.iterdir()), pg.MusicConfig()
-        tokenizer, ratios = pg.make_tokenizer(music), []
+        paths, ratios = [Path(work, f"midi/{i:04d}.mid") for i in range(files)], []
+        paths[0].parent.mkdir()
+        for i, path in enumerate(paths):  # all different: the later ones are transposed
+            Score(sources[i % len(sources)]).shift_pitch(i // len(sources)).dump_midi(path)
         for _ in range(3):
-            one = seconds(lambda: [pg.encode_file(p, tokenizer, music) for p in paths[:300]]) / min(300, files)
-            all_cores = seconds(lambda: list(pg.encode_in_workers(paths, music))) / files
-            ratios.append(one / all_cores)
-        command = [
-            sys.executable,
-            str(ROOT / "pianogpt.py"),
-            "--midi-dir",
-            str(folder),
-            "--steps",
-            "1",
-            "--val-percent",
-            "0",
-        ]
-        starts = []
-        for _ in range(4):
-            starts.append(
-                seconds(lambda: subprocess.run([*command, "--fresh"], cwd=work, check=True, capture_output=True))
-            )
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {
-        "tokenize_speedup": statistics.median(ratios),
-        "tokenize_files": files,
-        "warm_start_seconds": statistics.median(starts[1:]),
-        "peak_memory_mb": round(peak),
-    }
+            one = seconds(lambda: [pg.read_piece(path, vocab) for path in paths[:300]]) / min(300, files)
+            ratios.append(one / (seconds(lambda: list(pg.read_in_workers(paths, vocab))) / files))
+        command = [sys.executable, ROOT / "pianogpt.py", *"--midi-dir midi --steps 1 --val-percent 0 --fresh".split()]
+        starts = [seconds(lambda: subprocess.run(command, cwd=work, check=True, capture_output=True)) for _ in range(4)]
+    return {"tokenize_speedup": median(ratios), "tokenize_files": files, "warm_start_seconds": median(starts[1:]),
+            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)}
 
 
-def measure_growth(device):
-    """A table: tokens/s of training and of generating one sequence, and the share of the matrix-product peak."""
-    n = 2048 if device.type == "cpu" else 8192
+def measure_growth(vocab, device):
+    """A table: tokens/s of training and of generating one sequence, and the fraction of the matrix-product peak."""
+    n, V = 2048 if device.type == "cpu" else 8192, len(vocab.words)
     bfloat16, _ = pg.choose_speed(pg.RunConfig(), device, 1)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     peak = 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
-    print(f"matrix_product_tflops: {peak / 1e12:.2f}")
-    print("n_embd  block_size  train_tok/s  share_of_peak  generate_tok/s")
-    grammar = pg.make_grammar(pg.make_tokenizer(pg.MusicConfig()))
-    V = grammar.rows.shape[1]
-    for n_embd in (128, 256, 512):
-        for block_size in (256, 1024):
-            config, B = pg.ModelConfig(n_embd=n_embd, block_size=block_size), 4096 // block_size
-            batch = tuple(torch.randint(V, (B, block_size), device=device) for _ in range(2))
-            step = our_stepper(config, batch, bfloat16, False)
-            step()
-            taken = statistics.median(seconds(step) for _ in range(3))
-            model = our_model(config, device).eval()
-            matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - V * n_embd
-            # 2 for a product and a sum, 3 for forward and the two gradients; the causal half of the attention scores
-            flops = 6 * 4096 * (matrices + config.n_layer * block_size * n_embd)
-            ids = torch.full((1, 1), grammar.bos, device=device)
-            stream = pg.draw_tokens(model, grammar, pg.SampleConfig(), ids, seed=0, wait=-math.inf)
-            next(stream)
-            rate = 256 / seconds(lambda: list(islice(stream, 256)))
-            print(
-                f"{n_embd:6}  {block_size:10}  {4096 / taken:11.0f}  {flops / taken / peak:13.2f}  {rate:14.0f}",
-                flush=True,
-            )
+    print(f"matrix_product_tflops: {peak / 1e12:.2f}\nn_embd  block_size  train_tok/s  share_of_peak  generate_tok/s")
+    for n_embd, block_size in product((128, 256, 512), (256, 1024)):
+        config = pg.ModelConfig(n_embd=n_embd, block_size=block_size)
+        batch = torch.randint(V, (2, 4096 // block_size, block_size), device=device)
+        step = our_stepper(config, vocab, batch, bfloat16, False)
+        taken = median([seconds(step) for _ in range(4)][1:])
+        model = pg.PianoGPT(config, vocab.says).to(device).eval()
+        matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - V * n_embd
+        # 2 for a product and a sum, 3 for forward and the two gradients; the causal half of the attention scores
+        share = 6 * 4096 * (matrices + config.n_layer * block_size * n_embd) / taken / peak
+        stream = our_tokens(model, vocab, 1)
+        next(stream)
+        rate = 256 / seconds(lambda: list(islice(stream, 256)))
+        print(f"{n_embd:6}  {block_size:10}  {4096 / taken:11.0f}  {share:13.2f}  {rate:14.0f}", flush=True)
 
 
 class PlainRecipe(pg.PianoGPT):
-    """The same blocks with learned positions instead of musical time, and nothing that mixes neighbours before them."""
+    """The same blocks with learned positions instead of musical time, and nothing that mixes neighbors before them."""
 
-    def __init__(self, config, clock):
-        super().__init__(config, clock)
+    def __init__(self, config, says):
+        super().__init__(config, says)
         self.positions = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))
         self.recent.requires_grad_(False)
 
-    def turn(self, idx):
-        """The cos and sin, (2, 1), of no angle: nothing turns."""
-        return torch.tensor([[1.0], [0.0]], device=idx.device)
+    def embed(self, idx, cache=None):
+        """idx (B, T) -> embeddings (B, T, C), and the cos and sin (B, 1, T, 1) of no angle: nothing rotates."""
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(idx.device.type) else torch.float32
+        cos = torch.ones(len(idx), 1, idx.size(1), 1, dtype=dtype, device=idx.device)
+        return F.embedding(idx, self.embedding), cos, torch.zeros_like(cos)
 
-    def hidden(self, x, turn):
-        """Embedded tokens (B, T, C) -> (B, T, C)."""
-        x = x + self.positions[: x.size(1)]
+    def logits(self, x, cos, sin, cache=None):
+        """What embed() gave -> the logits of the next id, (B, T, V)."""
+        B, T, C = x.shape
+        x = (x + self.positions[:T]).view(B * T, C)
         for block in self.blocks:
-            x = block(x, *turn)
-        return self.norm(x)
+            x = block(x, cos, sin)
+        return F.linear(F.layer_norm(x, (C,), self.norm), self.head).view(B, T, -1)
 
 
-def plain_trainer(model, speed):
-    """A trainer of the plain recipe: AdamW at a constant 3e-4 on everything."""
-    endless = pg.TrainConfig(steps=10**9, warmup=0)  # so early in its fall, the rate is constant
-    trainer = pg.Trainer(model, endless, *speed)
-    groups = [{"params": list(model.parameters()), "peak": 3e-4}]
-    trainer.optimizers = [torch.optim.AdamW(groups, lr=3e-4, fused=True)]
-    return trainer
-
-
-def step_seconds(trainer, batches):
-    """How long a step takes once the trainer is compiled, which then stands where it stood before."""
-    state = trainer.state()
-    taken = [seconds(lambda: trainer.train_step(*batches[n])) for n in range(100)]
+def train_for(minutes, trainer, batches, windows, falling):
+    """Validation in nats per note after so many minutes, and the steps that they took; falling: plan for that many."""
+    state = trainer.state()  # the first steps compile, and are taken back
+    taken = mean([seconds(lambda: trainer.train_step(*batches[n])) for n in range(100)][20:])
     trainer.load_state(state)
-    return statistics.mean(taken[20:])
-
-
-def train_for(trainer, batches, windows, minutes):
-    """Train for so many minutes; validation in nats a note, and the steps that it took."""
+    if falling:
+        trainer.config.steps = int(0.95 * 60 * minutes / taken)  # so that the learning rate falls to the end
     start = time.perf_counter()
     while trainer.step < trainer.config.steps and time.perf_counter() - start < 60 * minutes:
         trainer.train_step(*batches[trainer.step])
@@ -332,34 +250,22 @@ def train_for(trainer, batches, windows, minutes):
     return trainer.history[-1]["val_nats_per_note"], trainer.step
 
 
-def measure_recipe(folder, minutes, optimizer, device):
-    """Held-out nats a note after the same minutes by the plain recipe and by ours; compiling is paid before, by both."""
+def measure_recipe(vocab, folder, minutes, optimizer, device):
+    """Held-out nats per note after the same minutes by the plain recipe and by ours."""
     config = pg.Config(data=pg.DataConfig(midi_dir=folder, piece_is_folder=True))
-    config.train.optimizer = optimizer
-    tokenizer = pg.make_tokenizer(config.music)
-    table, speed = torch.from_numpy(pg.make_map(tokenizer)), pg.choose_speed(config.run, device, steps=10**6)
-    batches, windows = pg.prepare_data(config, tokenizer, device, 0, 1)
-
+    config.train.optimizer, speed = optimizer, pg.choose_speed(config.run, device, steps=10**6)
+    batches, windows, _ = pg.prepare_data(config, vocab, device)
     torch.manual_seed(0)
-    plain = plain_trainer(PlainRecipe(config.model, table).to(device).train(), speed)
-    as_written = dataclasses.replace(batches, transpose=0)
-    step_seconds(plain, as_written)
-    plain_loss, plain_steps = train_for(plain, as_written, windows, minutes)
-
+    model = PlainRecipe(config.model, vocab.says).to(device)
+    plain = pg.Trainer(model, pg.TrainConfig(steps=10**9, warmup=0), *speed)  # so early in its fall, lr is constant
+    plain.optimizers = [torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-4}], lr=3e-4, fused=True)]
+    plain_loss, plain_steps = train_for(minutes, plain, replace(batches, transpose=0), windows, falling=False)
     torch.manual_seed(0)
-    ours = pg.Trainer(pg.PianoGPT(config.model, table).to(device).train(), config.train, *speed)
-    config.train.steps = int(0.95 * 60 * minutes / step_seconds(ours, batches))  # so that its rate falls to the end
-    loss, steps = train_for(ours, batches, windows, minutes)
-    return {
-        "minutes_each": minutes,
-        "batch_size": batches.batch_size,
-        "plain_steps": plain_steps,
-        "plain_nats_per_note": plain_loss,
-        "steps": steps,
-        "steps_planned": config.train.steps,
-        "nats_per_note": loss,
-        "gain_nats_per_note": plain_loss - loss,
-    }
+    ours = pg.Trainer(pg.PianoGPT(config.model, vocab.says).to(device), config.train, *speed)
+    loss, steps = train_for(minutes, ours, batches, windows, falling=True)
+    return {"minutes_each": minutes, "batch_size": batches.batch_size, "plain_steps": plain_steps,
+            "plain_nats_per_note": plain_loss, "steps": steps, "steps_planned": config.train.steps,
+            "nats_per_note": loss, "gain_nats_per_note": plain_loss - loss}
 
 
 def machine(device):
@@ -375,25 +281,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and no table")
     parser.add_argument("--device", default="auto", help="as of pianogpt.py")
-    parser.add_argument(
-        "--recipe", metavar="DIR", help="train on this folder, where each folder is a work, in both ways"
-    )
+    parser.add_argument("--recipe", metavar="DIR", help="train both ways on this folder, where each folder is a work")
     parser.add_argument("--minutes", type=float, default=10, help="of training for each of the two")
     parser.add_argument("--optimizer", default="adamw", help="of ours: adamw or muon")
     args = parser.parse_args()
-    device = pg.choose_device(args.device)
+    device, vocab, rounds = pg.choose_device(args.device), pg.Vocabulary(pg.MusicConfig()), 3 if args.quick else 9
+    pg.print_block(machine(device))
     if args.recipe:
-        pg.print_block(machine(device) | measure_recipe(args.recipe, args.minutes, args.optimizer, device))
-        return
-    for values in (
-        lambda: machine(device),
-        lambda: measure_training(device, 3 if args.quick else 9),
-        lambda: measure_generation(device, 3 if args.quick else 9),
-        lambda: measure_reading(100 if args.quick else 1000),
-    ):
-        pg.print_block(values())
+        return pg.print_block(measure_recipe(vocab, args.recipe, args.minutes, args.optimizer, device))
+    pg.print_block(measure_training(vocab, device, rounds))
+    pg.print_block(measure_generation(vocab, device, rounds))
+    pg.print_block(measure_reading(vocab, 100 if args.quick else 1000))
     if not args.quick:
-        measure_growth(device)
+        measure_growth(vocab, device)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Room 3: a folder becomes pieces, pieces a split, ids become batches."""
+"""Folder: MIDI files become pieces, pieces a split, ids become windows and batches."""
 
+import hashlib
 import http.server
-import io
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,60 +17,86 @@ import torch
 from conftest import TINY, pg, scale, write_midi
 from fuzz_midi import check
 
-PITCHES = range(4, 92)
+PITCHES = range(4, 92)  # the ids of the keys 21 to 108
 
 
-def read(folder, cache=""):
-    """The pieces of a folder and what was skipped."""
-    return pg.read_folder(folder, pg.MusicConfig(), str(cache))
+def plain(piece, **changes):
+    """A piece as a dictionary that can be compared."""
+    return vars(piece) | {"ids": piece.ids.tolist()} | changes
+
+
+def read(folder, vocab, cache=""):
+    """The pieces of a folder as such dictionaries."""
+    return [plain(p) for p in pg.read_folder(folder, vocab, str(cache))]
+
+
+def problems(folder, vocab):
+    """{path: problem} of the files of a folder that are skipped."""
+    return {p.path: p.problem for p in pg.read_folder(folder, vocab, "") if p.problem}
 
 
 def split(names, folder, **data):
-    """The side of each of these paths."""
-    pieces = [pg.Piece(name, pg.Encoded()) for name in names]
-    pg.split_pieces(pieces, folder, pg.DataConfig(**data), PITCHES)
+    """{path: side} of pieces without music."""
+    pieces = [pg.Piece(path=name) for name in names]
+    pg.split_pieces(pieces, Path(folder), pg.DataConfig(**data), PITCHES)
     return {p.path: p.split for p in pieces}
 
 
-def test_every_file_is_read_or_reported_by_name(folder):
+def piece(path, pitches):
+    """A piece of these MIDI pitches."""
+    return pg.Piece(np.array(pitches, np.int16), path=path, work=path)
+
+
+def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folder, vocab):
+    for i, name in enumerate(("b.Mid", "deep/er/a.MIDI", "._c.mid", ".hidden/d.mid", "e.mp3")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"piece{i:02d}.mid").rename(folder / name)
     (folder / "page.mid").write_text("<html>")
     (folder / "folder.mid").mkdir()
     (folder / "link.mid").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe.mid")
     write_midi(folder / "drums.mid", [[(0, 1, 38, 90)]], drums=[0])
-    pieces, skipped = read(folder)
-    assert [p.path for p in pieces] == [f"piece{i:02d}.mid" for i in range(12)]
-    assert set(skipped) == {"page.mid", "folder.mid", "link.mid", "pipe.mid", "drums.mid"}
-    assert skipped["pipe.mid"] == "not a file" and skipped["drums.mid"] == "only drums"
+    found = {p["path"]: p["problem"].split(":")[0] for p in read(folder, vocab)}
+    bad = dict.fromkeys(("folder.mid", "link.mid", "pipe.mid"), "not a file")
+    bad |= {"drums.mid": "only drums", "page.mid": "unreadable"}
+    good = dict.fromkeys(["b.Mid", "deep/er/a.MIDI", *(f"piece{i:02d}.mid" for i in range(5, 12))], "")
+    assert list(found.items()) == sorted((good | bad).items())
 
 
-def test_parallel_reading_gives_what_one_process_gives(folder, tokenizer):
-    for piece in read(folder)[0]:
-        alone = pg.encode_file(folder / piece.path, tokenizer, pg.MusicConfig())
-        assert np.array_equal(alone.ids, piece.encoded.ids)
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_forked_and_spawned_workers_read_what_one_process_reads(platform, folder, vocab, monkeypatch):
+    alone = [plain(pg.read_piece(path, vocab), path=path.name) for path in sorted(folder.iterdir())]
+    monkeypatch.setattr(sys, "platform", platform)
+    assert read(folder, vocab) == alone and not any(p["problem"] for p in alone)
 
 
-def test_workers_that_are_spawned_as_elsewhere_than_on_linux_read_the_same(folder, monkeypatch):
-    forked = [p.encoded.ids for p in read(folder)[0]]
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})  # one worker: each has to import PyTorch
-    assert all(np.array_equal(a, p.encoded.ids) for a, p in zip(forked, read(folder)[0], strict=True))
-
-
-def test_file_that_kills_or_hangs_its_worker_costs_that_file_alone(folder, monkeypatch):
-    def encode_file(path, tokenizer, music):
+def test_file_that_kills_or_hangs_its_worker_costs_only_itself(folder, vocab, monkeypatch):
+    def read_piece(path, vocab):
         if path.name == "piece03.mid":
             os.kill(os.getpid(), signal.SIGKILL)
         if path.name == "piece05.mid":
             time.sleep(60)
-        return real(path, tokenizer, music)
+        return real(path, vocab)
 
-    real = pg.encode_file
-    monkeypatch.setattr(pg, "encode_file", encode_file)  # the forked workers see it too
-    monkeypatch.setattr(pg, "FILE_SECONDS", 2)
-    pieces, skipped = read(folder)
-    assert len(pieces) == 10
-    assert "crashed" in skipped["piece03.mid"] and "longer than" in skipped["piece05.mid"]
+    real = pg.read_piece
+    monkeypatch.setattr(pg, "read_piece", read_piece)  # the forked workers see it too
+    monkeypatch.setattr(pg, "FILE_SECONDS", 1)
+    problem = "crashed or hung the MIDI parser"
+    assert problems(folder, vocab) == {"piece03.mid": problem, "piece05.mid": problem}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_file_that_needs_too_much_memory_costs_only_itself(folder, vocab, monkeypatch):
+    real, greedy = pg.read_piano, (folder / "piece03.mid").read_bytes()
+    monkeypatch.setattr(pg, "WORKER_GIGABYTES", 1)
+    monkeypatch.setattr(pg, "read_piano", lambda data, fold: real(data * 3_000_000 if data == greedy else data, fold))
+    assert problems(folder, vocab) == {"piece03.mid": "unreadable: MemoryError"}
+
+
+def test_file_of_more_megabytes_than_music_has_is_not_opened(folder, vocab, monkeypatch):
+    monkeypatch.setattr(pg, "FILE_MEGABYTES", 0.005)
+    (folder / "big.mid").write_bytes(b"x" * 10_000)
+    assert problems(folder, vocab) == {"big.mid": "larger than 0.005 MB"}
 
 
 def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used():
@@ -78,88 +104,78 @@ def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used()
     assert counts.total() == 500 + 15
     outcomes = {kind: {outcome for k, outcome in counts if k == kind} for kind, _ in counts}
     assert outcomes["a million notes.mid"] == outcomes["pedal never lifted"] == outcomes["zero length"] == {"used"}
-    assert outcomes["only drums"] == {"only drums"} and outcomes["a pipe.mid"] == outcomes["a link.mid"] == {
-        "not a file"
-    }
-    assert outcomes["zero ticks"] == {"no ticks in a quarter note"}
+    assert outcomes["only drums"] == {"only drums"} and outcomes["zero ticks"] == {"no ticks in a quarter note"}
+    assert outcomes["a pipe.mid"] == outcomes["a link.mid"] == {"not a file"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
-def test_file_that_needs_too_much_memory_fails_alone(folder, monkeypatch):
-    def read_piano(data, fold):
-        if data == greedy:
-            np.ones(2**31).tolist()
-        return real(data, fold)
-
-    real, greedy = pg.read_piano, (folder / "piece03.mid").read_bytes()
-    monkeypatch.setattr(pg, "read_piano", read_piano)
-    pieces, skipped = read(folder)
-    assert len(pieces) == 11 and "MemoryError" in skipped["piece03.mid"] or "allocate" in skipped["piece03.mid"]
-
-
-def test_file_of_more_megabytes_than_music_has_is_not_opened(folder, monkeypatch):
-    monkeypatch.setattr(pg, "FILE_MEGABYTES", 0.0005)
-    (folder / "big.mid").write_bytes(b"x" * 1000)
-    assert "larger than" in read(folder)[1]["big.mid"]
-
-
-def test_cache_is_used_and_notices_a_changed_file_and_a_changed_setting(folder, tmp_path, monkeypatch):
-    encoded = []
-    real = pg.encode_in_workers
-    monkeypatch.setattr(pg, "encode_in_workers", lambda paths, music: encoded.append(len(paths)) or real(paths, music))
-    first = read(folder, tmp_path / "cache")[0]
-    second = read(folder, tmp_path / "cache")[0]
-    assert all(np.array_equal(a.encoded.ids, b.encoded.ids) for a, b in zip(first, second))
-    old = (folder / "piece00.mid").stat()
-    write_midi(folder / "piece00.mid", scale(7))
-    os.utime(folder / "piece00.mid", ns=(old.st_atime_ns, old.st_mtime_ns))
-    read(folder, tmp_path / "cache")
-    pg.read_folder(folder, pg.MusicConfig(grid=4), str(tmp_path / "cache"))
-    assert encoded == [12, 0, 0, 12], "piece00 is now the same music as piece07, which is known"
+def test_cache_saves_reading_and_notices_changed_content_and_settings(folder, tmp_path, vocab, monkeypatch):
+    real, new, cache, first = pg.read_in_workers, [], tmp_path / "cache", folder / "piece00.mid"
+    monkeypatch.setattr(pg, "read_in_workers", lambda paths, vocab: new.append(len(paths)) or real(paths, vocab))
+    (folder / "page.mid").write_text("<html>")
+    assert read(folder, vocab, cache) == read(folder, vocab, cache) and new == [13], "problems are kept too"
+    before = first.stat()
+    write_midi(first, scale(40))
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read(folder, vocab, cache)[1] == plain(pg.read_piece(first, vocab), path="piece00.mid") and new == [13, 1]
+    first.write_bytes((folder / "piece07.mid").read_bytes())
+    pieces = read(folder, vocab, cache)
+    assert pieces[1]["ids"] == pieces[8]["ids"] and new == [13, 1], "the same content is known by any name"
+    for kept in cache.rglob("*"):
+        if kept.is_file():
+            kept.write_bytes(b"damaged")
+    assert read(folder, vocab, cache) == pieces and new == [13, 1, 13]
+    ignoring = pg.Vocabulary(pg.MusicConfig(pedal="ignore"))  # the same words
+    read(folder, ignoring, cache)
+    assert new == [13, 1, 13, 13]
 
 
-def test_split_by_hash_moves_no_old_piece_when_a_new_one_comes(tmp_path):
+def test_cache_that_cannot_be_written_is_said_once(folder, tmp_path, vocab, capsys):
+    (tmp_path / "cache").touch()
+    assert len(read(folder, vocab, tmp_path / "cache")) == 12
+    assert capsys.readouterr().out.count("cannot write to the cache") == 1
+
+
+def test_split_is_the_same_in_every_process_and_moves_no_old_piece_when_a_new_one_comes(tmp_path):
     names = [f"{i}.mid" for i in range(300)]
     before, after = split(names, tmp_path), split([*names, "new.mid", "b.mid"], tmp_path)
     assert all(after[n] == before[n] for n in names)
-    assert 15 <= list(before.values()).count("validation") <= 50
+    held_out = [name for name, side in before.items() if side == "validation"]
+    assert held_out[:3] == ["6.mid", "16.mid", "18.mid"] and 15 <= len(held_out) <= 50
+    assert {*split(names, tmp_path, val_percent=0.0).values()} == {"train"}
 
 
 def test_folders_named_train_validation_and_test_are_honoured(tmp_path):
-    names = ["train/a.mid", "validation/b.mid", "test/c.mid", *(f"train/{i}.mid" for i in range(50))]
-    sides = split(names, tmp_path)
-    assert all(sides[n] == n.split("/")[0] for n in names)
+    names = ["train/a.mid", "validation/b.mid", "x/test/c.mid", *(f"train/{i}.mid" for i in range(50))]
+    assert list(split(names, tmp_path).values()) == ["train", "validation", "test"] + ["train"] * 50
 
 
-def test_maestro_csv_is_honoured(tmp_path):
+def test_csv_is_honoured_and_one_that_is_none_or_points_elsewhere_stops_nothing(tmp_path, capsys):
     (tmp_path / "m").mkdir()
-    rows = [f"2004/{i}.mid,{s}" for i, s in enumerate(("train", "validation", "test", "train"))]
-    (tmp_path / "m" / "maestro.csv").write_text("midi_filename,split\n" + "\n".join(rows))
+    (tmp_path / "m" / "folder.csv").mkdir()
+    rows = ["2004/0.mid,train", "2004/1.mid,validation", "2004/2.mid,test", "/etc/a.mid,test", "../../b.mid,test"]
+    (tmp_path / "m" / "maestro.csv").write_text("\n".join(["midi_filename,split", *rows, "2004/3.mid,train"]))
     sides = split([f"m/2004/{i}.mid" for i in range(4)], tmp_path)
     assert list(sides.values()) == ["train", "validation", "test", "train"]
+    assert "folder.csv cannot be read as a table" in capsys.readouterr().out
 
 
-def test_recordings_of_one_piece_stay_on_one_side(tmp_path):
-    names = [f"{piece}/{take}.mid" for piece in range(60) for take in range(4)]
-    together = split(names, tmp_path, piece_is_folder=True)
-    assert all(len({together[f"{p}/{t}.mid"] for t in range(4)}) == 1 for p in range(60))
-    apart = split(names, tmp_path)
-    assert any(len({apart[f"{p}/{t}.mid"] for t in range(4)}) == 2 for p in range(60))
-    assert "validation" in together.values()
+def test_files_of_one_folder_are_one_work_if_asked(tmp_path):
+    names = [f"{work}/{take}.mid" for work in range(60) for take in range(4)]
+    for together in (True, False):
+        sides = split(names, tmp_path, piece_is_folder=together)
+        assert {*sides.values()} == {"train", "validation"}
+        assert all(len({sides[f"{w}/{t}.mid"] for t in range(4)}) == 1 for w in range(60)) == together
 
 
-def works(*pieces):
-    """The works to which these sequences of pitches are assigned."""
-    pieces = [
-        pg.Piece(f"{i}.mid", pg.Encoded(ids=np.array(p, np.int16)), work=f"{i}.mid") for i, p in enumerate(pieces)
-    ]
-    pg.join_recordings(pieces, range(0, 108))
+def works(*music):
+    """The works to which pieces of these pitches are assigned."""
+    pieces = [piece(f"{i}.mid", pitches) for i, pitches in enumerate(music)]
+    pg.join_recordings(pieces, range(128))
     return [p.work for p in pieces]
 
 
 def test_recordings_of_the_same_music_are_found_whatever_their_key_and_mistakes():
-    rng = np.random.default_rng(3)
-    a, b, c = (rng.integers(30, 90, 200) for _ in range(3))
+    a, b, c = np.random.default_rng(3).integers(30, 90, (3, 200))
     wrong = a.copy()
     wrong[::40] += 1  # a wrong note every 40
     assert works(a, b, wrong + 3, c, b[100:]) == ["0.mid", "1.mid", "0.mid", "3.mid", "1.mid"]
@@ -167,8 +183,7 @@ def test_recordings_of_the_same_music_are_found_whatever_their_key_and_mistakes(
 
 
 def test_short_quotations_scales_and_trills_do_not_make_two_pieces_one():
-    rng = np.random.default_rng(4)
-    a, b = rng.integers(30, 90, (2, 100))
+    a, b = np.random.default_rng(4).integers(30, 90, (2, 100))
     scale, trill = 30 + np.cumsum([2, 2, 1, 2, 2, 2, 1] * 8), [60, 62] * 50
     assert works(np.r_[a, scale, trill], np.r_[b, a[:24], scale, trill]) == ["0.mid", "1.mid"]
     assert works(np.r_[a, scale, trill], np.r_[b, a[:25], scale, trill]) == ["0.mid", "0.mid"]
@@ -176,60 +191,33 @@ def test_short_quotations_scales_and_trills_do_not_make_two_pieces_one():
 
 
 def test_recordings_of_the_same_music_are_never_on_two_sides(tmp_path):
-    rng = np.random.default_rng(5)
-    pieces = [rng.integers(20, 80, 60) for _ in range(40)]
-    takes = [
-        pg.Piece(f"{take}/{n}.mid", pg.Encoded(ids=(p + take).astype(np.int16)))
-        for take in range(3)
-        for n, p in enumerate(pieces)
-    ]
-    pg.split_pieces(takes, tmp_path, pg.DataConfig(), range(0, 108))
+    music = np.random.default_rng(5).integers(20, 80, (40, 60))
+    takes = [piece(f"{take}/{n}.mid", pitches + take) for take in range(3) for n, pitches in enumerate(music)]
+    pg.split_pieces(takes, tmp_path, pg.DataConfig(), range(128))
     sides = [{t.split for t in takes if t.path.endswith(f"/{n}.mid")} for n in range(40)]
-    assert all(len(s) == 1 for s in sides) and {"train"} in sides and {"validation"} in sides
+    assert all(len(s) == 1 for s in sides) and set.union(*sides) == {"train", "validation"}
 
 
 @pytest.mark.parametrize("side", ["train", "validation", "test"])
 def test_recording_without_a_given_side_goes_where_its_work_is_given(tmp_path, side):
-    rng = np.random.default_rng(6)
-    music = [rng.integers(20, 80, 60) for _ in range(30)]
-    given = [pg.Piece(f"{side}/{n}.mid", pg.Encoded(ids=p.astype(np.int16))) for n, p in enumerate(music)]
-    loose = [pg.Piece(f"{n}.mid", pg.Encoded(ids=(p + 1).astype(np.int16))) for n, p in enumerate(music)]
-    pg.split_pieces([*loose, pg.Piece("validation/x.mid", pg.Encoded()), *given], tmp_path, pg.DataConfig(), range(108))
+    music = np.random.default_rng(6).integers(20, 80, (30, 60))
+    given = [piece(f"{side}/{n}.mid", pitches) for n, pitches in enumerate(music)]
+    loose = [piece(f"{n}.mid", pitches + 1) for n, pitches in enumerate(music)]
+    pg.split_pieces([*loose, piece("validation/x.mid", []), *given], tmp_path, pg.DataConfig(), range(128))
     assert {p.split for p in loose} == {side}
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_few_files_still_have_a_validation_piece(count, tmp_path):
-    sides = list(split([f"{i}.mid" for i in range(count)], tmp_path).values())
-    assert "validation" in sides and "train" in sides
-
-
-def test_piece_left_to_train_on_is_the_same_in_every_process(tmp_path):
-    names = [f"{i}.mid" for i in range(6)]
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import pianogpt as pg\n"
-        "pieces = [pg.Piece(name, pg.Encoded()) for name in sys.argv[3:]]\n"
-        "pg.split_pieces(pieces, pg.Path(sys.argv[2]), pg.DataConfig(val_percent=99), range(9)); print([p.split for p in pieces])"
-    )
-    command = [sys.executable, "-c", code, str(Path(pg.__file__).parent), str(tmp_path), *names]
-    seeds = [{**os.environ, "PYTHONHASHSEED": str(seed)} for seed in (1, 2)]
-    one, two = (subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout for env in seeds)
-    assert one == two == f"{list(split(names, tmp_path, val_percent=99).values())}\n" and one.count("'train'") == 1
-
-
-def test_csv_that_is_none_or_points_elsewhere_stops_nothing(tmp_path, capsys):
-    (tmp_path / "folder.csv").mkdir()
-    (tmp_path / "out.csv").write_text("midi_filename,split\n/etc/a.mid,test\n../b.mid,test\na.mid,test\n")
-    assert split(["a.mid", "b.mid", "c.mid"], tmp_path)["a.mid"] == "test"
-    assert "folder.csv cannot be read as a table" in capsys.readouterr().out
+@pytest.mark.parametrize("val_percent", [0.1, 99.0])
+def test_few_files_still_have_a_validation_and_a_training_piece(count, val_percent, tmp_path):
+    sides = split([f"{i}.mid" for i in range(count)], tmp_path, val_percent=val_percent)
+    assert {*sides.values()} == {"train", "validation"}
 
 
 def batches(ids=None, **changes):
-    """Batches over random ids in which about half are pitches."""
+    """Batches over ids, or over numbers of which about half are pitches."""
     ids = torch.arange(1000).mul(7919).remainder(180).short() if ids is None else ids
-    return pg.Batches(
-        **{"ids": ids, "pitches": PITCHES, "batch_size": 4, "block_size": 32, "transpose": 5, "seed": 3} | changes
-    )
+    return replace(pg.Batches(ids, PITCHES, batch_size=4, block_size=32, transpose=5, seed=3), **changes)
 
 
 def test_batch_i_is_the_same_whatever_came_before():
@@ -237,165 +225,94 @@ def test_batch_i_is_the_same_whatever_came_before():
     for i in range(5):
         a[i]
     assert torch.equal(torch.stack(a[7]), torch.stack(b[7]))
-    assert not torch.equal(a[7][0], a[8][0])
-    assert not torch.equal(a[7][0], batches(seed=4)[7][0])
+    assert not torch.equal(a[7][0], a[8][0]) and not torch.equal(a[7][0], batches(seed=4)[7][0])
 
 
-def test_targets_are_the_inputs_one_token_later():
-    x, y = batches(transpose=0)[0]
+def test_shares_of_a_batch_make_the_batch():
+    shares = [batches(rank=rank, processes=2)[3] for rank in range(2)]
+    assert torch.equal(torch.cat([torch.stack(share) for share in shares], 1), torch.stack(batches()[3]))
+
+
+@pytest.mark.parametrize("length", [5, 1000])
+def test_targets_are_the_inputs_one_token_later_even_if_the_corpus_is_shorter(length):
+    x, y = batches(torch.arange(length).short())[0]
     assert x.shape == y.shape == (4, 32) and torch.equal(x[:, 1:], y[:, :-1])
 
 
 def test_every_token_of_the_corpus_is_drawn():
-    ids = torch.arange(200).short()
-    drawn = torch.cat([batches(ids, transpose=0)[i][1].flatten() for i in range(100)])
-    assert set(drawn.tolist()) == set(range(1, 200))
+    part = batches(torch.arange(200).short(), transpose=0)
+    assert {*torch.cat([part[i][1].flatten() for i in range(100)]).tolist()} == {*range(1, 200)}
 
 
 def test_transposing_moves_pitches_alone_and_never_out_of_the_piano():
-    ids = torch.tensor([[3, 50, 60, 92], [4, 91, 100, 0], [80, 85, 2, 2]])
-    moved = pg.transpose_ids(ids, torch.tensor([5, 5, 24]), PITCHES)
-    assert moved.tolist() == [[3, 55, 65, 92], [4, 91, 100, 0], [86, 91, 2, 2]]
+    ids = torch.tensor([[3, 50, 60, 92], [4, 91, 100, 0], [80, 85, 2, 2], [6, 9, 2, 2]])
+    moved = pg.transpose_ids(ids, torch.tensor([5, 5, 24, -5]), PITCHES)
+    assert moved.tolist() == [[3, 55, 65, 92], [4, 91, 100, 0], [86, 91, 2, 2], [4, 7, 2, 2]]
 
 
 def test_training_windows_are_transposed_both_ways():
-    ids = torch.full((100,), 48).short()
-    seen = {batches(ids)[i][0][row, 0].item() for i in range(40) for row in range(4)}
-    assert seen == set(range(43, 54))
+    seen = torch.stack([batches(torch.full((100,), 48).short())[i][0][:, 0] for i in range(40)])
+    assert {*seen.flatten().tolist()} == {*range(43, 54)}
 
 
-def test_corpus_shorter_than_a_window_still_makes_batches():
-    assert batches(torch.arange(5).short())[0][0].shape == (4, 32)
+@pytest.mark.parametrize("length", [0, 1, 2, 8, 9, 16, 17, 18, 31, 33, 100, 101])
+@pytest.mark.parametrize("stride", [8, 16])
+def test_windows_score_every_token_once_and_no_padding_with_the_overlap_before_it(length, stride):
+    x, y = pg.make_windows(np.arange(100, 100 + length), 16, stride)
+    assert y[y != pg.IGNORE].tolist() == [*range(101, 100 + length)]
+    assert ((x + 1 == y) | (y == pg.IGNORE)).all() and not (y == pg.IGNORE).all(1).any()
+    assert all((y[row] != pg.IGNORE).nonzero().min() >= 16 - stride for row in range(1, len(x)))
 
 
-@pytest.mark.parametrize("length", [2, 8, 9, 16, 17, 18, 31, 100, 101])
-def test_sliding_windows_score_every_token_once_with_half_a_window_before_it(length):
-    ids, T = np.arange(100, 100 + length), 16
-    x, y = pg.sliding_windows(ids, T)
-    scored = y[y != pg.IGNORE]
-    assert sorted(scored.tolist()) == list(range(101, 100 + length))
-    for row in range(len(x)):
-        at = (y[row] != pg.IGNORE).nonzero()[:, 0]
-        assert torch.equal(x[row][at] + 1, y[row][at])
-        assert row == 0 or at.min() >= T // 2
+def test_windows_up_to_a_limit_are_spread_evenly():
+    x, _ = pg.make_windows(np.arange(161), 16, 16, limit=4)  # ten windows in all
+    assert x[:, 0].tolist() == [0, 48, 96, 144] and len(pg.make_windows(np.arange(161), 16, 16, limit=0)[0]) == 0
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 17, 33, 1000])
-def test_validation_windows_lie_side_by_side_and_score_no_padding(length):
-    x, y = pg.validation_windows(np.arange(length), 16, limit=10_000)
-    assert y[y != pg.IGNORE].tolist() == list(range(1, length))
-    assert len(pg.validation_windows(np.arange(length), 16, limit=4)[0]) == min(4, len(x))
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`, breaking the connection after `breaks` many bytes, once for each of them."""
-
-    content, breaks, ranges, asked = b"", [], True, []
-
-    def do_GET(self):  # noqa: N802
-        wanted = self.headers["Range"]
-        Server.asked.append(wanted)
-        start = int(wanted[6:-1]) if wanted and self.ranges else 0
-        if start >= len(self.content):
-            self.send_error(416)
-            return
-        self.send_response(206 if wanted and self.ranges else 200)
-        self.send_header("Content-Length", str(len(self.content) - start))
-        self.end_headers()
-        self.wfile.write(self.content[start:][: Server.breaks.pop(0) if Server.breaks else None])
-
-    def log_message(self, *args):
-        pass
-
-
-def archive(files, **more):
-    """The bytes of a zip of these files, {name: bytes}, and of more beside it."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as content:
-        for name, text in {**files, **more}.items():
-            content.writestr(name, text)
-    return data.getvalue()
+def test_pieces_are_joined_between_bos_and_eos_and_held_out_music_is_validated_but_not_known(folder, vocab):
+    config = pg.Config(data=pg.DataConfig(midi_dir=str(folder), cache_dir=""))
+    batches, (_, targets), music = pg.prepare_data(config, vocab, torch.device("cpu"))
+    pieces, ids = pg.read_folder(folder, vocab, ""), {"train": [], "validation": []}
+    pg.split_pieces(pieces, folder, config.data, vocab.pitches)
+    for p in pieces:
+        ids[p.split] += [vocab.bos, *p.ids.tolist(), vocab.eos]
+    assert batches.ids.tolist() == ids["train"]
+    assert targets[targets != pg.IGNORE].tolist() == ids["validation"][1:] != []
+    assert list(music["intervals"]) == [p.path for p in pieces if p.split == "train"]
 
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A server on this machine that stands for MAESTRO's, with three pieces."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    names = [f"small-v1/2004/{i}.midi" for i in range(3)]
-    table = "midi_filename,split\n" + "".join(
-        f"2004/{i}.midi,{s}\n" for i, s in enumerate(("train", "validation", "test"))
-    )
-    data = [write_midi(tmp_path / "source" / f"{i}.mid", scale(i)).read_bytes() for i in range(3)]
-    Server.files = dict(zip(names, data)) | {"small-v1/small-v1.csv": table}
-    Server.content, Server.breaks, Server.ranges, Server.asked = archive(Server.files), [], True, []
-    url = f"http://127.0.0.1:{server.server_port}/small.zip"
-    monkeypatch.setitem(pg.COLLECTIONS, "maestro", (url, "small-v1", 3, "CC TEST"))
-    monkeypatch.setattr(pg.time, "sleep", lambda seconds: None)
-    yield tmp_path / "midi"
-    server.shutdown()
-    server.server_close()
+    """The zip of three pieces on a server of this machine that stands for MAESTRO's."""
+    path = tmp_path / "web" / "maestro-v3.0.0-midi.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as file:
+        for i in range(3):
+            file.write(write_midi(tmp_path / "source" / f"{i}.mid", scale(i)), f"maestro-v3.0.0/2004/{i}.midi")
+        rows = (f"2004/{i}.midi,{side}\n" for i, side in enumerate(pg.SPLITS))
+        file.writestr("maestro-v3.0.0/table.csv", "midi_filename,split\n" + "".join(rows))
+    handler = lambda *args: http.server.SimpleHTTPRequestHandler(*args, directory=path.parent)  # noqa: E731
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        monkeypatch.setattr(pg, "MAESTRO", f"http://127.0.0.1:{server.server_port}/{path.name}")
+        monkeypatch.setattr(pg, "MAESTRO_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        yield path
+        server.shutdown()
 
 
-def test_collection_is_fetched_unpacked_split_as_its_table_says_and_not_fetched_again(served, capsys):
-    pg.fetch_collection("maestro", served)
-    assert "CC TEST" in capsys.readouterr().out
-    pieces, skipped = read(served)
-    pg.split_pieces(pieces, served, pg.DataConfig(), PITCHES)
-    assert [p.split for p in pieces] == ["train", "validation", "test"] and not skipped
-    assert [p.name for p in served.iterdir()] == ["small-v1"], "nothing else is left behind"
-    pg.fetch_collection("maestro", served)
-    assert Server.asked == [None] and "CC TEST" in capsys.readouterr().out
-
-
-def test_collection_is_fetched_before_a_training_that_asks_for_it(served, monkeypatch, capsys):
-    monkeypatch.chdir(served.parent)
-    assert pg.main(["--download", "maestro", "--midi-dir", str(served), *TINY, "--steps", "1"]) == 0
+def test_maestro_is_downloaded_once_and_before_the_training_that_asks_for_it(served, here, capsys):
+    argv = ["--download", "maestro", "--midi-dir", "midi", *TINY, "--steps", "1"]
+    assert pg.main(argv) == 0
+    served.unlink()
+    assert pg.main([*argv, "--steps", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("maestro: 3 files") and "(1 train, 1 validation, 1 test)" in out
+    assert out.count("licensed CC BY-NC-SA 4.0") == out.count("(1 train, 1 validation, 1 test)") == 2
+    assert os.listdir("midi") == ["maestro-v3.0.0"], "nothing else is left behind"
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_broken_download_goes_on_where_it_stopped_or_begins_anew(ranges, served):
-    Server.breaks, Server.ranges = [100, 50], ranges
-    pg.fetch_collection("maestro", served)
-    assert Server.asked == [None, "bytes=100-", "bytes=150-" if ranges else "bytes=50-"]
-    assert (served / "small-v1/2004/1.midi").read_bytes() == Server.files["small-v1/2004/1.midi"]
-
-
-def test_download_that_always_breaks_is_a_sentence_and_the_next_command_goes_on(served):
-    Server.breaks = [10] * pg.DOWNLOAD_TRIES
-    with pytest.raises(pg.UserError, match="goes on with it later"):
-        pg.fetch_collection("maestro", served)
-    pg.fetch_collection("maestro", served)
-    assert Server.asked[-1] == f"bytes={10 * pg.DOWNLOAD_TRIES}-" and (served / "small-v1").is_dir()
-
-
-def test_whole_part_of_a_run_that_ended_before_it_was_renamed_is_used(served):
-    served.mkdir()
-    (served / "small.zip.part").write_bytes(Server.content)
-    pg.fetch_collection("maestro", served)
-    assert len(read(served)[0]) == 3
-
-
-@pytest.mark.parametrize("damage", ["bits", "count", "cut", "folder"])
-def test_damaged_archive_is_removed_and_said(damage, served):
-    whole, few = Server.content, dict(list(Server.files.items())[1:])
-    other = {"other/" + name: data for name, data in Server.files.items()}
-    at = whole.index(b"MThd") + 30
-    bits = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
-    Server.content = {"bits": bits, "count": archive(few), "cut": whole[:-50], "folder": archive(other)}[damage]
-    with pytest.raises(pg.UserError, match="damaged"):
-        pg.fetch_collection("maestro", served)
-    assert not list(served.iterdir())
-    Server.content = whole
-    pg.fetch_collection("maestro", served)
-    assert len(read(served)[0]) == 3
-
-
-@pytest.mark.parametrize("name", ["../escaped.mid", "/tmp/pianogpt-escaped.mid", "small-v1/../../../escaped.mid"])
-def test_archive_that_would_write_elsewhere_is_refused(name, served):
-    Server.content = archive(Server.files, **{name: b""})
-    with pytest.raises(pg.UserError, match="outside"):
-        pg.fetch_collection("maestro", served)
-    assert not list(served.parent.rglob("*escaped*")) and not (served / "small-v1").exists()
+@pytest.mark.parametrize("damage", ["another hash", "no such file"])
+def test_download_that_fails_is_a_sentence_and_leaves_nothing_behind(damage, served, tmp_path):
+    served.write_bytes(served.read_bytes() + b"x") if damage == "another hash" else served.unlink()
+    with pytest.raises(pg.UserError, match="cannot download"):
+        pg.download_maestro(tmp_path / "midi")
+    assert os.listdir(tmp_path / "midi") == []

@@ -1,32 +1,35 @@
-"""Room 4: the Transformer."""
+"""The Transformer in musical time and pitch."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from benchmark import PlainAttention
-from conftest import pg, scale, table, write_midi
+from conftest import pg, scale, write_midi
 
-V = 100
 CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
+VOCAB = pg.Vocabulary(pg.MusicConfig())
+V = len(VOCAB.words)
 
 
-@pytest.fixture
-def model():
-    """A small model whose head and mixture of recent tokens are not near zero, so that its logits differ."""
+def make_model(**changes):
+    """A small model in training; its head and mixture of recent tokens are not near zero, so that its logits differ."""
     torch.manual_seed(0)
-    model = pg.PianoGPT(CONFIG, table(V)).eval()
-    torch.nn.init.normal_(model.head.weight)
+    model = pg.PianoGPT(pg.ModelConfig(**vars(CONFIG) | changes), VOCAB.says)
+    torch.nn.init.normal_(model.head)
     torch.nn.init.normal_(model.recent)
     return model
 
 
+@pytest.fixture
+def model():
+    """A small model in evaluation."""
+    return make_model().eval()
+
+
 def test_initial_loss_is_near_ln_v():
     torch.manual_seed(0)
-    model, ids = pg.PianoGPT(CONFIG, table(V)), torch.randint(V, (8, 65))
-    loss = model(ids[:, :-1], ids[:, 1:]) / (8 * 64)
+    model, ids = pg.PianoGPT(CONFIG, VOCAB.says), torch.randint(V, (8, 65))
+    loss = model.loss(*model.embed(ids[:, :-1]), ids[:, 1:]) / (8 * 64)
     assert abs(loss.item() - math.log(V)) < 0.1
 
 
@@ -39,116 +42,113 @@ def test_future_tokens_do_not_change_past_logits(model):
     assert not torch.allclose(a[:, 50], b[:, 50]) and not torch.allclose(a[:, 95], b[:, 95])
 
 
-def test_recent_tokens_are_added_newest_first():
-    x, weight = torch.randn(2, 9, 8), torch.randn(pg.RECENT, 8)
-    y = pg.add_recent(x, weight)
-    for t in range(9):
-        expected = x[:, t] + sum(weight[n - 1] * x[:, t - n] for n in (1, 2, 3) if t >= n)
-        assert torch.allclose(y[:, t], expected, atol=1e-6)
+def test_recent_tokens_are_added_newest_first(model):
+    x, cos, sin = model.embed(torch.randint(V, (2, 9)))
+    expected, mixed = model.logits(x, cos, sin), x.clone()
+    for t in range(pg.RECENT, x.size(1)):
+        mixed[:, t] += sum(model.recent[n] * x[:, t - 1 - n] for n in range(pg.RECENT))
+    assert not x[:, : pg.RECENT].any(), "nothing comes before the first token"
+    torch.nn.init.zeros_(model.recent)
+    assert torch.allclose(model.logits(mixed, cos, sin), expected, atol=1e-4)
 
 
-def test_fused_attention_equals_the_textbook_head_by_head(model):
-    """Without rotation (cos 1, sin 0) it is what the benchmark's plain attention computes from the same matrices."""
-    attention, plain, x = model.blocks[0].attention, PlainAttention(32, 4, 20), torch.randn(3, 20, 32)
-    plain.proj.weight = attention.proj.weight
-    for h, head in enumerate(plain.heads):
-        for part, linear in enumerate((head.q, head.k, head.v)):
-            linear.weight.data = attention.qkv.weight.split(32)[part][h * 8 : h * 8 + 8]
-    assert torch.allclose(attention(x, torch.ones(20, 8), torch.zeros(20, 8)), plain(x), atol=1e-5)
-    turn = pg.rotary_angles(torch.arange(20).expand(2, 1, 20), 0, pg.rotary_speeds(8))
-    turned = attention(x, *(part[:, None] for part in turn))  # (1, 1, T, hs): the same for every head
-    assert not torch.allclose(turned, plain(x), atol=1e-2)
-
-
-@pytest.mark.parametrize("T", [1, 63, 64, 65, 96, 200])
-def test_tiled_attention_equals_pytorchs(T):
-    q, k, v = (torch.randn(2, 4, T, 8, requires_grad=True) for _ in range(3))
-    a, b = pg.tiled_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.allclose(a, b, atol=1e-5)
-    weight = torch.randn_like(a)
-    for one, other in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (a, b))):
-        assert torch.allclose(one, other, atol=1e-4)
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_attention_equals_the_textbook_head_by_head(dtype, error):
+    torch.manual_seed(0)
+    block, x, expected = pg.Block(CONFIG).to(dtype), torch.randn(3, 20, 32, dtype=dtype), 0
+    unturned = torch.ones(3, 1, 20, 8, dtype=dtype), torch.zeros(3, 1, 20, 8, dtype=dtype)
+    for head in torch.arange(32).split(8):
+        q, k, v = (x @ block.qkv[part * 32 + head].T for part in range(3))
+        future = torch.ones(20, 20).triu(1).bool()
+        weights = (q @ k.mT / 8**0.5).masked_fill(future, -math.inf).softmax(-1)
+        expected = expected + weights @ v @ block.proj[:, head].T
+    y = block.attention(x.flatten(0, 1), *unturned, None, 0)
+    assert y.dtype == dtype and torch.allclose(y.view(3, 20, 32), expected, atol=error)
 
 
 @pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8)])
-def test_tokens_stand_where_the_music_is(tokenizer, tmp_path, metre):
-    path = write_midi(tmp_path / "x.mid", scale(1), metre=metre)
-    ids = pg.encode_file(path, tokenizer, pg.MusicConfig()).ids.astype(np.int64)
-    time, pitch = pg.follow(torch.from_numpy(pg.make_map(tokenizer)), torch.from_numpy(ids)[None])[0][:, 0]
-    listener, words, quarters, pitches = pg.BarClock(tokenizer), pg.make_vocabulary(tokenizer), [], [60]
-    for id in ids.tolist():
-        quarters.append(listener.feed([id]).now)
-        pitches.append(int(words[id].split("_")[1]) if words[id].startswith("Pitch_") else pitches[-1])
-    steps = np.array(quarters) * 8 * metre[1] / 4 + 32  # what is before the first bar line is taken for a bar of 4/4
-    assert len(set(quarters)) > 50 and time.tolist() == steps.tolist()
-    assert len(set(pitches)) > 5 and pitch.tolist() == pitches[1:]
+@pytest.mark.parametrize("grid", [8, 12])
+def test_tokens_stand_where_miditok_plays_them(metre, grid, tmp_path):
+    vocab = pg.Vocabulary(pg.MusicConfig(grid=grid))
+    ids = torch.from_numpy(pg.read_piece(write_midi(tmp_path / "x.mid", scale(1), metre=metre), vocab).ids).long()
+    score = vocab.tokenizer.decode([ids.tolist()])
+    time, pitch, _, _ = pg.place(vocab.says, ids[None], vocab.start, torch.zeros(1))
+    is_note = pg.is_pitch(ids, vocab.pitches)
+    steps = time[0, is_note] - 4 * grid  # what is before the first bar line counts as a bar of 4/4
+    notes = score.tracks[0].notes
+    assert steps.tolist() == [n.time / score.tpq * grid * metre[1] / 4 for n in notes] and len(notes) == 80
+    assert pitch[0, is_note].tolist() == [n.pitch for n in notes]
 
 
-def test_place_goes_on_from_a_state():
-    ids = torch.randint(V, (3, 60))
-    whole, end = pg.follow(table(V), ids)
-    parts, state = [], None
+def test_follow_and_place_token_by_token_equal_all_at_once():
+    def walk(ids, now, bar_start):
+        held, (time, pitch, *after) = pg.follow(VOCAB.says, ids, now), pg.place(VOCAB.says, ids, now, bar_start)
+        assert torch.equal(after[0], held[:, :, -1])
+        return torch.cat([held, time[None], pitch[None]]), after
+
+    ids, after, parts = torch.randint(V, (3, 60)), (VOCAB.start.expand(6, 3), torch.zeros(3)), []
+    whole, end = walk(ids, *after)
     for part in ids.split([17, 1, 1, 41], 1):
-        places, state = pg.follow(table(V), part, state)
+        places, after = walk(part, *after)
         parts.append(places)
-    assert torch.equal(torch.cat(parts, 2), whole) and torch.equal(state, end)
+    assert torch.equal(torch.cat(parts, 2), whole) and all(map(torch.equal, after, end))
 
 
-def test_rotary_products_depend_on_the_distance_in_time_and_pitch_alone():
-    at = torch.arange(50)
-    cos, sin = (x[0] for x in pg.rotary_angles(torch.stack([3 * at, 2 * at])[:, None], 0, pg.rotary_speeds(32)))
-    q, k = torch.randn(32), torch.randn(32)
-    products = [(pg.rotate(q, cos[t], sin[t]) * pg.rotate(k, cos[t - 7], sin[t - 7])).sum() for t in range(7, 50)]
-    assert torch.allclose(torch.stack(products), products[0], atol=1e-4)
-    assert not torch.allclose(
-        (pg.rotate(q, cos[9], sin[9]) * pg.rotate(k, cos[3], sin[3])).sum(), products[0], atol=1e-3
-    )
+def test_logits_depend_on_distances_in_time_and_pitch_alone(model):
+    x, cos, sin = model.embed(torch.randint(V, (2, 50)))
+    turn = (7 * model.speeds[0] + 5 * model.speeds[1]).expand(50, 8)  # seven positions later, five semitones higher
+    some = turn * (torch.arange(50) >= 25)[:, None]
+    all_moved, some_moved = (model.logits(x, cos * turn.cos() - sin * turn.sin(), sin * turn.cos() + cos * turn.sin())
+                             for turn in (turn, some))
+    assert torch.allclose(all_moved, model.logits(x, cos, sin), atol=1e-3)
+    assert torch.allclose(some_moved[:, :25], all_moved[:, :25], atol=1e-3)
+    assert not torch.allclose(some_moved[:, 25:], all_moved[:, 25:], atol=0.1)
 
 
-def test_octaves_and_moments_turn_the_channels_differently():
-    place = torch.tensor([[[0], [0], [5]], [[60], [72], [60]]])  # three sequences of one token
-    cos = pg.rotary_angles(place, 0, pg.rotary_speeds(32))[0][:, 0]
-    time, pitch = cos[:, :10], cos[:, 10:16]
-    assert torch.equal(time[0], time[1]) and not torch.equal(time[0], time[2])
-    assert torch.equal(pitch[0], pitch[2])
-    same = [math.isclose(a, b, abs_tol=1e-4) for a, b in zip(pitch[0].tolist(), pitch[1].tolist())]
-    assert same == [True, True, True, False, False, False], "an octave is a whole turn of the periods that divide it"
+def test_octaves_and_moments_turn_the_channels_differently(model):
+    time, pitch = pg.rotary_speeds(32)
+    assert torch.equal(time != 0, pitch == 0) and time.any()
+    octave = [1, 1, 1, -1, 0, 0.5**0.5]  # a whole turn of the periods that divide it
+    assert torch.allclose((12 * pitch[10:16]).cos(), torch.tensor(octave), atol=1e-5)
+    cos = model.embed(torch.zeros(1, 3, dtype=torch.long))[1][0, 0]
+    assert not torch.equal(cos[0], cos[1]) and not torch.equal(cos[0], cos[2]), "tokens of one moment are told apart"
 
 
+@torch.inference_mode()
 def test_cached_logits_equal_uncached(model):
-    ids, decoder = torch.randint(V, (3, 96)), pg.Decoder(model, 3)
+    ids, cache = torch.randint(V, (3, 96)), pg.Cache(model, 3)
     whole = model(ids)
-    assert torch.allclose(decoder.read(ids[:, :10]), whole[:, 9], atol=1e-4)
-    for t in range(10, 96):
-        assert torch.allclose(decoder.read(ids[:, t : t + 1]), whole[:, t], atol=1e-4)
+    for _ in range(2):  # a cleared cache is as good as new
+        assert torch.allclose(model(ids[:, :10], cache), whole[:, :10], atol=1e-4)
+        for t in range(10, 96):
+            assert torch.allclose(model(ids[:, t : t + 1], cache)[:, 0], whole[:, t], atol=1e-4)
+        cache.clear()
 
 
 def test_bfloat16_loss_is_near_float32(model):
     ids = torch.randint(V, (4, 97))
-    x = model.embedding(ids[:, :-1]), model.turn(ids[:, :-1])
-    exact = model.loss(*x, ids[:, 1:])
+    embedded = model.embed(ids[:, :-1])
+    exact = model.loss(*embedded, ids[:, 1:])
     with torch.autocast("cpu", torch.bfloat16):
-        assert abs(model.loss(*x, ids[:, 1:]) / exact - 1) < 0.01
+        assert abs(model.loss(*embedded, ids[:, 1:]) / exact - 1) < 0.01
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation():
-    model, ids = pg.PianoGPT(pg.ModelConfig(2, 4, 32, 96, dropout=0.5), table(V)), torch.randint(V, (2, 96))
-    torch.nn.init.normal_(model.head.weight)
+    model, ids = make_model(dropout=0.5), torch.randint(V, (2, 96))
     assert not torch.allclose(model(ids), model(ids))
-    model.eval()
-    assert torch.equal(model(ids), model(ids))
+    assert torch.equal(model.eval()(ids), model(ids))
 
 
 def test_a_head_misses_whole_tokens_in_training():
-    """With queries and keys of zero, position t is the mean of the values up to t, so they can be told from the means."""
-    attention, x = pg.Attention(pg.ModelConfig(2, 4, 32, 96, dropout=0.5)), torch.randn(64, 5, 32)
-    attention.qkv.weight.data[:64], attention.proj.weight.data = 0, torch.eye(32)
+    """With queries and keys of zero, position t is the mean of the values up to t, and the means tell the values."""
+    block, x = make_model(dropout=0.5).blocks[0], torch.randn(64 * 5, 32)
+    block.qkv.data[:64], block.proj.data = 0, torch.eye(32)
 
     def values():
-        mean = attention(x, torch.ones(5, 8), torch.zeros(5, 8))
+        mean = block.attention(x, torch.ones(64, 1, 5, 8), torch.zeros(64, 1, 5, 8), None, 0).view(64, 5, 32)
         return (mean * torch.arange(1, 6)[:, None]).diff(dim=1, prepend=torch.zeros(64, 1, 32)).view(64, 5, 4, 8)
 
-    heads, whole = values(), attention.eval() and values()
+    heads, whole = values(), block.eval() and values()
     missing = heads.abs().amax(-1, keepdim=True) < 1e-5
     assert torch.allclose(heads, 2 * whole * ~missing, atol=1e-5) and 0.4 < missing.float().mean() < 0.6
     assert not torch.equal(missing[:, :, 0], missing[:, :, 1]), "each head misses others"

@@ -1,149 +1,113 @@
-"""Room 7: logits become ids."""
+"""Writing: logits become legal ids, ids a piece."""
 
 import copy
+import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import pg
+from test_music import assert_grammar, ids_of, random_walk
+
+FILTERS = [{}, {"temperature": 0.0}, {"temperature": 10.0, "min_p": 0.0}, {"top_k": 1}, {"top_p": 1e-9},
+           {"top_k": 5, "top_p": 0.5}]
 
 
 @pytest.fixture(scope="module")
-def grammar(tokenizer):
-    """The rules of the default tokenizer."""
-    return pg.make_grammar(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
+def model(vocab):
     """An untrained model: it proposes everything, so the grammar has all the work."""
     torch.manual_seed(0)
-    model = pg.make_model(pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32), tokenizer)
-    torch.nn.init.normal_(model.head.weight, std=0.2)
+    model = pg.PianoGPT(pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32), vocab.says)
+    torch.nn.init.normal_(model.head, std=0.2)
     return model
 
 
-def generate(model, grammar, tokenizer, seed=1, prompt=(), bars=8, **settings):
-    """Six pieces of some bars."""
-    config = pg.SampleConfig(num_samples=6, **settings)
-    clocks = [pg.BarClock(tokenizer, bars, config.seconds, config.tempo) for _ in range(6)]
-    return pg.generate(model, grammar, config, seed, list(prompt), clocks)
+def write(model, vocab, seed=1, prompt=(), **settings):
+    """Six pieces of eight bars, if the settings do not say otherwise."""
+    settings = pg.SampleConfig(**{"num_samples": 6, "bars": 8} | settings)
+    return pg.generate(model, vocab, settings, seed, list(prompt))
 
 
-def inside_bars(ids, tokenizer):
-    """Whether every Position lies in its bar."""
-    length = 0
-    for word in (pg.make_vocabulary(tokenizer)[i] for i in ids):
-        kind, value = word.split("_")
-        length = int(value.split("/")[0]) * 8 if kind == "TimeSig" else length
-        if kind == "Position" and int(value) >= length:
-            return False
-    return True
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_pieces_and_continuations_have_their_bars_keep_the_grammar_and_are_heard_whole(filters, model, vocab):
+    prompt = write(model, vocab, seed=3, bars=3, num_samples=1)[0]
+    for start in ([], prompt):
+        pieces = write(model, vocab, prompt=start, bars=9, **filters)
+        assert len(pieces) == 6
+        for ids in pieces:
+            assert ids[: len(start)] == start and ids.count(vocab.bar) == 9 and vocab.eos not in ids
+            assert_grammar(ids, vocab)
+            assert vocab.decode(ids).note_num() == pg.is_pitch(torch.tensor(ids), vocab.pitches).sum()
 
 
-FILTERS = [
-    {},
-    {"temperature": 0.0},
-    {"temperature": 10.0, "min_p": 0.0},
-    {"top_k": 1},
-    {"top_p": 1e-9},
-    {"top_k": 5, "top_p": 0.5},
-]
-
-
-@pytest.mark.parametrize("filters", FILTERS)
-def test_every_sequence_has_zero_token_errors_and_no_position_outside_its_bar(filters, model, grammar, tokenizer):
-    for ids in generate(model, grammar, tokenizer, bars=12, **filters):
-        assert tokenizer.tokens_errors([ids]) == [0.0]
-        assert inside_bars(ids, tokenizer)
-        assert ids.count(grammar.bar) <= 12 and grammar.eos not in ids and grammar.bos not in ids
-
-
-@pytest.mark.parametrize("filters", FILTERS)
-def test_prompted_sequences_keep_the_grammar_too(filters, model, grammar, tokenizer):
-    prompt = generate(model, grammar, tokenizer, seed=3, bars=3, seconds=1e4)[0]
-    for ids in generate(model, grammar, tokenizer, prompt=prompt, bars=9, seconds=1e4, **filters):
-        assert ids[: len(prompt)] == prompt and ids.count(grammar.bar) == 9
-        assert tokenizer.tokens_errors([ids]) == [0.0] and inside_bars(ids, tokenizer)
-
-
-def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, grammar, tokenizer):
-    ids = generate(model, grammar, tokenizer, bars=180, seconds=1e5)[0]
+def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, vocab):
+    ids = write(model, vocab, bars=180, num_samples=1)[0]
     assert len(ids) > 5000 + model.config.block_size
-    assert tokenizer.tokens_errors([ids]) == [0.0] and inside_bars(ids, tokenizer)
+    assert_grammar(ids, vocab)
 
 
 @pytest.mark.parametrize("prompt_bars", [0, 3])
-def test_a_piece_of_no_asked_for_length_ends_by_the_model_after_eight_new_bars(prompt_bars, model, grammar, tokenizer):
-    prompt = generate(model, grammar, tokenizer, bars=prompt_bars)[0] if prompt_bars else []
-    clocks = [pg.BarClock(tokenizer, prompt_bars + pg.MOST_BARS) for _ in range(24)]
-    eager = copy.deepcopy(model)
-    eager.head.weight.data[grammar.eos] *= 4  # ends often, and without the rule at once
-    pieces = pg.generate(eager, grammar, pg.SampleConfig(), 1, prompt, clocks)
-    bars = [ids.count(grammar.bar) - prompt_bars for ids in pieces]
-    assert all(8 <= n <= 32 for n in bars) and min(bars) < 32
+def test_piece_of_no_asked_for_length_is_ended_by_the_model_after_8_to_32_new_bars(prompt_bars, model, vocab):
+    prompt = write(model, vocab, bars=prompt_bars)[0] if prompt_bars else []
+    eager, never = copy.deepcopy(model), copy.copy(vocab)
+    eager.head.data[vocab.eos] *= 8  # ends often, and without the rule at once
+    never.follows = vocab.follows.clone()
+    never.follows[:, vocab.eos] = False
+    pieces = [write(eager, words, prompt=prompt, bars=0, num_samples=n) for words, n in ((vocab, 24), (never, 2))]
+    one, other = ([ids.count(vocab.bar) - prompt_bars for ids in group] for group in pieces)
+    assert min(one) == 8 and max(one) <= 32 and other == [32, 32]
+    assert not any(vocab.eos in ids or vocab.pad in ids for group in pieces for ids in group)
 
 
-def test_notes_of_the_ids_are_all_heard(model, grammar, tokenizer):
-    pitches = set(tokenizer.token_ids_of_type("Pitch"))
-    for ids in generate(model, grammar, tokenizer):
-        assert pg.decode_ids(ids, tokenizer).note_num() == sum(i in pitches for i in ids)
+def test_piece_is_over_at_eos_at_its_bars_or_at_its_seconds(vocab):
+    def end(words, **settings):
+        return pg.find_end(torch.tensor(ids_of(words, vocab)), vocab, pg.SampleConfig(**settings))
+
+    bar = "Bar_None TimeSig_4/4 Position_0 Tempo_120.0 "  # two seconds
+    assert end(bar + "EOS_None PAD_None") == 4
+    assert end(bar * 5) is None and end(bar * 2, bars=2) is None
+    assert end(bar * 5, bars=2) == 8 and end(bar * 2 + "EOS_None", bars=3) == 8
+    assert end(bar * 5, seconds=3.0) == end(bar * 5, seconds=4.0) == 8
+    assert end(bar * 9, seconds=7.0, tempo=240.0) == 7 * 4
 
 
-def test_same_seed_same_ids_and_another_seed_others(model, grammar, tokenizer):
-    assert generate(model, grammar, tokenizer, 5) == generate(model, grammar, tokenizer, 5)
-    assert generate(model, grammar, tokenizer, 5) != generate(model, grammar, tokenizer, 6)
+def test_same_seed_same_ids_and_another_seed_others(model, vocab):
+    one, same, other = (write(model, vocab, seed) for seed in (5, 5, 6))
+    assert one == same != other and len({tuple(ids) for ids in one}) == 6
 
 
-@pytest.mark.parametrize("prompt_bars", [0, 2])
-def test_cached_generation_equals_uncached_past_the_window_too(prompt_bars, model, grammar, tokenizer):
-    """Greedy ids must be those of a model that reads its window anew for every token."""
-    prompt = generate(model, grammar, tokenizer, bars=prompt_bars)[0] if prompt_bars else []
-    fast = generate(model, grammar, tokenizer, prompt=prompt, bars=20, temperature=0.0, seconds=1e4)[0]
-    assert fast[: len(prompt)] == prompt
-    assert len(fast) > 10 * model.config.block_size
-    ids, state, start = [grammar.bos], grammar.start, 0
-    for id in fast:
-        if len(ids) - start > model.config.block_size:
-            start = len(ids) - model.config.block_size // 2
-        if len(ids) == len(prompt) + 1:
-            start = max(0, len(ids) - model.config.block_size)  # a longer prompt is seen in its last part
-        logits = model(torch.tensor([ids[start:]]))[0, -1] + torch.from_numpy(grammar.rows[state]).sum(0)
-        if len(ids) > len(prompt):
-            logits[grammar.eos] = -math.inf  # held back until the asked-for end
-            assert logits[id] >= logits.max() - 1e-4
-        ids.append(id)
-        state = np.where(grammar.update[id] < 0, state, grammar.update[id])
+@pytest.mark.parametrize("length", [1, 20, 32, 50])
+@torch.inference_mode()
+def test_cached_generation_equals_uncached_past_the_window(length, model, vocab):
+    """Greedy ids of three sequences must be those of a model that reads its window anew for every token."""
+    walk, size = random_walk(vocab, 200)[0], model.config.block_size
+    ids = torch.tensor([walk[i * 3 : i * 3 + length] for i in range(3)])
+    hold, start = torch.tensor([-math.inf, 0.0, -math.inf]), max(0, length - size)
+    stream = pg.draw_tokens(model.eval(), vocab, pg.SampleConfig(temperature=0.0), ids, 0, hold)
+    for drawn in itertools.islice(stream, 10 * size):
+        if ids.size(1) - start > size:
+            start = ids.size(1) - size // 2
+        legal = vocab.legal(pg.follow(vocab.says, ids, vocab.start.expand(6, 3))[:, :, -1])
+        logits = model(ids[:, start:])[:, -1]
+        logits[:, vocab.eos] += hold
+        logits = logits.masked_fill(~legal, -math.inf)
+        assert (logits.gather(1, drawn[:, None]) >= logits.amax(1, keepdim=True) - 1e-4).all()
+        ids = torch.cat([ids, drawn[:, None]], 1)
 
 
-def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens():
+@pytest.mark.parametrize("filters, kept", [
+    ({}, [0, 2, 3]), ({"min_p": 0.3}, [0, 2]), ({"min_p": 0.5}, [0]), ({"top_k": 2}, [0, 2]),
+    ({"top_p": 0.6}, [0]), ({"top_p": 0.7}, [0, 2])])  # 0 has 0.5 / 0.8 of the legal probability
+def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens(filters, kept):
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log() + torch.tensor([0, -math.inf, 0, 0])
-
-    def kept(**filters):
-        return (
-            pg.filter_logits(logits, pg.SampleConfig(**{"top_k": 0, "top_p": 0.0, "min_p": 0.0} | filters))
-            .isfinite()[0]
-            .tolist()
-        )
-
-    assert kept() == [True, False, True, True]
-    assert kept(min_p=0.3) == [True, False, True, False] and kept(min_p=0.5) == [True, False, False, False]
-    assert kept(top_k=2) == [True, False, True, False]
-    assert kept(top_p=0.6) == [True, False, False, False]  # 0.5 / 0.8 of the legal probability
-    assert kept(top_p=0.7) == [True, False, True, False]
+    config = pg.SampleConfig(**{"min_p": 0.0} | filters)
+    assert pg.filter_logits(logits, config).isfinite()[0].nonzero()[:, 0].tolist() == kept
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    config, random = pg.SampleConfig(min_p=0.0), torch.Generator().manual_seed(0)
-    drawn = pg.draw(p.log().repeat(20_000, 1), config, random).bincount(minlength=6) / 20_000
-    assert torch.allclose(drawn, p, atol=0.02) and drawn[p == 0].sum() == 0
-
-
-def test_temperature_sharpens():
-    logits = torch.tensor([[1.0, 0.0]])
-    cold, hot = (
-        pg.filter_logits(logits, pg.SampleConfig(temperature=t, min_p=0.0)).softmax(-1)[0, 0] for t in (0.5, 2.0)
-    )
-    assert cold == pytest.approx(1 / (1 + math.exp(-2))) and hot == pytest.approx(1 / (1 + math.exp(-0.5)))
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_the_temperature_makes_them_likely(temperature):
+    p, rng = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), torch.Generator().manual_seed(0)
+    config = pg.SampleConfig(temperature=temperature, min_p=0.0)
+    share = pg.draw(p.log().repeat(20_000, 1), config, rng).bincount(minlength=6) / 20_000
+    expected = p ** (1 / temperature)
+    assert torch.allclose(share, expected / expected.sum(), atol=0.02) and not share[p == 0].any()
