@@ -966,7 +966,7 @@ def read_in_workers(paths, vocab):
     """Yield (path, Piece) as they get ready; crashing or hanging the parser is a piece's problem."""
     # A forked worker starts in milliseconds, but forking is safe on Linux only.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(min(torch.get_num_threads(), len(paths)), context, start_worker, (vocab,))
+    pool = ProcessPoolExecutor(min(os.cpu_count(), len(paths)), context, start_worker, (vocab,))
     unread = []
     try:
         jobs = {pool.submit(read_in_worker, path): path for path in paths}
