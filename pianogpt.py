@@ -20,7 +20,7 @@ token, and drawing one token after another writes new music. This bar has 14 tok
 
 The file reads in the order of the data. Part I is the idea, and you may stop after it:
     1 settings -> 2 music -> 3 model -> 4 learning -> 5 writing
-Part II is the machinery that makes it safe and comfortable:
+Part II is the machinery:
     6 folder -> 7 files -> 8 copies and figures -> 9 command line
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
@@ -28,7 +28,7 @@ Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh
 The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
     format       "pianogpt 4"; other formats are refused
     config       the settings of the groups data, music, model and train
-    vocabulary   the V tokens in the order of their ids; must be what MidiTok makes of the settings
+    vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
     corpus       hash of the training ids: has the music changed?
     intervals    the melodic intervals of each training piece, to find longest known runs
     trainer      step, seconds, history (a row per validation), weights (the last), best (the weights that
@@ -84,7 +84,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 class UserError(Exception):
-    """A mistake of the user's: one sentence that says what to do."""
+    """A user error: one sentence that says what to do."""
 
 
 class Unusable(Exception):
@@ -92,7 +92,7 @@ class Unusable(Exception):
 
 
 def say(text):
-    """Print one line, above the progress bar; of several processes only the first speaks."""
+    """Print one line, above the progress bar; only rank 0 prints."""
     if RANK == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -299,7 +299,7 @@ def is_pitch(ids, pitches):
     return (ids >= pitches[0]) & (ids <= pitches[-1])
 
 
-# The rows of Vocabulary.says
+# The state of the music: the rows of Vocabulary.says
 KIND, POSITION, BAR_LENGTH, UNIT, TEMPO, PITCH = range(6)
 FOLLOWS = {  # the kinds of token that may follow a kind
     "PAD": "PAD", "BOS": "Bar", "EOS": "PAD", "Bar": "TimeSig", "TimeSig": "Position Bar",
@@ -309,22 +309,23 @@ KINDS = list(FOLLOWS)
 BAR, TIME_SIGNATURE, DURATION = (KINDS.index(kind) for kind in ("Bar", "TimeSig", "Duration"))
 
 
-def follow(says, idx, before):
-    """(6, B, T): what holds after each of tokens idx (B, T), if `before` (6, B) held: what was said last."""
-    if idx.size(1) == 1:  # generation, in a third of the operators
+def advance(says, idx, before):
+    """(6, B, T): the state of the music after each of tokens idx (B, T), from state `before` (6, B)."""
+    if idx.size(1) == 1:  # one token at a time, in a third of the operators
         said = says.index_select(1, idx[:, 0])
         return torch.where(said < 0, before, said)[:, :, None]
     said = torch.cat([before[:, :, None], says[:, idx]], 2)  # (6, B, T + 1)
     at = torch.arange(said.size(2), device=idx.device)
-    return said.gather(2, torch.where(said < 0, 0, at).cummax(2).values)[:, :, 1:]
+    latest = torch.where(said < 0, 0, at).cummax(2).values  # index of the last token that said something
+    return said.gather(2, latest)[:, :, 1:]
 
 
 class Vocabulary:
     """What every id means: its word, what it says of the music, which ids may follow it.
 
     The rows of says (6, V): kind of token, position in the bar, positions in a bar, beat unit (8: an eighth),
-    quarter notes per minute, MIDI pitch; -1 where a token says nothing. PAD, id 0, says what holds before
-    anything was said: 4/4, 120 quarter notes per minute, middle C.
+    quarter notes per minute, MIDI pitch; -1: says nothing, the last value stays. PAD, id 0, says what holds
+    before anything was said: 4/4, 120 quarter notes per minute, middle C.
     """
 
     def __init__(self, music):
@@ -341,8 +342,8 @@ class Vocabulary:
         follows = torch.tensor([[after in FOLLOWS[before].split() for after in KINDS] for before in KINDS])
         self.follows = follows[:, kind.long()]  # (kinds, V)
         first = ids["Position_0"]
-        self.follows[:, first] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # once, first in a bar
-        # Numbers that let all but Position and Pitch pass `legal`
+        self.follows[:, first] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
+        # Limits for `legal`, by id; inf and -1 always pass
         is_position = kind == KINDS.index("Position")
         self.ahead, self.inside = position.where(is_position, math.inf), position.where(is_position, -1)
         self.ahead[first] = math.inf
@@ -371,7 +372,7 @@ class Vocabulary:
     def legal(self, now):
         """(B, V) bool: the ids that keep REMI's rules where now (6, B) holds.
 
-        Kinds follow as in FOLLOWS, positions go forward within the bar, chords go from low to high.
+        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes go from low to high.
         """
         kind, position, length, _, _, pitch = now[:, :, None].unbind()  # (B, 1) each
         legal = self.follows.index_select(0, kind[:, 0].long()) & (self.ahead > position)
@@ -380,9 +381,8 @@ class Vocabulary:
     def bar_lines(self, ids, tempo=0.0):
         """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes and seconds."""
         ids = torch.cat([ids, ids.new_tensor([self.bar])])  # the last bar line
-        now = torch.cat([self.start, follow(self.says, ids[None], self.start)[:, 0]], 1).double()
-        if tempo:
-            now[TEMPO] = tempo
+        now = torch.cat([self.start, advance(self.says, ids[None], self.start)[:, 0]], 1).double()
+        now[TEMPO] = tempo or now[TEMPO]
         before, now = now[:, :-1], now[:, 1:]
         is_bar = now[KIND] == BAR
         quarters = (is_bar * before[BAR_LENGTH] / before[UNIT]).cumsum(0) + now[POSITION] / now[UNIT]
@@ -392,7 +392,7 @@ class Vocabulary:
         return at[:-1], quarters[at] - quarters[0], seconds[at]
 
     def encode(self, piano):
-        """The ids of a one-track score, without BOS and EOS; chords from low to high."""
+        """The ids of a one-track score, without BOS and EOS; simultaneous notes from low to high."""
         piano = self.tokenizer.preprocess_score(piano)
         if not piano.tracks:
             raise Unusable("no notes within the range of a piano")
@@ -445,31 +445,33 @@ class Piece:
 
 # ---------- 3. Model: a causal Transformer in musical time and pitch ----------
 
-TOKEN_TIME = 0.1  # tokens at one moment of the music are this many positions apart
+TOKEN_TIME = 0.1  # positions that each token adds to time, so that no two coincide
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
-RECENT, IGNORE = 3, -1  # preceding tokens that are mixed into each embedding; a target that is not scored
+RECENT = 3  # preceding tokens that are mixed into each embedding
+IGNORE = -1  # a target that is not scored
 
 
 def place(says, idx, now, bar_start):
-    """Time in positions and pitch of tokens idx (B, T), and the next `now` (6, B) and `bar_start` (B,)."""
-    after = follow(says, idx, now)  # (6, B, T)
-    if idx.size(1) == 1:  # the same, faster
-        starts = bar_start[:, None] + (after[KIND] == BAR) * now[BAR_LENGTH, :, None]
-    else:
-        lengths = torch.cat([now[BAR_LENGTH, :, None], after[BAR_LENGTH, :, :-1]], 1)
-        starts = bar_start[:, None] + ((after[KIND] == BAR) * lengths).cumsum(1)  # (B, T)
+    """Time and pitch of tokens idx (B, T), and the next state `now` (6, B) and bar_start (B,)."""
+    after = advance(says, idx, now)  # (6, B, T)
+    if idx.size(1) == 1:  # the same in half of the operators
+        after = after[:, :, 0]
+        start = bar_start + (after[KIND] == BAR) * now[BAR_LENGTH]  # a Bar adds the bar before it
+        return (start + after[POSITION])[:, None], after[PITCH][:, None], after, start
+    lengths = torch.cat([now[BAR_LENGTH, :, None], after[BAR_LENGTH, :, :-1]], 1)
+    starts = bar_start[:, None] + ((after[KIND] == BAR) * lengths).cumsum(1)  # (B, T)
     return starts + after[POSITION], after[PITCH], after[:, :, -1], starts[:, -1]
 
 
 def rotary_speeds(hs):
-    """(2, hs): by how many radians each channel rotates per position of time and per semitone.
+    """(2, hs): radians per position of time and per semitone; negative in the first half of hs.
 
     RoPE: the dot product of two rotated vectors depends only on their offset. In text the offset counts
     tokens. Here it is what one hears, time and interval, so a head can look one bar back or an octave down,
     however many tokens lie between. Channels i and i + hs / 2 rotate as a pair. By default:
 
         pairs 0 to 9      time     one turn in 2 pi positions (0.8 beats), ..., in 25,000
-        pairs 10 to 15    pitch    one turn in 12, 6, 4, 24, 48, 96 semitones: the first three see no octaves
+        pairs 10 to 15    pitch    one turn in 12, 6, 4, 24, 48, 96 semitones: the first three ignore octaves
     """
     by_pitch = 2 * math.pi / torch.tensor(PITCH_PERIODS[: hs // 4])
     pairs = hs // 2 - len(by_pitch)
@@ -489,7 +491,7 @@ def matrix(rows, columns, scale=1.0):
 
 
 class Block(nn.Module):
-    """One layer: attention, then a gated feed-forward network; both add to what was there."""
+    """One layer: attention, then a SwiGLU feed-forward network, each with a residual."""
 
     def __init__(self, config):
         super().__init__()
@@ -507,7 +509,7 @@ class Block(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k = rotate(qkv[:2], cos, sin).unbind()  # 2 x (B, nh, T, hs)
         v = qkv[2]
-        if self.training and self.dropout:  # hides whole tokens from a head, which is fast
+        if self.training and self.dropout:  # drops whole values from a head: fast
             v = v * F.dropout(v.new_ones(B, self.n_head, T, 1), self.dropout)
         if past is not None:
             end = start + T
@@ -530,7 +532,7 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def forward(self, x, cos, sin, past=None, start=0):
-        """x (B T, C) -> (B T, C); past (2, B, nh, block_size, hs) holds `start` tokens, and gets these."""
+        """x (B T, C) -> (B T, C); past (2, B, nh, block, hs): keys, values of `start` tokens, to extend."""
         y = torch.layer_norm(x, x.shape[-1:], self.norm_1)
         x = x + self.drop(self.attention(y, cos, sin, past, start))
         return x + self.drop(self.feed_forward(torch.layer_norm(x, x.shape[-1:], self.norm_2)))
@@ -546,13 +548,13 @@ class PianoGPT(nn.Module):
         self.register_buffer("token_time", TOKEN_TIME * torch.arange(config.block_size), persistent=False)
         self.register_buffer("speeds", rotary_speeds(C // config.n_head), persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
-        # A note is three tokens: with its neighbors in it, each is worth attending to from the start.
-        self.recent = nn.Parameter(torch.zeros(RECENT, C))  # nearest token first
+        # A note is three tokens; mixing in the ones before makes each informative, nearest first.
+        self.recent = nn.Parameter(torch.zeros(RECENT, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
 
     def embed(self, idx, cache=None):
-        """idx (B, T) -> embeddings (B, RECENT + T, C), also of the tokens before; cos, sin (B, 1, T, hs)."""
+        """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT before; cos, sin (B, 1, T, hs). Moves cache."""
         cache = cache or Cache(self, len(idx), keep=False)
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
@@ -563,11 +565,11 @@ class PianoGPT(nn.Module):
 
     def logits(self, x, cos, sin, cache=None):
         """What embed() gave -> the logits of the next id, (B, T, V)."""
-        tokens, x, T = x, x[:, RECENT:], cos.size(2)
+        padded, x, T = x, x[:, RECENT:], cos.size(2)
         if torch.is_autocast_enabled(x.device.type):
             cos, sin = cos.bfloat16(), sin.bfloat16()
         for n, weight in enumerate(self.recent.unbind(), 1):
-            x = torch.addcmul(x, tokens[:, RECENT - n : -n], weight)
+            x = torch.addcmul(x, padded[:, RECENT - n : -n], weight)
         x = torch.layer_norm(x, x.shape[-1:]).flatten(0, 1)  # (B T, C)
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
@@ -581,7 +583,7 @@ class PianoGPT(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def forward(self, idx, cache=None):
-        """idx (B, T) -> logits (B, T, V); after the tokens of a cache that is not empty T is 1."""
+        """idx (B, T) -> logits (B, T, V); T must be 1 once the cache holds tokens."""
         assert not cache or cache.length == 0 or idx.size(1) == 1, (cache.length, idx.shape)
         return self.logits(*self.embed(idx, cache), cache)
 
@@ -600,13 +602,13 @@ class Cache:
 
     def clear(self):
         """Forget everything: the next token is the first of a window."""
-        self.length, (self.recent, self.now, self.bar_start) = 0, self.start  # see embed and place
+        self.length, (self.recent, self.now, self.bar_start) = 0, self.start
 
 
 # ---------- 4. Learning: batch number i, transposition, learning rates, the trainer ----------
 
 LR_WIDTH = 1024  # fan-in at which a matrix learns at --lr
-EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64  # x --lr: embedding; vectors; block matrices under Muon
+EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64  # x --lr: embedding; norms, recent; blocks under Muon
 SAVE_SECONDS = 120  # the most training that a crash can cost
 
 
@@ -649,9 +651,8 @@ class Batches:
 
 def learning_rate(step, config):
     """The learning rate as a fraction of its peak: linear warmup, then linear decay to zero."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return 1 - (step - config.warmup) / max(1, config.steps - config.warmup)
+    fallen = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return min((step + 1) / max(1, config.warmup), 1 - fallen)
 
 
 def make_optimizers(model, config):
@@ -704,13 +705,12 @@ class Trainer:
 
     def __init__(self, model, config, bfloat16=False, compiled=False):
         self.model, self.config, self.bfloat16, self.device = model, config, bfloat16, model.head.device
-        # All that is compiled. The embedding stays outside: its compiled backward pass is not deterministic.
+        # Only this is compiled. The backward pass of a compiled embedding is not deterministic.
         self.loss = torch.compile(model.loss) if compiled else model.loss
         self.optimizers = make_optimizers(model, config)
-        self.step, self.seconds = 0, 0.0
-        self.history: list[dict] = []  # a row for each validation
+        self.step, self.seconds, self.history = 0, 0.0, []  # history: a row for each validation
         self.loss_sum, self.loss_count = 0.0, 0  # since the last validation
-        self.best = self.weights()
+        self.best: dict[str, Tensor] = {}  # the weights that validated best
 
     def weights(self):
         """A copy of the model's weights on the CPU."""
@@ -718,8 +718,9 @@ class Trainer:
 
     def state(self):
         """All of the trainer that is not configuration, for load_state."""
-        state = {"weights": self.weights(), "optimizers": [o.state_dict() for o in self.optimizers]}
-        return state | {k: vars(self)[k] for k in self.KEPT}
+        kept, weights = {k: vars(self)[k] for k in self.KEPT}, self.weights()
+        optimizers = [o.state_dict() for o in self.optimizers]
+        return kept | {"weights": weights, "best": self.best or weights, "optimizers": optimizers}
 
     def load_state(self, state):
         """Continue where another trainer's state() was taken, with the same bits."""
@@ -729,7 +730,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
     def add_gradients(self, idx, targets):
-        """Leave the gradient of a batch (B, T) in the parameters; its mean loss, over all processes."""
+        """Put the gradient of a batch (B, T) into .grad; its mean loss, over all processes."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for x, y in zip(idx.chunk(self.config.accumulate), targets.chunk(self.config.accumulate)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -750,7 +751,7 @@ class Trainer:
 
     def train_step(self, idx, targets, rank=0):
         """Learn from one batch (B, T); the mean loss in nats."""
-        # A resumed run must drop what the uninterrupted one would have.
+        # Dropout must depend on seed and step alone.
         torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)
         loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
         if self.config.grad_clip:
@@ -768,7 +769,7 @@ class Trainer:
 
     def best_row(self):
         """The row of the best validation; where nothing is held out, the last row."""
-        return min(self.history, key=lambda row: row["val_loss"] if row["val_loss"] else -row["step"])
+        return min(self.history, key=lambda row: row["val_loss"] or 1e9 - row["step"])
 
     def validate(self, windows, batches):
         """Add a row to the history; keep the weights if they are the best so far."""
@@ -789,7 +790,7 @@ class Trainer:
         say(f"step {self.step} of {self.config.steps}: {text}, {self.seconds:.0f} seconds")
 
     def run(self, batches, windows, stopped, save, sample):
-        """Train to the last step or until stopped(); save() and sample() are called now and then."""
+        """Train to the last step or until stopped(); save() and sample() are called periodically."""
         bar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step", position=0)
         every, clock = self.config.save_every, time.monotonic()
         saved = clock
@@ -838,36 +839,36 @@ def draw(logits, config, rng):
         return logits.argmax(-1)
     cumulative = filter_logits(logits, config).softmax(-1).cumsum(-1)  # (B, V)
     u = torch.rand(len(logits), 1, generator=rng, device=logits.device)
-    # A token without probability is never the first to exceed u of the total.
+    # right=True: a token of probability zero is never drawn.
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
 
 
 @torch.inference_mode()
 def draw_tokens(model, vocab, config, ids, seed, hold):
-    """Yield ids (B,) that continue ids (B, T), without end; hold (B,) is -inf where EOS may not come yet."""
+    """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
     vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
-    now = follow(model.says, ids, cache.now)[:, :, -1]  # (6, B)
+    now = advance(model.says, ids, cache.now)[:, :, -1]  # (6, B)
     while True:
-        new = window[-1:]
-        if cache.length in (0, size):
-            # The window is full: read its newer half again, as a window of its own.
-            new = window = window[-(size // 2 if cache.length else size) :]
+        new = window[-1][:, None]
+        if cache.length in (0, size):  # First read all of it; when full, its newer half as a new window.
+            window = window[-(size // 2 if cache.length else size) :]
+            new = torch.stack(window, 1)
             cache.clear()
-        logits = model(torch.stack(new, 1), cache)[:, -1]  # (B, V)
+        logits = model(new, cache)[:, -1]  # (B, V)
         logits[:, vocab.eos].add_(hold)
         drawn = draw(torch.where(vocab.legal(now), logits, -math.inf), config, rng)
-        now = follow(model.says, drawn[:, None], now)[:, :, 0]
+        now = advance(model.says, drawn[:, None], now)[:, :, 0]
         window.append(drawn)
         yield drawn
 
 
 def find_end(ids, vocab, config):
-    """The length of a piece in ids (T,) if it is over: at EOS, or at the bar line that completes it."""
+    """The length of a finished piece in ids (T,): up to EOS or its last bar line; None if not over."""
     at, _, seconds = vocab.bar_lines(ids, config.tempo)
     ends = (ids == vocab.eos).nonzero()[:1, 0].tolist()
     for bar, (i, second) in enumerate(zip(at.tolist(), seconds.tolist())):
-        if bar and (bar == config.bars or config.seconds and second >= config.seconds):
+        if bar and (bar == config.bars or config.seconds and second > config.seconds - 1e-6):
             return min([*ends, i])
     return ends[0] if ends else None
 
@@ -926,7 +927,7 @@ def find_midi_files(folder):
 
 
 def read_piece(path, vocab):
-    """One MIDI file as a piece without a path."""
+    """One MIDI file as a piece, without a path."""
     try:
         piano = read_piano(path.read_bytes(), vocab.music.pedal == "fold")
         seconds = float(piano.to("second").end())
@@ -1222,7 +1223,7 @@ def refuse(message):
 
 
 def make_parser():
-    """A flag for each setting; one that is not given leaves no trace."""
+    """A flag for each setting; those not given leave no trace."""
     parser = argparse.ArgumentParser(
         usage="python pianogpt.py [flags]", description=__doc__.split("\nThe idea:")[0], allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 32, width=110))
@@ -1383,8 +1384,8 @@ def read_prompt(settings, vocab):
     at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
     if settings.prompt_bars > len(at) or settings.prompt_seconds > seconds[-1]:
         raise UserError(f"{path} is only {len(at)} bars, {seconds[-1]:.1f} seconds long: ask for less of it")
-    whole = sum(end <= settings.prompt_seconds for end in seconds[1:]) if settings.prompt_seconds else len(at)
-    bars = settings.prompt_bars or max(1, whole)
+    most = settings.prompt_seconds + 1e-6 if settings.prompt_seconds else math.inf
+    bars = settings.prompt_bars or max(1, sum(end < most for end in seconds[1:]))
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
         raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
@@ -1515,7 +1516,7 @@ def run(argv):
         if code:
             return code
     elif not asked.generate:
-        say(f"{path} is finished: pass a larger --steps to train further, or --fresh to start over")
+        say(f"{path} is finished: pass a larger --steps to train on, or --fresh to start over")
     if asked.generate and not RANK:
         step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
         if step < steps:

@@ -82,7 +82,7 @@ def test_tokens_stand_where_miditok_plays_them(metre, grid, tmp_path):
 
 def test_follow_and_place_token_by_token_equal_all_at_once():
     def walk(ids, now, bar_start):
-        held, (time, pitch, *after) = pg.follow(VOCAB.says, ids, now), pg.place(VOCAB.says, ids, now, bar_start)
+        held, (time, pitch, *after) = pg.advance(VOCAB.says, ids, now), pg.place(VOCAB.says, ids, now, bar_start)
         assert torch.equal(after[0], held[:, :, -1])
         return torch.cat([held, time[None], pitch[None]]), after
 

@@ -40,14 +40,14 @@ def ids_of(words, vocab):
 def random_walk(vocab, length):
     """Ids drawn from the legal ones, each kind as likely as the others, and whether each id was legal at some time."""
     rng, kinds, ids = torch.Generator().manual_seed(0), vocab.says[pg.KIND].long(), [vocab.bos]
-    now, seen = pg.follow(vocab.says, torch.tensor([ids]), vocab.start)[:, :, 0], torch.zeros(len(vocab.words)).bool()
+    now, seen = pg.advance(vocab.says, torch.tensor([ids]), vocab.start)[:, :, 0], torch.zeros(len(vocab.words)).bool()
     while len(ids) < length:
         legal = vocab.legal(now)[0]
         seen |= legal
         legal[vocab.eos] = False
         chance = legal / torch.bincount(kinds[legal], minlength=len(pg.KINDS))[kinds]
         drawn = torch.multinomial(chance.nan_to_num(), 1, generator=rng)
-        now = pg.follow(vocab.says, drawn[None], now)[:, :, 0]
+        now = pg.advance(vocab.says, drawn[None], now)[:, :, 0]
         ids.append(drawn.item())
     return ids, seen
 
@@ -65,7 +65,7 @@ def assert_grammar(ids, vocab):
 def are_legal(ids, vocab):
     """Whether each of ids may follow those before it, from BOS on."""
     ids = torch.tensor([vocab.bos, *ids])
-    now = pg.follow(vocab.says, ids[None], vocab.start)[:, 0]
+    now = pg.advance(vocab.says, ids[None], vocab.start)[:, 0]
     return vocab.legal(now)[range(len(ids) - 1), ids[1:]].tolist()
 
 

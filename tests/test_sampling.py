@@ -87,7 +87,7 @@ def test_cached_generation_equals_uncached_past_the_window(length, model, vocab)
     for drawn in itertools.islice(stream, 10 * size):
         if ids.size(1) - start > size:
             start = ids.size(1) - size // 2
-        legal = vocab.legal(pg.follow(vocab.says, ids, vocab.start.expand(6, 3))[:, :, -1])
+        legal = vocab.legal(pg.advance(vocab.says, ids, vocab.start.expand(6, 3))[:, :, -1])
         logits = model(ids[:, start:])[:, -1]
         logits[:, vocab.eos] += hold
         logits = logits.masked_fill(~legal, -math.inf)
