@@ -965,7 +965,7 @@ def read_in_worker(path):
 
 def read_in_workers(paths, vocab):
     """Yield (path, Piece) as they get ready; crashing or hanging the parser is a piece's problem."""
-    # A forked worker starts in milliseconds, but forking is safe on Linux only.
+    # A forked worker starts in milliseconds, but forks are safe on Linux only.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(min(os.cpu_count(), len(paths)), context, start_worker, (vocab,))
     unread = []
@@ -1471,7 +1471,7 @@ def run_training(config, checkpoint, vocab, device):
         if not RANK:
             save(path, checkpoint, last=True)
     if trainer.step < train.steps:
-        say(f"stopped at step {trainer.step} of {train.steps}, saved {path}: the same command continues it")
+        say(f"stopped at step {trainer.step}, saved {path}: the same command continues, without --generate")
         return checkpoint, 128 + (caught or [signal.SIGTERM])[0]
     row, best = trainer.history[-1], trainer.best_row()
     print_block({"steps": trainer.step, "tokens": row["tokens"], "seconds": row["seconds"],
@@ -1482,7 +1482,7 @@ def run_training(config, checkpoint, vocab, device):
 
 
 def run_evaluation(config, checkpoint, vocab, device):
-    """Print the loss of a checkpoint on every piece of a folder."""
+    """Print the loss of a checkpoint on a folder."""
     model, block_size = load_model(checkpoint, vocab, device), config.model.block_size
     pieces = usable_pieces(config.run.evaluate, vocab, config.data.cache_dir)
     loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)

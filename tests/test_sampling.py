@@ -69,6 +69,8 @@ def test_piece_is_over_at_eos_at_its_bars_or_at_its_seconds(vocab):
     assert end(bar * 5, bars=2) == 8 and end(bar * 2 + "EOS_None", bars=3) == 8
     assert end(bar * 5, seconds=3.0) == end(bar * 5, seconds=4.0) == 8
     assert end(bar * 9, seconds=7.0, tempo=240.0) == 7 * 4
+    notes = "Bar_None TimeSig_4/4 Position_7 Tempo_120.0 Position_13 Position_21 "  # a bar line is a sum of parts
+    assert end(notes * 40, seconds=80.0, tempo=90.0) == 30 * 6, "whatever the rounding of the parts"
 
 
 def test_same_seed_same_ids_and_another_seed_others(model, vocab):

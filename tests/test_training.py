@@ -135,3 +135,16 @@ def test_loss_that_is_no_number_stops_the_run_before_it_is_saved():
     with pytest.raises(pg.UserError, match="smaller --lr"):
         run(trainer, *data, save=lambda: saved.append(1))
     assert not saved
+
+
+def test_weights_before_the_first_validation_are_the_best_so_far():
+    trainer = run(*make_parts(), until=3)
+    assert not trainer.history and same(trainer.state()["best"], trainer.weights())
+
+
+def test_validation_beats_any_row_without_one():
+    trainer, *_ = make_parts()
+    trainer.history = [{"step": 8, "val_loss": None}, {"step": 16, "val_loss": None}]
+    assert trainer.best_row()["step"] == 16
+    trainer.history.append({"step": 24, "val_loss": 9.0})
+    assert trainer.best_row()["step"] == 24
