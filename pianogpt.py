@@ -6,7 +6,7 @@
     python pianogpt.py --evaluate DIR       loss of the trained model on every MIDI file in DIR
 
 In:   a folder of .mid files, each read as one piano: drums dropped, tracks merged, the pedal folded in.
-Out:  pianogpt.pt (the model), pianogpt.csv (its log), samples/*.mid, .pianogpt-cache/ (safe to delete).
+Out:  pianogpt.pt (the model), pianogpt.csv (its log), samples/*.mid, .pianogpt-cache/.
 
 The idea: music is written as tokens (REMI, made by MidiTok), a causal Transformer learns to predict the next
 token, and drawing one token after another writes new music. This bar has 14 tokens:
@@ -55,7 +55,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -609,7 +608,6 @@ class Cache:
 
 LR_WIDTH = 1024  # fan-in at which a matrix learns at --lr
 EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64  # x --lr: embedding; norms, recent; blocks under Muon
-SAVE_SECONDS = 120  # the most training that a crash can cost
 
 
 def transpose_ids(ids, shifts, pitches):
@@ -804,7 +802,7 @@ class Trainer:
                 self.validate(windows, batches)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
-            if self.step % every == 0 if every else clock - saved > SAVE_SECONDS:
+            if self.step % every == 0 if every else clock - saved > 120:  # seconds
                 save()
                 saved = clock
             if self.config.sample_every and self.step % self.config.sample_every == 0:
@@ -1135,11 +1133,10 @@ FORMAT = "pianogpt 4"
 
 
 def save_checkpoint(path, content):
-    """Write a checkpoint, and the training log beside it."""
+    """Write a checkpoint, and beside it the whole training log."""
     file, log, history = io.BytesIO(), io.StringIO(), content["trainer"]["history"]
     torch.save({"format": FORMAT, **content}, file)
     write_atomically(path, file.getvalue())
-    # The whole log, so that no row is doubled or missing after a crash.
     writer = csv.DictWriter(log, list(history[0]) if history else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
@@ -1150,11 +1147,11 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; nothing in the file can run. Raises UserError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that it then refuses
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except Exception as e:  # of many kinds
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({type(e).__name__})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not of this version of PianoGPT: pass another --checkpoint, or retrain")
@@ -1167,8 +1164,9 @@ def lock_checkpoint(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        for stale in path.parent.glob(f"{glob.escape(path.stem)}.*.tmp"):
-            stale.unlink()  # of a run that was killed while writing
+        for file in (path, path.with_suffix(".csv")):
+            for stale in path.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
+                stale.unlink()  # of a killed run
         return lock
     except Timeout:
         raise UserError(f"another run is training {path}: wait, or pass another --checkpoint") from None
@@ -1182,8 +1180,9 @@ def free_path(folder, stem, suffix):
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
         if not any(folder.glob(f"{glob.escape(path.stem)}.*")):
-            path.touch()  # so that no other run gets it
-            return path
+            with contextlib.suppress(FileExistsError):
+                path.touch(exist_ok=False)  # so that no other run gets it
+                return path
 
 
 # ---------- 8. Copies and figures ----------
@@ -1297,9 +1296,11 @@ def choose_speed(run, device, steps):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within it Ctrl-C and SIGTERM only join a list, once; the second Ctrl-C is a KeyboardInterrupt."""
+    """Within it Ctrl-C and SIGTERM only join a list; a second signal that is Ctrl-C interrupts."""
     def catch(number, frame):
-        signal.default_int_handler(number, frame) if caught else caught.append(number)
+        caught.append(number)
+        if caught[1:] and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     caught = []
     old = [(number, signal.signal(number, catch)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -1399,7 +1400,7 @@ def read_prompt(settings, vocab):
 
 
 def write_samples(config, checkpoint, vocab, device, prompt):
-    """Write new pieces, with markers: what made them, where the prompt ends. How many had no notes."""
+    """Write new pieces, with markers of their origin and the prompt's end; how many had no notes."""
     model, settings, seed = load_model(checkpoint, vocab, device), config.sample, config.train.seed
     music = {name: text.encode("latin-1") for name, text in checkpoint["intervals"].items()}
     origin = asdict(settings) | {"samples_dir": "", "prompt": Path(settings.prompt).name, "seed": seed}
@@ -1436,7 +1437,7 @@ def save(path, content, last=False):
 
 
 def run_training(config, checkpoint, vocab, device):
-    """The new checkpoint, and 0 or 128 + the signal that stopped training."""
+    """The new checkpoint, and 0 or 128 + the signal that stopped it."""
     path, train = Path(config.run.checkpoint), config.train
     batches, windows, music = prepare_data(config, vocab, device)
     torch.manual_seed(train.seed)
@@ -1461,8 +1462,7 @@ def run_training(config, checkpoint, vocab, device):
 
     def content():
         return stored | {"trainer": trainer.state()}
-
-    short = replace(config, sample=replace(config.sample, num_samples=1, bars=8, seconds=0.0))
+    short = replace(config, sample=replace(config.sample, num_samples=1, bars=8, seconds=0.0, prompt=""))
     with catch_signals() as caught:
         trainer.run(batches, windows, stopped=lambda: bool(caught),
                     save=lambda: RANK or save(path, content()),

@@ -34,7 +34,7 @@ def test_file_that_is_no_checkpoint_or_a_part_of_one_is_refused(tmp_path):
     path = tmp_path / "m.pt"
     pg.save_checkpoint(path, {"t": torch.zeros(10_000), "trainer": {"history": []}})
     whole = path.read_bytes()
-    for data in (b"", b"hello", b"PK\3\4" + bytes(100), whole[:10], whole[: len(whole) // 2], whole[:-10]):
+    for data in (b"", b"hello", b"step,seconds\n10,0.5\n", b"PK\3\4" + bytes(100), whole[:10], whole[: len(whole) // 2], whole[:-10]):
         path.write_bytes(data)
         with pytest.raises(pg.UserError, match="damaged or not a PianoGPT checkpoint"):
             pg.load_checkpoint(path)
@@ -56,3 +56,10 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch
     with pytest.raises(OSError):
         pg.write_atomically(tmp_path / "m.pt", b"new")
     assert (tmp_path / "m.pt").read_bytes() == b"old" and os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_lock_removes_what_a_killed_run_left_and_nothing_else(tmp_path):
+    for name in ("a.pt.1.tmp", "a.csv.1.tmp", "a.v2.pt.1.tmp"):
+        (tmp_path / name).touch()
+    with pg.lock_checkpoint(tmp_path / "a.pt"):
+        assert [path.name for path in tmp_path.glob("*.tmp")] == ["a.v2.pt.1.tmp"]
