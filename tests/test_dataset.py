@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +46,12 @@ def piece(path, pitches):
     return pg.Piece(np.array(pitches, np.int16), path=path, work=path)
 
 
-def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folder, vocab):
+def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folder, vocab, monkeypatch):
     for i, name in enumerate(("b.Mid", "deep/er/a.MIDI", "._c.mid", ".hidden/d.mid", "e.mp3")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / f"piece{i:02d}.mid").rename(folder / name)
+    monkeypatch.setattr(pg, "FILE_MEGABYTES", 0.005)
+    (folder / "big.mid").write_bytes(b"x" * 10_000)
     (folder / "page.mid").write_text("<html>")
     (folder / "folder.mid").mkdir()
     (folder / "link.mid").symlink_to(folder / "nowhere")
@@ -58,7 +59,7 @@ def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folde
     write_midi(folder / "drums.mid", [[(0, 1, 38, 90)]], drums=[0])
     found = {p["path"]: p["problem"].split(":")[0] for p in read(folder, vocab)}
     bad = dict.fromkeys(("folder.mid", "link.mid", "pipe.mid"), "not a file")
-    bad |= {"drums.mid": "only drums", "page.mid": "unreadable"}
+    bad |= {"drums.mid": "only drums", "page.mid": "unreadable", "big.mid": "larger than 0.005 MB"}
     good = dict.fromkeys(["b.Mid", "deep/er/a.MIDI", *(f"piece{i:02d}.mid" for i in range(5, 12))], "")
     assert list(found.items()) == sorted((good | bad).items())
 
@@ -71,18 +72,12 @@ def test_forked_and_spawned_workers_read_what_one_process_reads(platform, folder
 
 
 def test_file_that_kills_or_hangs_its_worker_costs_only_itself(folder, vocab, monkeypatch):
-    def read_piece(path, vocab):
-        if path.name == "piece03.mid":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if path.name == "piece05.mid":
-            time.sleep(60)
-        return real(path, vocab)
-
     real = pg.read_piece
-    monkeypatch.setattr(pg, "read_piece", read_piece)  # the forked workers see it too
+    harm = {"piece03.mid": lambda: os.kill(os.getpid(), signal.SIGKILL), "piece05.mid": signal.pause}
+    harmful = lambda path, vocab: harm.get(path.name, bool)() or real(path, vocab)  # noqa: E731
+    monkeypatch.setattr(pg, "read_piece", harmful)  # the forked workers see it too
     monkeypatch.setattr(pg, "FILE_SECONDS", 1)
-    problem = "crashed or hung the MIDI parser"
-    assert problems(folder, vocab) == {"piece03.mid": problem, "piece05.mid": problem}
+    assert problems(folder, vocab) == dict.fromkeys(harm, "crashed or hung the MIDI parser")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
@@ -91,12 +86,6 @@ def test_file_that_needs_too_much_memory_costs_only_itself(folder, vocab, monkey
     monkeypatch.setattr(pg, "WORKER_GIGABYTES", 1)
     monkeypatch.setattr(pg, "read_piano", lambda data, fold: real(data * 3_000_000 if data == greedy else data, fold))
     assert problems(folder, vocab) == {"piece03.mid": "unreadable: MemoryError"}
-
-
-def test_file_of_more_megabytes_than_music_has_is_not_opened(folder, vocab, monkeypatch):
-    monkeypatch.setattr(pg, "FILE_MEGABYTES", 0.005)
-    (folder / "big.mid").write_bytes(b"x" * 10_000)
-    assert problems(folder, vocab) == {"big.mid": "larger than 0.005 MB"}
 
 
 def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used():
@@ -120,12 +109,10 @@ def test_cache_saves_reading_and_notices_changed_content_and_settings(folder, tm
     first.write_bytes((folder / "piece07.mid").read_bytes())
     pieces = read(folder, vocab, cache)
     assert pieces[1]["ids"] == pieces[8]["ids"] and new == [13, 1], "the same content is known by any name"
-    for kept in cache.rglob("*"):
-        if kept.is_file():
-            kept.write_bytes(b"damaged")
+    for kept in filter(Path.is_file, cache.rglob("*")):
+        kept.write_bytes(b"damaged")
     assert read(folder, vocab, cache) == pieces and new == [13, 1, 13]
-    ignoring = pg.Vocabulary(pg.MusicConfig(pedal="ignore"))  # the same words
-    read(folder, ignoring, cache)
+    read(folder, pg.Vocabulary(pg.MusicConfig(pedal="ignore")), cache)  # the same words
     assert new == [13, 1, 13, 13]
 
 
@@ -188,6 +175,7 @@ def test_short_quotations_scales_and_trills_do_not_make_two_pieces_one():
     assert works(np.r_[a, scale, trill], np.r_[b, a[:24], scale, trill]) == ["0.mid", "1.mid"]
     assert works(np.r_[a, scale, trill], np.r_[b, a[:25], scale, trill]) == ["0.mid", "0.mid"]
     assert works([], [60], [60]) == ["0.mid", "1.mid", "2.mid"]
+    assert len({*works(a[:15], b[:15], a[:15], b[:15])}) == 4, "what is shared ends where a piece ends"
 
 
 def test_recordings_of_the_same_music_are_never_on_two_sides(tmp_path):
@@ -257,16 +245,13 @@ def test_training_windows_are_transposed_both_ways():
 
 @pytest.mark.parametrize("length", [0, 1, 2, 8, 9, 16, 17, 18, 31, 33, 100, 101])
 @pytest.mark.parametrize("stride", [8, 16])
-def test_windows_score_every_token_once_and_no_padding_with_the_overlap_before_it(length, stride):
+def test_windows_score_every_token_once_after_the_overlap_and_are_spread_evenly_up_to_a_limit(length, stride):
     x, y = pg.make_windows(np.arange(100, 100 + length), 16, stride)
     assert y[y != pg.IGNORE].tolist() == [*range(101, 100 + length)]
     assert ((x + 1 == y) | (y == pg.IGNORE)).all() and not (y == pg.IGNORE).all(1).any()
     assert all((y[row] != pg.IGNORE).nonzero().min() >= 16 - stride for row in range(1, len(x)))
-
-
-def test_windows_up_to_a_limit_are_spread_evenly():
-    x, _ = pg.make_windows(np.arange(161), 16, 16, limit=4)  # ten windows in all
-    assert x[:, 0].tolist() == [0, 48, 96, 144] and len(pg.make_windows(np.arange(161), 16, 16, limit=0)[0]) == 0
+    few, _ = pg.make_windows(np.arange(161), 16, stride, limit=4)
+    assert few[:, 0].tolist() == [0, 48, 96, 144] and not len(pg.make_windows(np.arange(161), 16, 16, limit=0)[0])
 
 
 def test_pieces_are_joined_between_bos_and_eos_and_held_out_music_is_validated_but_not_known(folder, vocab):

@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import random
 import re
 
 import numpy as np
@@ -25,8 +24,7 @@ READ = {  # tracks, what else is in the file, the notes that are read
     "the pedal holds notes": ([[(0, 1, 60, 80), (4, 1, 62, 80)]], pedal(0, 0.5, 3), [(0, 3, 60), (4, 5, 62)]),
     "one hand has the pedal": ([[(0, 1, 72, 80)], [(0, 1, 40, 80)]], pedal(1), [(0, 4, 40), (0, 4, 72)]),
     "the left pedal holds nothing": ([[(0, 1, 60, 80)]], pedal(number=67), [(0, 1, 60)]),
-    "a key is struck again under the pedal": (
-        [[(0, 1, 60, 80), (2, 1, 60, 80)]], pedal(), [(0, 2, 60), (2, 4, 60)]),
+    "a key struck again ends the note": ([[(0, 1, 60, 80), (2, 1, 60, 80)]], pedal(), [(0, 2, 60), (2, 4, 60)]),
     "a unison is one note of the longer length": ([[(0, 1, 60, 80)], [(0, 3, 60, 50)]], {}, [(0, 3, 60)]),
     "notes of one key do not overlap": (
         [[(0, 4, 60, 80), (5, 1, 62, 80)], [(1, 1, 60, 50)]], {}, [(0, 1, 60), (1, 2, 60), (5, 6, 62)])}
@@ -89,14 +87,6 @@ def test_file_without_usable_music_says_why(tracks, drums, problem, tmp_path, vo
     assert pg.read_piece(write_midi(tmp_path / "a.mid", tracks, drums=drums), vocab).problem.startswith(problem)
 
 
-def test_damaged_midi_is_reported_not_raised(tmp_path, vocab):
-    path = write_midi(tmp_path / "a.mid", scale())
-    good = path.read_bytes()
-    for data in (b"", b"<html>", good[:40], good[:12] + b"\0\0" + good[14:]):  # no ticks in a quarter note
-        path.write_bytes(data)
-        assert pg.read_piece(path, vocab).problem.split(":")[0] in ("unreadable", "no ticks in a quarter note")
-
-
 @EVERY_GRID
 def test_notes_survive_encode_and_decode_within_the_grid(vocab, tmp_path):
     rng, grid = np.random.default_rng(0), vocab.music.grid
@@ -144,15 +134,16 @@ def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
 
 @EVERY_GRID
 def test_random_walk_over_legal_ids_keeps_the_grammar_and_every_word_gets_its_turn(vocab):
-    ids, seen = random_walk(vocab, 3000)
+    ids, seen = random_walk(vocab, 2000)
     assert_grammar(ids, vocab)
     assert [vocab.words[i] for i in (~seen).nonzero()[:, 0]] == ["PAD_None", "BOS_None"]
 
 
 @pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8), (2, 2)])
 def test_real_pieces_keep_the_grammar_and_name_their_chords(metre, tmp_path, vocab):
-    chords = [(beat, 1, pitch, 80) for beat in range(40, 50) for pitch in (67, 60, 64)]
-    piece = pg.read_piece(write_midi(tmp_path / "a.mid", [*scale(), chords], metre=metre), vocab)
+    chords = [(beat, 1, pitch, 80) for beat in range(10) for pitch in (67, 60, 64)]
+    later = [[(start + 10, *note) for start, *note in hand] for hand in scale()]
+    piece = pg.read_piece(write_midi(tmp_path / "a.mid", [chords, *later], metre=metre), vocab)
     assert piece.ids.tolist().count(vocab.words.index("Chord_maj")) == 10
     assert all(are_legal([*piece.ids, vocab.eos], vocab))
 
@@ -177,11 +168,11 @@ def test_broken_music_is_against_the_grammar(words, vocab):
 
 @EVERY_GRID
 def test_bar_lines_lie_where_miditok_plays_them_under_changing_metre_and_tempo(vocab):
-    rng, words = random.Random(0), []
+    rng, words = np.random.default_rng(0), []
     metres, tempos = ([w for w in vocab.words if w.startswith(kind)] for kind in ("TimeSig", "Tempo"))
     for _ in range(60):  # a note on the bar line, and another tempo somewhere in the bar
         metre = rng.choice(metres)
-        position = rng.randrange(1, int(metre[8:].split("/")[0]) * vocab.music.grid)
+        position = rng.integers(1, int(metre[8:].split("/")[0]) * vocab.music.grid)
         words += f"Bar_None {metre} Position_0 Pitch_60 Velocity_127 Duration_1.0.{vocab.music.grid}".split()
         words += f"Position_{position} {rng.choice(tempos)}".split()
     ids = ids_of(" ".join(words), vocab)
@@ -201,10 +192,20 @@ def prompt(path, vocab, **sample):
     return ids, ids.count(vocab.bar), notes_of(vocab.decode(ids))
 
 
-def test_prompt_is_cut_on_a_bar_line_and_a_note_across_it_ends_there(tmp_path, vocab):
-    path = write_midi(tmp_path / "a.mid", [[(0, 1, 60, 80), (5, 6, 64, 80), (9, 1, 67, 80)]], metre=(3, 4))
-    assert prompt(path, vocab, prompt_bars=2)[1:] == (2, [(0, 1, 60), (5, 6, 64)])
-    assert prompt(path, vocab)[1:] == (4, [(0, 1, 60), (5, 11, 64), (9, 10, 67)])
+LONG = [[(0, 1, 60, 80), (5, 6, 64, 80), (9, 1, 67, 80)]]
+PROMPTS = {  # tracks, what else is in the file, what is asked for, the number of bars, the notes
+    "it is cut on a bar line, where sounding notes end": (
+        LONG, {"metre": (3, 4)}, {"prompt_bars": 2}, 2, [(0, 1, 60), (5, 6, 64)]),
+    "it is the whole piece": (LONG, {"metre": (3, 4)}, {}, 4, [(0, 1, 60), (5, 11, 64), (9, 10, 67)]),
+    "it keeps the silent bars at its end": (
+        [[(0, 1, 60, 80), (20, 1, 62, 80)]], {}, {"prompt_bars": 4}, 4, [(0, 1, 60)]),
+    "it is read as any piece": ([[(0, 1, 72, 80)], [(0, 1, 38, 90)]], {"drums": [1], **pedal()}, {}, 1, [(0, 4, 72)])}
+
+
+@pytest.mark.parametrize("tracks, more, sample, bars, notes", PROMPTS.values(), ids=PROMPTS)
+def test_prompt_is_what_is_asked_for(tracks, more, sample, bars, notes, tmp_path, vocab):
+    ids, *found = prompt(write_midi(tmp_path / "a.mid", tracks, **more), vocab, **sample)
+    assert found == [bars, notes] and all(are_legal([*ids, vocab.bar], vocab))
 
 
 @EVERY_GRID
@@ -212,18 +213,6 @@ def test_prompt_seconds_end_at_the_last_bar_line_before_them(tmp_path, vocab):
     path = write_midi(tmp_path / "a.mid", scale(bars=8), bpm=60)  # a bar is 4 seconds
     bars = [prompt(path, vocab, prompt_seconds=seconds)[1] for seconds in (1, 4, 7.9, 8, 32)]
     assert bars == [1, 1, 1, 2, 8]
-
-
-def test_prompt_that_ends_in_silence_keeps_its_bars(tmp_path, vocab):
-    path = write_midi(tmp_path / "a.mid", [[(0, 1, 60, 80), (20, 1, 62, 80)]])
-    ids, bars, notes = prompt(path, vocab, prompt_bars=4)
-    assert (bars, notes) == (4, [(0, 1, 60)]) and all(are_legal([*ids, vocab.bar], vocab))
-
-
-def test_prompt_is_read_as_any_piece_is(tmp_path, vocab):
-    tracks = [[(0, 1, 72, 80)], [(0, 1, 40, 80)], [(0, 1, 38, 90)]]
-    path = write_midi(tmp_path / "a.mid", tracks, drums=[2], **pedal())
-    assert prompt(path, vocab)[2] == [(0, 4, 40), (0, 4, 72)]
 
 
 @pytest.mark.parametrize("name, sample, sentence", [
@@ -243,11 +232,11 @@ def test_prompt_that_cannot_be_continued_as_asked_is_a_sentence(name, sample, se
 
 
 def test_figures_of_a_piece_are_what_one_counts_by_hand(tmp_path, vocab):
-    notes = [(0, 2, 60, 60), (0, 2, 64, 80), (4, 1, 72, 100), (12, 2, 60, 60), (12, 2, 64, 80), (15, 1, 60, 60)]
+    notes = [(0, 6, 60, 60), (0, 2, 64, 80), (4, 1, 72, 100), (12, 2, 60, 60), (12, 2, 64, 80), (15, 1, 60, 60)]
     ids = pg.read_piece(write_midi(tmp_path / "a.mid", [notes], bpm=60), vocab).ids.tolist()
     assert pg.describe(vocab.decode(ids)) == pytest.approx({
         "notes": 6, "seconds": 16, "notes_per_second": 6 / 16, "lowest": 60, "highest": 72,
-        "silence_percent": 100 * 10 / 16})
+        "silence_percent": 100 * 7 / 16})
 
 
 def intervals(pitches):

@@ -53,7 +53,7 @@ def test_piece_of_no_asked_for_length_is_ended_by_the_model_after_8_to_32_new_ba
     eager.head.data[vocab.eos] *= 8  # ends often, and without the rule at once
     never.follows = vocab.follows.clone()
     never.follows[:, vocab.eos] = False
-    pieces = [write(eager, words, prompt=prompt, bars=0, num_samples=n) for words, n in ((vocab, 24), (never, 2))]
+    pieces = [write(eager, words, prompt=prompt, bars=0, num_samples=n) for words, n in ((vocab, 16), (never, 2))]
     one, other = ([ids.count(vocab.bar) - prompt_bars for ids in group] for group in pieces)
     assert min(one) == 8 and max(one) <= 32 and other == [32, 32]
     assert not any(vocab.eos in ids or vocab.pad in ids for group in pieces for ids in group)
@@ -74,7 +74,7 @@ def test_piece_is_over_at_eos_at_its_bars_or_at_its_seconds(vocab):
 
 
 def test_same_seed_same_ids_and_another_seed_others(model, vocab):
-    one, same, other = (write(model, vocab, seed) for seed in (5, 5, 6))
+    one, same, other = (write(model, vocab, seed, bars=3) for seed in (5, 5, 6))
     assert one == same != other and len({tuple(ids) for ids in one}) == 6
 
 
@@ -113,3 +113,12 @@ def test_tokens_are_drawn_as_often_as_the_temperature_makes_them_likely(temperat
     share = pg.draw(p.log().repeat(20_000, 1), config, rng).bincount(minlength=6) / 20_000
     expected = p ** (1 / temperature)
     assert torch.allclose(share, expected / expected.sum(), atol=0.02) and not share[p == 0].any()
+
+
+def test_token_without_probability_is_not_drawn_at_the_edges_of_chance(monkeypatch):
+    logits = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
+    logits[:, :9] = logits[:, 300:] = -math.inf
+    for u in (0.0, 1 - 2**-24):  # the least and the most that torch.rand can give
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **options: torch.full(shape, u))
+        drawn = pg.draw(logits, pg.SampleConfig(min_p=0.0), None)
+        assert drawn.min() >= 9 and drawn.max() < 300
