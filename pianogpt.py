@@ -388,7 +388,7 @@ class Vocabulary:
         quarters = 4 * quarters / self.music.grid
         seconds = (quarters.diff(prepend=quarters[:1]) * 60 / before[TEMPO]).cumsum(0)
         at = is_bar.nonzero()[:, 0]
-        return at[:-1], quarters[at] - quarters[0], seconds[at]
+        return at[:-1], quarters[at] - quarters[0], seconds[at].round(decimals=6)  # a sum of many parts
 
     def encode(self, piano):
         """The ids of a one-track score, without BOS and EOS; simultaneous notes from low to high."""
@@ -706,9 +706,9 @@ class Trainer:
         # Only this is compiled. The backward pass of a compiled embedding is not deterministic.
         self.loss = torch.compile(model.loss) if compiled else model.loss
         self.optimizers = make_optimizers(model, config)
-        self.step, self.seconds, self.history = 0, 0.0, []  # history: a row for each validation
+        self.step, self.seconds = 0, 0.0
+        self.history, self.best = [], {}  # a row for each validation; the weights that validated best
         self.loss_sum, self.loss_count = 0.0, 0  # since the last validation
-        self.best: dict[str, Tensor] = {}  # the weights that validated best
 
     def weights(self):
         """A copy of the model's weights on the CPU."""
@@ -716,9 +716,9 @@ class Trainer:
 
     def state(self):
         """All of the trainer that is not configuration, for load_state."""
-        kept, weights = {k: vars(self)[k] for k in self.KEPT}, self.weights()
-        optimizers = [o.state_dict() for o in self.optimizers]
-        return kept | {"weights": weights, "best": self.best or weights, "optimizers": optimizers}
+        weights, optimizers = self.weights(), [o.state_dict() for o in self.optimizers]
+        state = {k: vars(self)[k] for k in self.KEPT} | {"weights": weights, "optimizers": optimizers}
+        return state if self.history else state | {"best": weights}
 
     def load_state(self, state):
         """Continue where another trainer's state() was taken, with the same bits."""
@@ -866,7 +866,7 @@ def find_end(ids, vocab, config):
     at, _, seconds = vocab.bar_lines(ids, config.tempo)
     ends = (ids == vocab.eos).nonzero()[:1, 0].tolist()
     for bar, (i, second) in enumerate(zip(at.tolist(), seconds.tolist())):
-        if bar and (bar == config.bars or config.seconds and second > config.seconds - 1e-6):
+        if bar and (bar == config.bars or config.seconds and second >= config.seconds):
             return min([*ends, i])
     return ends[0] if ends else None
 
@@ -965,7 +965,8 @@ def read_in_workers(paths, vocab):
     """Yield (path, Piece) as they get ready; crashing or hanging the parser is a piece's problem."""
     # A forked worker starts in milliseconds, but forks are safe on Linux only.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(min(os.cpu_count(), len(paths)), context, start_worker, (vocab,))
+    cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
+    pool = ProcessPoolExecutor(min(len(cores), len(paths)), context, start_worker, (vocab,))
     unread = []
     try:
         jobs = {pool.submit(read_in_worker, path): path for path in paths}
@@ -1385,8 +1386,8 @@ def read_prompt(settings, vocab):
     at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
     if settings.prompt_bars > len(at) or settings.prompt_seconds > seconds[-1]:
         raise UserError(f"{path} is only {len(at)} bars, {seconds[-1]:.1f} seconds long: ask for less of it")
-    most = settings.prompt_seconds + 1e-6 if settings.prompt_seconds else math.inf
-    bars = settings.prompt_bars or max(1, sum(end < most for end in seconds[1:]))
+    most = settings.prompt_seconds or math.inf
+    bars = settings.prompt_bars or max(1, sum(end <= most for end in seconds[1:]))
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
         raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
@@ -1457,8 +1458,7 @@ def run_training(config, checkpoint, vocab, device):
     say(f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled} "
         f"on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}, peak learning rate {train.lr:g} at "
         f"width {LR_WIDTH}, scaled by fan-in{f', from step {step} on' * (step > 0)}; Ctrl-C saves and stops")
-    settings = {name: asdict(getattr(config, name)) for name in STORED}
-    stored = music | {"config": settings, "vocabulary": vocab.words}
+    stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED}}
 
     def content():
         return stored | {"trainer": trainer.state()}

@@ -215,6 +215,14 @@ def test_prompt_seconds_end_at_the_last_bar_line_before_them(tmp_path, vocab):
     assert bars == [1, 1, 1, 2, 8]
 
 
+def test_prompt_of_exactly_the_seconds_asked_for_is_whole_and_leaves_nothing_to_write(tmp_path, vocab):
+    notes = [(bar * 4 + start / 8, 1 / 8, 60, 80) for bar in range(18) for start in (3, 5)]
+    path = write_midi(tmp_path / "a.mid", [notes], bpm=90)  # 48 seconds, a little less as a sum of floats
+    assert prompt(path, vocab, prompt_seconds=48.0)[1] == 18
+    with pytest.raises(pg.UserError, match="the prompt alone is 18 bars, 48.0 seconds"):
+        prompt(path, vocab, seconds=48.0)
+
+
 @pytest.mark.parametrize("name, sample, sentence", [
     ("none", {}, "no MIDI file"), ("page", {}, "cannot be continued"), ("late", {"prompt_bars": 2}, "hold no notes"),
     ("scale", {"prompt_bars": 9}, "is only 8 bars, 16.0 seconds long"),

@@ -143,6 +143,10 @@ def test_loss_that_is_no_number_stops_the_run_before_it_is_saved():
 def test_weights_before_the_first_validation_are_the_best_so_far():
     trainer = run(*make_parts(), until=3)
     assert not trainer.history and same(trainer.state()["best"], trainer.weights())
+    resumed, *data = make_parts()
+    resumed.load_state(trainer.state())
+    run(resumed, *data, until=6)
+    assert same(resumed.state()["best"], resumed.weights()), "not those of the step at which it was saved"
 
 
 def test_validation_beats_any_row_without_one():
