@@ -500,41 +500,44 @@ class Block(nn.Module):
         self.norm_1, self.norm_2 = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
         self.qkv, self.proj = matrix(3 * C, C), matrix(C, C, small)
         self.expand, self.contract = matrix(2 * inner, C), matrix(C, inner, small)
+        vars(self).update(self._parameters)  # nn.Module is slow to find them
 
     def attention(self, x, cos, sin, past, start):
-        """x (B T, C) -> (B T, C): causal scaled dot-product attention, also to the tokens in past."""
+        """x (B T, C) -> what the heads read, (B T, C): causal attention, also to the tokens in past."""
         B, T, C = cos.size(0), cos.size(2), x.size(1)
         qkv = F.linear(x, self.qkv).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, k = rotate(qkv[:2], cos, sin).unbind()  # 2 x (B, nh, T, hs)
-        v = qkv[2]
+        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]  # each (B, nh, T, hs)
         if self.training and self.dropout:  # drops whole values from a head: fast
             v = v * F.dropout(v.new_ones(B, self.n_head, T, 1), self.dropout)
         if past is not None:
-            end = start + T
-            past[0, :, :, start:end], past[1, :, :, start:end] = k, v
-            k, v = past[:, :, :, :end].unbind()  # 2 x (B, nh, end, hs)
+            past = past[:, :, :, : start + T]
+            past[:, :, :, start:] = torch.stack((k, v))
+            k, v = past.unbind()  # 2 x (B, nh, start + T, hs)
         if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # PyTorch's backward pass is slow there
             future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
             y = (q * q.size(3) ** -0.5 @ k.mT + future).softmax(3) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
-        return F.linear(y.transpose(1, 2).reshape(B * T, C), self.proj)
+        return y.transpose(1, 2).reshape(B * T, C)
 
     def feed_forward(self, x):
-        """x (B T, C) -> (B T, C)."""
-        hidden, gate = F.linear(x, self.expand).chunk(2, -1)  # 2 x (B T, 8/3 C)
-        return F.linear(hidden * F.silu(gate), self.contract)
+        """x (B T, C) -> the hidden layer, (B T, 8/3 C)."""
+        hidden, gate = F.linear(x, self.expand).chunk(2, -1)
+        return hidden * F.silu(gate)
 
-    def drop(self, x):
-        """x with a fraction of its numbers set to zero, in training."""
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+    def add(self, x, y, weight):
+        """The residual connection: x plus y times a matrix."""
+        if self.training:
+            return x + F.dropout(F.linear(y, weight), self.dropout)
+        return torch.addmm(x, y, weight.mT)  # the same, faster
 
     def forward(self, x, cos, sin, past=None, start=0):
         """x (B T, C) -> (B T, C); past (2, B, nh, block, hs): keys, values of `start` tokens, to extend."""
         y = torch.layer_norm(x, x.shape[-1:], self.norm_1)
-        x = x + self.drop(self.attention(y, cos, sin, past, start))
-        return x + self.drop(self.feed_forward(torch.layer_norm(x, x.shape[-1:], self.norm_2)))
+        x = self.add(x, self.attention(y, cos, sin, past, start), self.proj)
+        y = torch.layer_norm(x, x.shape[-1:], self.norm_2)
+        return self.add(x, self.feed_forward(y), self.contract)
 
 
 class PianoGPT(nn.Module):
@@ -547,7 +550,7 @@ class PianoGPT(nn.Module):
         self.register_buffer("token_time", TOKEN_TIME * torch.arange(config.block_size), persistent=False)
         self.register_buffer("speeds", rotary_speeds(C // config.n_head), persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
-        # A note is three tokens; mixing in the ones before makes each informative, nearest first.
+        # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
         self.recent = nn.Parameter(torch.zeros(RECENT, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
@@ -559,7 +562,7 @@ class PianoGPT(nn.Module):
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
         x = torch.cat([cache.recent, F.embedding(idx, self.embedding)], 1)
         cache.recent, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
-        angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
+        angle = time.view(len(x), 1, -1, 1) * self.speeds[0] + pitch.view(len(x), 1, -1, 1) * self.speeds[1]
         return x, angle.cos(), angle.sin()
 
     def logits(self, x, cos, sin, cache=None):
@@ -567,11 +570,10 @@ class PianoGPT(nn.Module):
         padded, x, T = x, x[:, RECENT:], cos.size(2)
         if torch.is_autocast_enabled(x.device.type):
             cos, sin = cos.bfloat16(), sin.bfloat16()
-        for n, weight in enumerate(self.recent.unbind(), 1):
-            x = torch.addcmul(x, padded[:, RECENT - n : -n], weight)
+        for n, weight in enumerate(self.recent):
+            x = torch.addcmul(x, padded[:, n : n + T], weight)
         x = torch.layer_norm(x, x.shape[-1:]).flatten(0, 1)  # (B T, C)
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
+        x = F.dropout(x, self.config.dropout, self.training)
         for n, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.keys_values[n], cache.length - T) if cache else block(x, cos, sin)
         return F.linear(torch.layer_norm(x, x.shape[-1:], self.norm), self.head).unflatten(0, (-1, T))
@@ -844,21 +846,19 @@ def draw(logits, config, rng):
 @torch.inference_mode()
 def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
-    vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
+    vocab, size, piece = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
-    now = advance(model.says, ids, cache.now)[:, :, -1]  # (6, B)
     while True:
-        new = window[-1][:, None]
+        new = piece[-1][:, None]
         if cache.length in (0, size):  # First read all of it; when full, its newer half as a new window.
-            window = window[-(size // 2 if cache.length else size) :]
-            new = torch.stack(window, 1)
+            keep, whole = size // 2 if cache.length else size, torch.stack(piece, 1)
             cache.clear()
+            cache.now = advance(model.says, F.pad(whole[:, :-keep], (1, 0)), cache.now)[:, :, -1]
+            new = whole[:, -keep:]
         logits = model(new, cache)[:, -1]  # (B, V)
         logits[:, vocab.eos].add_(hold)
-        drawn = draw(torch.where(vocab.legal(now), logits, -math.inf), config, rng)
-        now = advance(model.says, drawn[:, None], now)[:, :, 0]
-        window.append(drawn)
-        yield drawn
+        piece.append(draw(torch.where(vocab.legal(cache.now), logits, -math.inf), config, rng))
+        yield piece[-1]
 
 
 def find_end(ids, vocab, config):

@@ -37,11 +37,11 @@ def test_future_tokens_do_not_change_past_logits(model):
     assert not torch.allclose(a[:, 50], b[:, 50]) and not torch.allclose(a[:, 95], b[:, 95])
 
 
-def test_recent_tokens_are_added_newest_first(model):
+def test_recent_tokens_are_added_newest_last(model):
     x, cos, sin = model.embed(torch.randint(V, (2, 9)))
     expected, mixed = model.logits(x, cos, sin), x.clone()
     for t in range(pg.RECENT, x.size(1)):
-        mixed[:, t] += sum(model.recent[n] * x[:, t - 1 - n] for n in range(pg.RECENT))
+        mixed[:, t] += sum(model.recent[-1 - n] * x[:, t - 1 - n] for n in range(pg.RECENT))
     assert not x[:, : pg.RECENT].any(), "nothing comes before the first token"
     torch.nn.init.zeros_(model.recent)
     assert torch.allclose(model.logits(mixed, cos, sin), expected, atol=1e-4)
@@ -57,7 +57,7 @@ def test_attention_equals_the_textbook_head_by_head(dtype, error):
         future = torch.ones(20, 20).triu(1).bool()
         weights = (q @ k.mT / 8**0.5).masked_fill(future, -math.inf).softmax(-1)
         expected = expected + weights @ v @ block.proj[:, head].T
-    y = block.attention(x.flatten(0, 1), *unturned, None, 0)
+    y = block.attention(x.flatten(0, 1), *unturned, None, 0) @ block.proj.T
     assert y.dtype == dtype and torch.allclose(y.view(3, 20, 32), expected, atol=error)
 
 

@@ -90,7 +90,9 @@ def test_cached_generation_equals_uncached_past_the_window(length, model, vocab)
         if ids.size(1) - start > size:
             start = ids.size(1) - size // 2
         legal = vocab.legal(pg.advance(vocab.says, ids, vocab.start.expand(6, 3))[:, :, -1])
-        logits = model(ids[:, start:])[:, -1]
+        cache = pg.Cache(model, 3)
+        cache.now = pg.advance(vocab.says, ids[:, :start], cache.now)[:, :, -1] if start else cache.now
+        logits = model(ids[:, start:], cache)[:, -1]
         logits[:, vocab.eos] += hold
         logits = logits.masked_fill(~legal, -math.inf)
         assert (logits.gather(1, drawn[:, None]) >= logits.amax(1, keepdim=True) - 1e-4).all()
