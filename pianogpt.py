@@ -75,8 +75,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from miditok.constants import SCORE_LOADING_EXCEPTION
 from symusic import Note, Score, Tempo, TextMeta, Track
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor, distributed as dist, nn
 from tqdm import tqdm
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -751,8 +750,7 @@ class Trainer:
 
     def train_step(self, idx, targets, rank=0):
         """Learn from one batch (B, T); the mean loss in nats."""
-        # Dropout must depend on seed and step alone.
-        torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)
+        torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)  # of dropout
         loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -839,26 +837,28 @@ def draw(logits, config, rng):
         return logits.argmax(-1)
     cumulative = filter_logits(logits, config).softmax(-1).cumsum(-1)  # (B, V)
     u = torch.rand(len(logits), 1, generator=rng, device=logits.device)
-    # right=True: a token of probability zero is never drawn.
-    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]  # never one with p = 0
 
 
 @torch.inference_mode()
 def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
-    vocab, size, piece = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
+    vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
+    start = cache.now  # where the window begins
     while True:
-        new = piece[-1][:, None]
+        new = window[-1][:, None]
         if cache.length in (0, size):  # First read all of it; when full, its newer half as a new window.
-            keep, whole = size // 2 if cache.length else size, torch.stack(piece, 1)
+            keep = size // 2 if cache.length else size
+            for old in window[:-keep]:
+                start = advance(model.says, old[:, None], start)[:, :, 0]
+            window = window[-keep:]
             cache.clear()
-            cache.now = advance(model.says, F.pad(whole[:, :-keep], (1, 0)), cache.now)[:, :, -1]
-            new = whole[:, -keep:]
+            new, cache.now = torch.stack(window, 1), start
         logits = model(new, cache)[:, -1]  # (B, V)
         logits[:, vocab.eos].add_(hold)
-        piece.append(draw(torch.where(vocab.legal(cache.now), logits, -math.inf), config, rng))
-        yield piece[-1]
+        window.append(draw(torch.where(vocab.legal(cache.now), logits, -math.inf), config, rng))
+        yield window[-1]
 
 
 def find_end(ids, vocab, config):
