@@ -750,7 +750,7 @@ class Trainer:
 
     def train_step(self, idx, targets, rank=0):
         """Learn from one batch (B, T); the mean loss in nats."""
-        torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)  # of dropout
+        torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)  # for dropout
         loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -850,8 +850,8 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
         new = window[-1][:, None]
         if cache.length in (0, size):  # First read all of it; when full, its newer half as a new window.
             keep = size // 2 if cache.length else size
-            for old in window[:-keep]:
-                start = advance(model.says, old[:, None], start)[:, :, 0]
+            if old := window[:-keep]:
+                start = advance(model.says, torch.stack(old, 1), start)[:, :, -1]
             window = window[-keep:]
             cache.clear()
             new, cache.now = torch.stack(window, 1), start

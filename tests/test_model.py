@@ -135,6 +135,12 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(model):
     assert not torch.allclose(model.train()(ids), model(ids))
 
 
+def test_training_without_dropout_computes_what_evaluation_does():
+    torch.manual_seed(0)
+    model, ids = pg.PianoGPT(pg.ModelConfig(**vars(CONFIG) | {"dropout": 0.0}), VOCAB.says), torch.randint(V, (2, 96))
+    assert torch.allclose(model.train()(ids), model.eval()(ids), atol=1e-5)
+
+
 def test_a_head_misses_whole_tokens_in_training(model):
     """With queries and keys of zero, position t is the mean of the values up to t, and the means tell the values."""
     block, x = model.train().blocks[0], torch.randn(64 * 5, 32)
