@@ -26,7 +26,7 @@ Part II is the machinery:
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
 
 The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
-    format       "pianogpt 4"; other formats are refused
+    format       "pianogpt 5"; other formats are refused
     config       the settings of the groups data, music, model and train
     vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
     corpus       hash of the training ids: has the music changed?
@@ -55,6 +55,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -74,7 +75,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from miditok.constants import SCORE_LOADING_EXCEPTION
-from symusic import Note, Score, Tempo, TextMeta, Track
+from symusic import KeySignature, Note, Score, Tempo, TextMeta, TimeSignature, Track
 from torch import Tensor, distributed as dist, nn
 from tqdm import tqdm
 
@@ -135,6 +136,7 @@ class SampleConfig:
     continuation_only: bool = option(False, "leave the prompt out of the file")
     bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 32 new bars", 0)
     seconds: float = option(0.0, "the same in seconds, rounded up to a bar line", 0, 86_400)
+    chords: str = option("", 'harmony to follow, a symbol per bar, from the start again at its end: "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute in the whole piece; 0: the model's choice", 0, 1000)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
     top_k: int = option(0, "sample from the k likeliest tokens; 0: off", 0)
@@ -156,9 +158,9 @@ class DataConfig:
 @dataclass
 class MusicConfig:
     """How music becomes tokens."""
-    grid: int = option(8, "positions per beat; 8 is 62.5 ms at 120 bpm", 1, 48)
+    grid: int = option(24, "positions per beat; 24 holds triplets and thirty-seconds exactly", 1, 48)
     velocities: int = option(32, "levels of loudness", 1, 127)
-    chords: int = option(1, "1: write chord tokens; 0: none", 0, 1)
+    chord_tokens: int = option(1, "1: the harmony is written as tokens too; 0: it is not", 0, 1)
     pedal: str = option("fold", "sustain pedal: fold it into the note lengths?", choices=("fold", "ignore"))
 
 
@@ -224,81 +226,186 @@ def check_options(config):
 
 # ---------- 2. Music: one score read as one piano, and what every token id means ----------
 
-TIME_SIGNATURES = {2: (1, 4), 4: (1, 8), 8: (1, 12), 16: (1, 12)}  # beat unit: least and most beats in a bar
+TIME_SIGNATURES = {4: (1, 12), 8: (1, 12), 16: (1, 12)}  # beat unit: least and most beats in a bar
 LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
+TEMPO_RANGE, TEMPO_STEPS = (120 / 1.02**91, 120 * 1.02**47), 139  # 19.8 to 304, in steps of 2 %, with 120
 PIANO, SUSTAIN = (21, 108), 64  # MIDI pitches of the outer keys; controller number of the right pedal
+LONGEST_PEDAL, NEVER_LIFTED = 48, 16  # quarter notes: no pianist holds the pedal longer, or longer to the end
+QUALITIES = {  # of chords: what is written after the root, and the semitones above the root
+    "maj": ("", (0, 4, 7)), "min": ("m", (0, 3, 7)), "dim": ("dim", (0, 3, 6)), "aug": ("aug", (0, 4, 8)),
+    "7dom": ("7", (0, 4, 7, 10)), "7maj": ("maj7", (0, 4, 7, 11)), "7min": ("m7", (0, 3, 7, 10)),
+    "7halfdim": ("m7b5", (0, 3, 6, 10))}
+ROOTS = "C C# D Eb E F F# G Ab A Bb B".split()
+CHORDS = [root + symbol for symbol, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]  # no chord
+NO_CHORD, ROOT_IN_BASS, CHORD_CHANGE = 0.75, 0.02, 0.06  # see find_chords
 
 
-def fold_pedal(ends, tracks):
-    """Note ends in ticks; where the pedal of any track is down, moved to where it is lifted."""
-    downs, ups = [], []
+def find_pedals(tracks, end, ticks_per_quarter):
+    """Ticks (downs, ups) between which the pedal of any track is down, and how many were held too long."""
+    times, steps = [], []
     for track in tracks:
         controls = track.controls.numpy()  # track.pedals is wrong: its first entry may start at tick 0
         is_pedal = controls["number"] == SUSTAIN
-        down = np.r_[False, controls["value"][is_pedal] >= 64, False]  # lifted at the last note
-        time = np.r_[controls["time"][is_pedal], ends.max()]
-        downs.append(time[~down[:-1] & down[1:]])
-        ups.append(time[down[:-1] & ~down[1:]])
-    downs, ups = np.concatenate(downs), np.concatenate(ups)
+        times.append(np.r_[controls["time"][is_pedal], end])  # lifted at the last note
+        steps.append(np.diff(np.r_[False, controls["value"][is_pedal] >= 64, False].astype(int)))
+    order = np.argsort(np.concatenate(times), kind="stable")
+    time, step = np.concatenate(times)[order], np.concatenate(steps)[order]  # 1: pressed, -1: lifted
+    downs, ups = time[(step == 1) & (step.cumsum() == 1)], time[(step == -1) & (step.cumsum() == 0)]
+    played = ups - downs <= ticks_per_quarter * np.where(ups == end, NEVER_LIFTED, LONGEST_PEDAL)
+    return downs[played], ups[played], int((~played).sum())
+
+
+def fold_pedal(ends, downs, ups):
+    """Note ends in ticks; where the pedal is down, moved to where it is lifted."""
     if not len(downs):
         return ends
-    order = np.argsort(downs, kind="stable")
-    downs, ups = downs[order], np.maximum.accumulate(ups[order])  # one piano has one pedal
-    last = np.searchsorted(downs, ends, side="right") - 1
+    last = np.searchsorted(downs, ends) - 1  # a note that ends just as the pedal goes down is not held
     return np.where((last >= 0) & (ups[last] > ends), ups[last], ends)
+
+
+def take(notes, index):
+    """The notes at an index of symusic's dictionary of arrays."""
+    return {key: values[index] for key, values in notes.items()}
+
+
+def merge_unisons(notes):
+    """Notes by pitch and time; of notes of one pitch and time the loudest velocity and the longest length."""
+    notes = take(notes, np.lexsort((notes["time"], notes["pitch"])))
+    first = np.flatnonzero(np.r_[True, (np.diff(notes["pitch"]) > 0) | (np.diff(notes["time"]) > 0)])
+    return take(notes, first) | {k: np.maximum.reduceat(notes[k], first) for k in ("velocity", "duration")}
 
 
 def repair_overlaps(notes):
     """Notes by time and pitch; striking a key that still sounds ends the note before."""
-    def take(notes, index):
-        return {key: values[index] for key, values in notes.items()}
-
-    notes = take(notes, np.lexsort((-notes["duration"], notes["time"], notes["pitch"])))
-    new = np.r_[True, (np.diff(notes["pitch"]) > 0) | (np.diff(notes["time"]) > 0)]
-    notes = take(notes, new)  # of notes struck together the longest stays
+    notes = merge_unisons(notes)
     gap = np.where(np.diff(notes["pitch"]) == 0, np.diff(notes["time"]), np.iinfo(np.int32).max)
     notes["duration"][:-1] = np.minimum(notes["duration"][:-1], gap)
     return take(notes, np.lexsort((notes["pitch"], notes["time"])))
 
 
-def read_piano(data, fold):
-    """The bytes of a MIDI file as a score of one piano track. Raises Unusable and symusic's errors."""
-    score = Score.from_midi(data)
-    if score.ticks_per_quarter < 1:
-        raise Unusable("no ticks in a quarter note")
+def halve_beats(signature):
+    """A time signature over 2 as the same bar over 4: 2/2 and 4/4 deserve the same grid."""
+    times = max(1, 4 // (signature.denominator or 4))
+    return TimeSignature(signature.time, signature.numerator * times, signature.denominator * times)
+
+
+def make_piano(score, fold):
+    """A score as a score of one piano track, and {change: how many}. Raises Unusable."""
     tracks = [t for t in score.tracks if not t.is_drum]  # one without notes may still carry the pedal
-    hands = [t.notes.numpy() for t in tracks if t.note_num()]
+    hands, too_long = [], 0
+    for program in dict.fromkeys(t.program for t in tracks):  # tracks of one instrument share its pedal
+        same = [t for t in tracks if t.program == program]
+        parts = [t.notes.numpy() for t in same if t.note_num()]
+        if fold and parts:
+            end = max((part["time"] + part["duration"]).max() for part in parts)
+            downs, ups, count = find_pedals(same, end, score.ticks_per_quarter)
+            too_long += count
+            for part in parts:
+                ends = fold_pedal(part["time"] + part["duration"], downs, ups)
+                part["duration"] = (ends - part["time"]).astype(np.int32)
+        hands += parts
     if not hands:
         raise Unusable("only drums" if score.note_num() else "no notes")
     notes = {key: np.concatenate([hand[key] for hand in hands]) for key in hands[0]}
-    if fold:
-        notes["duration"] = fold_pedal(notes["time"] + notes["duration"], tracks) - notes["time"]
+    struck, notes = len(notes["time"]), repair_overlaps(notes)
     piano, track = Score(score.ticks_per_quarter), Track(name="Piano", program=0)
-    piano.tempos, piano.time_signatures = score.tempos, score.time_signatures
-    notes = repair_overlaps(notes)
-    track.notes = Note.from_numpy(**{key: notes[key].astype(hands[0][key].dtype) for key in notes})
+    track.notes, piano.tempos = Note.from_numpy(**notes), score.tempos
+    piano.time_signatures = [halve_beats(t) for t in score.time_signatures]
     piano.tracks.append(track)
-    return piano
+    return piano, {"notes struck together on one key merged": struck - len(notes["time"]),
+                   "pedals held too long for a pianist ignored": too_long}
+
+
+def find_chords(notes, beats, ticks_per_quarter):
+    """The harmony of each of n beats as an index of CHORDS; beats: n + 1 ticks.
+
+    A beat is the vector of the square roots of how long each pitch class sounds. A chord fits it by the cosine
+    of their angle, plus ROOT_IN_BASS; "none" always fits by NO_CHORD. A sequence of chords fits by the sum over
+    its beats, in quarter notes, minus CHORD_CHANGE for each change. Viterbi's algorithm finds the best one.
+    """
+    start, end, pitch, n = notes["time"], notes["time"] + notes["duration"], notes["pitch"], len(beats) - 1
+    first, last = np.searchsorted(beats, [start, end - 1], side="right") - 1
+    note = np.repeat(np.arange(len(start)), last - first + 1)  # a row for each beat of each note
+    beat = np.arange(len(note)) - np.searchsorted(note, note) + first[note]
+    sounding, bass = np.zeros((n, 12)), np.full(n, 127)
+    overlap = np.minimum(end[note], beats[beat + 1]) - np.maximum(start[note], beats[beat])
+    np.add.at(sounding, (beat, pitch[note] % 12), overlap)
+    np.minimum.at(bass, beat, pitch[note])
+    chords = [np.isin((np.arange(12) - root) % 12, above) for _, above in QUALITIES.values() for root in range(12)]
+    chords, sounding = np.array(chords).T / np.sqrt(np.sum(chords, 1)), np.sqrt(sounding)
+    fits = sounding @ chords / np.maximum(1e-9, np.linalg.norm(sounding, axis=1, keepdims=True))
+    fits += ROOT_IN_BASS * (np.arange(len(CHORDS) - 1) % 12 == bass[:, None] % 12)
+    fits = np.c_[fits, np.full(n, NO_CHORD)] * sounding.any(1)[:, None]  # silence fits all
+    fits *= np.diff(beats)[:, None] / ticks_per_quarter
+    before, total = np.zeros(fits.shape, int), np.zeros(len(CHORDS))
+    for i, fit in enumerate(fits):
+        best = total.argmax()
+        before[i] = np.where(total >= total[best] - CHORD_CHANGE, np.arange(len(total)), best)
+        total = np.maximum(total, total[best] - CHORD_CHANGE) + fit
+    path = [total.argmax()]
+    for row in before[:0:-1]:
+        path.append(row[path[-1]])
+    return np.array(path[::-1])
+
+
+class Tokenizer(miditok.REMI):
+    """REMI with a Chord token at the first note of each bar, and at the first note of a new harmony."""
+
+    def _create_chords_tokens(self):
+        return [*super()._create_chords_tokens(), "Chord_none"]  # in the order of CHORDS
+
+    def _create_track_events(self, track, ticks_per_beat, time_division, ticks_bars, ticks_beats, *rest):
+        events = super()._create_track_events(
+            track, ticks_per_beat, time_division, ticks_bars, ticks_beats, *rest)
+        if not self.config.use_chords:
+            return events
+        notes, words = track.notes.numpy(), self._create_chords_tokens()
+        beats = np.r_[np.array(ticks_beats)[np.array(ticks_beats) < track.end()], track.end()]
+        onsets = np.unique(notes["time"])
+        bar, beat = (np.searchsorted(ticks, onsets, side="right") - 1 for ticks in (ticks_bars, beats))
+        chord = find_chords(notes, beats, time_division)[beat]
+        new = np.r_[True, (np.diff(bar) > 0) | (np.diff(chord) != 0)]
+        chords = [miditok.Event("Chord", words[i].split("_")[1], tick) for i, tick in zip(chord[new], onsets[new])]
+        return chords + [event for event in events if event.type_ != "Chord"]
 
 
 def make_tokenizer(music):
     """A REMI tokenizer for one piano."""
-    # 43 tempos from 40 to 250 are 5 bpm apart and hit 120; 32, MidiTok's default, would make it 121.29.
-    return miditok.REMI(miditok.TokenizerConfig(
-        pitch_range=PIANO, special_tokens=["PAD", "BOS", "EOS"], use_chords=bool(music.chords),
+    return Tokenizer(miditok.TokenizerConfig(
+        pitch_range=PIANO, special_tokens=["PAD", "BOS", "EOS"], num_velocities=music.velocities,
         beat_res={(0, 4): music.grid, (4, LONGEST_NOTE): max(1, music.grid // 2)},
-        num_velocities=music.velocities, use_tempos=True, num_tempos=43, tempo_range=(40, 250),
+        use_chords=bool(music.chord_tokens), chord_tokens_with_root_note=True, chord_unknown=None,
+        chord_maps={quality: above for quality, (_, above) in QUALITIES.items()},
+        use_tempos=True, num_tempos=TEMPO_STEPS, tempo_range=TEMPO_RANGE, log_tempos=True,
         delete_equal_successive_tempo_changes=True, use_time_signatures=True,
         time_signature_range=TIME_SIGNATURES, use_pitchdrum_tokens=False))
 
 
-def is_pitch(ids, pitches):
-    """Which ids, an array or tensor, are Pitch tokens; bool, of the same shape."""
-    return (ids >= pitches[0]) & (ids <= pitches[-1])
+def parse_chords(text):
+    """Chord symbols, a bar each -> (bars, 12): the index of CHORDS in each twelfth of a bar. Raises UserError."""
+    ways = {"M": "", "min": "m", "-": "m", "o": "dim", "+": "aug", "M7": "maj7", "min7": "m7", "-7": "m7"}
+    bars = []
+    for bar in text.split():
+        parts = bar.split(",")
+        if 12 % len(parts):
+            raise UserError(f"--chords: {bar} splits a bar in {len(parts)}: split it in 2, 3, 4, 6 or 12")
+        for symbol in parts:
+            letter, sign, rest = re.fullmatch("([A-G]?)([#b]?)(.*)", symbol).groups()
+            root = ROOTS.index(letter) + {"#": 1, "b": -1, "": 0}[sign] if letter else 0
+            name = ROOTS[root % 12] + ways.get(rest, rest)
+            if not letter or name not in CHORDS:
+                raise UserError(f"--chords: {symbol} is no chord: write C, Am, F#dim, Eaug, Bb7, Cmaj7, Dm7 or Bm7b5")
+            bars += [CHORDS.index(name)] * (12 // len(parts))
+    return np.array(bars).reshape(-1, 12)
+
+
+def is_in(ids, span):
+    """Which ids, an array or tensor, are in a range; bool, of the same shape."""
+    return (ids >= span.start) & (ids < span.stop)
 
 
 # The state of the music: the rows of Vocabulary.says
-KIND, POSITION, BAR_LENGTH, UNIT, TEMPO, PITCH = range(6)
+KIND, POSITION, BAR_LENGTH, UNIT, TEMPO, PITCH, CHORD = range(7)
 FOLLOWS = {  # the kinds of token that may follow a kind
     "PAD": "PAD", "BOS": "Bar", "EOS": "PAD", "Bar": "TimeSig", "TimeSig": "Position Bar",
     "Position": "Tempo Chord Pitch", "Tempo": "Chord Pitch Position Bar EOS", "Chord": "Pitch",
@@ -308,11 +415,11 @@ BAR, TIME_SIGNATURE, DURATION = (KINDS.index(kind) for kind in ("Bar", "TimeSig"
 
 
 def advance(says, idx, before):
-    """(6, B, T): the state of the music after each of tokens idx (B, T), from state `before` (6, B)."""
+    """(7, B, T): the state of the music after each of tokens idx (B, T), from state `before` (7, B)."""
     if idx.size(1) == 1:  # one token at a time, in a third of the operators
         said = says.index_select(1, idx[:, 0])
         return torch.where(said < 0, before, said)[:, :, None]
-    said = torch.cat([before[:, :, None], says[:, idx]], 2)  # (6, B, T + 1)
+    said = torch.cat([before[:, :, None], says[:, idx]], 2)  # (7, B, T + 1)
     at = torch.arange(said.size(2), device=idx.device)
     latest = torch.where(said < 0, 0, at).cummax(2).values  # index of the last token that said something
     return said.gather(2, latest)[:, :, 1:]
@@ -321,9 +428,9 @@ def advance(says, idx, before):
 class Vocabulary:
     """What every id means: its word, what it says of the music, which ids may follow it.
 
-    The rows of says (6, V): kind of token, position in the bar, positions in a bar, beat unit (8: an eighth),
-    quarter notes per minute, MIDI pitch; -1: says nothing, the last value stays. PAD, id 0, says what holds
-    before anything was said: 4/4, 120 quarter notes per minute, middle C.
+    The rows of says (7, V): kind of token, position in the bar, positions in a bar, beat unit (8: an eighth),
+    quarter notes per minute, MIDI pitch, id of the chord (0 where a bar begins); -1: says nothing, the last value
+    stays. PAD, id 0, says what holds before anything was said: 4/4, 120 quarter notes per minute, middle C.
     """
 
     def __init__(self, music):
@@ -333,9 +440,11 @@ class Vocabulary:
         self.pad, self.bos, self.eos, self.bar = (ids[f"{kind}_None"] for kind in KINDS[:4])
         pitches = sorted(self.tokenizer.token_ids_of_type("Pitch"))
         self.pitches = range(pitches[0], pitches[-1] + 1)  # a semitone is one id
+        chord = ids.get("Chord_C:maj", 0)
+        self.chords = range(chord, chord + (len(CHORDS) - 1) * (chord > 0))  # twelve roots of each quality
         assert self.pad == 0 and pitches == list(self.pitches), pitches
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
-        self.start = self.says[:, :1]  # (6, 1)
+        self.start = self.says[:, :1]  # (7, 1)
         kind, position, pitch = self.says[[KIND, POSITION, PITCH]]
         follows = torch.tensor([[after in FOLLOWS[before].split() for after in KINDS] for before in KINDS])
         self.follows = follows[:, kind.long()]  # (kinds, V)
@@ -345,7 +454,8 @@ class Vocabulary:
         is_position = kind == KINDS.index("Position")
         self.ahead, self.inside = position.where(is_position, math.inf), position.where(is_position, -1)
         self.ahead[first] = math.inf
-        self.height = pitch.where(kind == KINDS.index("Pitch"), math.inf)
+        self.is_note = kind == KINDS.index("Pitch")
+        self.height = pitch.where(self.is_note, math.inf)
 
     def to(self, device):
         """This vocabulary with its tables on a device."""
@@ -354,12 +464,14 @@ class Vocabulary:
         return moved
 
     def meaning(self, kind, value):
-        """The six numbers of one token."""
-        said, grid = [KINDS.index(kind), -1.0, -1, -1, -1, -1], self.music.grid
+        """The seven numbers of one token."""
+        said, grid = [KINDS.index(kind), -1.0, -1, -1, -1, -1, -1], self.music.grid
         if kind == "PAD":
-            said[POSITION:] = 0, 4 * grid, 4, 120, 60
+            said[POSITION:] = 0, 4 * grid, 4, 120, 60, 0
         elif kind == "Bar":
-            said[POSITION] = 0
+            said[POSITION] = said[CHORD] = 0
+        elif kind == "Chord":
+            said[CHORD] = self.tokenizer.vocab[f"Chord_{value}"]
         elif kind == "TimeSig":
             beats, said[UNIT] = map(int, value.split("/"))
             said[BAR_LENGTH] = beats * grid
@@ -367,65 +479,80 @@ class Vocabulary:
             said[{"Position": POSITION, "Tempo": TEMPO, "Pitch": PITCH}[kind]] = float(value)
         return said
 
-    def legal(self, now):
-        """(B, V) bool: the ids that keep REMI's rules where now (6, B) holds.
+    def legal(self, now, wanted=None):
+        """(B, V) bool: the ids that keep REMI's rules where now (7, B) holds.
 
-        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes go from low to high.
+        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes go from low to high. Where chords,
+        wanted (B,), are asked for, a chord that does not hold yet must come before the next note, and no other.
         """
-        kind, position, length, _, _, pitch = now[:, :, None].unbind()  # (B, 1) each
+        kind, position, length, _, _, pitch, chord = now[:, :, None].unbind()  # (B, 1) each
         legal = self.follows.index_select(0, kind[:, 0].long()) & (self.ahead > position)
-        return legal & (self.inside < length) & (self.height > pitch * (kind == DURATION))
+        legal &= (self.inside < length) & (self.height > pitch * (kind == DURATION))
+        if wanted is None:
+            return legal
+        due, said = chord != wanted[:, None], self.says[CHORD]
+        return legal & torch.where(said > 0, due & (said == wanted[:, None]), ~(due & self.is_note))
 
-    def bar_lines(self, ids, tempo=0.0):
-        """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes and seconds."""
-        ids = torch.cat([ids, ids.new_tensor([self.bar])])  # the last bar line
+    def keep_tempos(self, tempos):
+        """This vocabulary with tokens that say these tempos exactly, for the continuation of a piece."""
+        exact = copy.copy(self)
+        exact.says = self.says.clone()
+        for tempo in tempos:
+            exact.says[TEMPO, self.tempo_id(tempo.qpm)] = tempo.qpm
+        return exact
+
+    def tempo_id(self, tempo):
+        """The id of the Tempo token nearest to a tempo."""
+        return self.tokenizer.vocab[f"Tempo_{min(self.tokenizer.tempos, key=lambda t: abs(t - tempo))}"]
+
+    def timeline(self, ids, tempo=0.0):
+        """The state (7, T) after each of ids (T,), and when it is, in quarter notes and in seconds (T,)."""
         now = torch.cat([self.start, advance(self.says, ids[None], self.start)[:, 0]], 1).double()
         now[TEMPO] = tempo or now[TEMPO]
         before, now = now[:, :-1], now[:, 1:]
-        is_bar = now[KIND] == BAR
-        quarters = (is_bar * before[BAR_LENGTH] / before[UNIT]).cumsum(0) + now[POSITION] / now[UNIT]
+        quarters = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0) + now[POSITION] / now[UNIT]
         quarters = 4 * quarters / self.music.grid
         seconds = (quarters.diff(prepend=quarters[:1]) * 60 / before[TEMPO]).cumsum(0)
-        at = is_bar.nonzero()[:, 0]
-        return at[:-1], quarters[at] - quarters[0], seconds[at].round(decimals=6)  # a sum of many parts
+        return now, quarters - quarters[:1], seconds.round(decimals=6)  # a sum of many parts
 
-    def encode(self, piano):
-        """The ids of a one-track score, without BOS and EOS; simultaneous notes from low to high."""
+    def bar_lines(self, ids, tempo=0.0):
+        """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes and seconds."""
+        now, quarters, seconds = self.timeline(torch.cat([ids, ids.new_tensor([self.bar])]), tempo)
+        at = (now[KIND] == BAR).nonzero()[:, 0]
+        return at[:-1], quarters[at] - quarters[at[0]], seconds[at] - seconds[at[0]]
+
+    def quantize(self, piano):
+        """A one-track score on the grid, as the tokens can represent it. Raises Unusable."""
         piano = self.tokenizer.preprocess_score(piano)
         if not piano.tracks:
             raise Unusable("no notes within the range of a piano")
-        # The grid can merge two strikes of one key, and MidiTok orders a chord by note lengths.
-        notes = piano.tracks[0].notes.numpy()
-        order = np.lexsort((-notes["duration"], notes["pitch"], notes["time"]))
-        keep = np.r_[True, (np.diff(notes["time"][order]) > 0) | (np.diff(notes["pitch"][order]) > 0)]
-        piano.tracks[0].notes = Note.from_numpy(**{key: values[order][keep] for key, values in notes.items()})
+        notes = merge_unisons(piano.tracks[0].notes.numpy())  # the grid can merge two strikes of one key
+        notes = take(notes, np.lexsort((notes["pitch"], notes["time"])))  # MidiTok orders a chord by lengths
+        piano.tracks[0].notes = Note.from_numpy(**notes)
+        return piano
+
+    def encode(self, piano):
+        """The ids of a quantized score, without BOS and EOS; simultaneous notes from low to high."""
         return self.tokenizer.encode(piano, no_preprocess_score=True)[0].ids
 
     def decode(self, ids, tempo=0.0):
-        """The score of ids; no note sounds past the last bar."""
+        """The score of ids; no note sounds past the last bar, unless they finish with EOS."""
         end = round(self.bar_lines(torch.tensor(ids))[1][-1].item() * 480)
         score = self.tokenizer.decode([ids]).resample(480, min_dur=1)
         for track in score.tracks:
             track.name, notes = "Piano", repair_overlaps(track.notes.numpy())
-            notes["duration"] = np.minimum(notes["duration"], end - notes["time"])
+            if ids[-1] != self.eos:
+                notes["duration"] = np.minimum(notes["duration"], end - notes["time"])
             track.notes = Note.from_numpy(**notes)
-        if tempo:
-            score.tempos = score.tempos.__class__([Tempo(0, tempo)])
+        said = [Tempo(t.time, self.says[TEMPO, self.tempo_id(t.qpm)].item()) for t in score.tempos]
+        score.tempos = [Tempo(0, tempo)] if tempo else said
         return score
 
-
-def count_changes(piano, tokenizer, written):
-    """How much of a score the tokens cannot represent, by reason; `written` notes are kept."""
-    notes, signatures = piano.tracks[0].notes.numpy(), piano.time_signatures
-    inside = int(((notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])).sum())
-    starts, units = np.array([(t.time, t.denominator) for t in signatures] or [(0, 4)]).T
-    unit = units[np.maximum(np.searchsorted(starts, notes["time"], side="right") - 1, 0)]
-    long = notes["duration"] * unit > 4 * LONGEST_NOTE * piano.tpq
-    rare = [(t.numerator, t.denominator) not in tokenizer.time_signatures for t in signatures]
-    return {"notes outside the piano's range dropped": len(long) - inside,
-            "repeated notes within one grid position merged": inside - written,
-            f"notes longer than {LONGEST_NOTE} beats shortened": int(long.sum()),
-            "unsupported time signatures ignored": sum(rare)}
+    def chord_symbols(self, ids):
+        """(quarter note, symbol) of each change of the chord in ids."""
+        now, quarters, _ = self.timeline(torch.tensor(ids))
+        chords = [(q, CHORDS[int(i) - self.chords.start]) for q, i in zip(quarters.tolist(), now[CHORD]) if i > 0]
+        return [here for before, here in zip([(0, ""), *chords], chords) if here[1] != before[1]]
 
 
 @dataclass
@@ -434,7 +561,9 @@ class Piece:
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
     notes: int = 0
     seconds: float = 0.0
-    changes: dict[str, int] = field(default_factory=dict)  # see count_changes
+    moved: int = 0  # notes moved, and notes shortened, by more than 20 ms
+    shortened: int = 0
+    changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
     problem: str = ""
     path: str = ""  # relative to the MIDI folder, with forward slashes
     work: str = ""  # of which this is one recording
@@ -443,15 +572,15 @@ class Piece:
 
 # ---------- 3. Model: a causal Transformer in musical time and pitch ----------
 
-TOKEN_TIME = 0.1  # positions that each token adds to time, so that no two coincide
+TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
 RECENT = 3  # preceding tokens that are mixed into each embedding
 IGNORE = -1  # a target that is not scored
 
 
 def place(says, idx, now, bar_start):
-    """Time and pitch of tokens idx (B, T), and the next state `now` (6, B) and bar_start (B,)."""
-    after = advance(says, idx, now)  # (6, B, T)
+    """Time and pitch of tokens idx (B, T), and the next state `now` (7, B) and bar_start (B,)."""
+    after = advance(says, idx, now)  # (7, B, T)
     if idx.size(1) == 1:  # the same in half of the operators
         after = after[:, :, 0]
         start = bar_start + (after[KIND] == BAR) * now[BAR_LENGTH]  # a Bar adds the bar before it
@@ -461,19 +590,19 @@ def place(says, idx, now, bar_start):
     return starts + after[POSITION], after[PITCH], after[:, :, -1], starts[:, -1]
 
 
-def rotary_speeds(hs):
+def rotary_speeds(hs, grid):
     """(2, hs): radians per position of time and per semitone; negative in the first half of hs.
 
     RoPE: the dot product of two rotated vectors depends only on their offset. In text the offset counts
     tokens. Here it is what one hears, time and interval, so a head can look one bar back or an octave down,
     however many tokens lie between. Channels i and i + hs / 2 rotate as a pair. By default:
 
-        pairs 0 to 9      time     one turn in 2 pi positions (0.8 beats), ..., in 25,000
+        pairs 0 to 9      time     one turn in pi / 4 beats, ..., in 3,100 beats
         pairs 10 to 15    pitch    one turn in 12, 6, 4, 24, 48, 96 semitones: the first three ignore octaves
     """
     by_pitch = 2 * math.pi / torch.tensor(PITCH_PERIODS[: hs // 4])
     pairs = hs // 2 - len(by_pitch)
-    by_time = 10_000.0 ** -(torch.arange(pairs) / pairs)
+    by_time = 8 / grid * 10_000.0 ** -(torch.arange(pairs) / pairs)
     speeds = torch.stack([F.pad(by_time, (0, len(by_pitch))), F.pad(by_pitch, (pairs, 0))])  # (2, hs / 2)
     return torch.cat([-speeds, speeds], 1)
 
@@ -540,14 +669,16 @@ class Block(nn.Module):
 
 
 class PianoGPT(nn.Module):
-    """Ids in, logits of the next id out; says (6, V) tells what each id means (see Vocabulary)."""
+    """Ids in, logits of the next id out; says (7, V) tells what each id means (see Vocabulary)."""
 
     def __init__(self, config, says):
         super().__init__()
         self.config, C, V = config, config.n_embd, says.size(1)
+        grid = says[BAR_LENGTH, 0].item() / 4  # positions per beat
+        token_time = TOKEN_TIME * grid * torch.arange(config.block_size)
         self.register_buffer("says", says, persistent=False)
-        self.register_buffer("token_time", TOKEN_TIME * torch.arange(config.block_size), persistent=False)
-        self.register_buffer("speeds", rotary_speeds(C // config.n_head), persistent=False)
+        self.register_buffer("token_time", token_time, persistent=False)
+        self.register_buffer("speeds", rotary_speeds(C // config.n_head, grid), persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
         # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
         self.recent = nn.Parameter(torch.zeros(RECENT, C))
@@ -597,7 +728,7 @@ class Cache:
         self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
         recent = torch.zeros(batch_size, RECENT, c.n_embd, device=device)
         bar_start = torch.zeros(batch_size, device=device)
-        self.start = recent, model.says[:, :1].expand(6, batch_size), bar_start
+        self.start = recent, model.says[:, :1].expand(7, batch_size), bar_start
         self.clear()
 
     def clear(self):
@@ -611,13 +742,14 @@ LR_WIDTH = 1024  # fan-in at which a matrix learns at --lr
 EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64  # x --lr: embedding; norms, recent; blocks under Muon
 
 
-def transpose_ids(ids, shifts, pitches):
-    """ids (B, T) with row b moved by shifts[b] semitones, as far as the piano allows."""
-    movable = is_pitch(ids, pitches)
+def transpose_ids(ids, shifts, pitches, chords):
+    """ids (B, T) with row b moved by shifts[b] semitones, as far as the piano allows; chords take new roots."""
+    movable, is_chord = is_in(ids, pitches), is_in(ids, chords)
     lowest = ids.masked_fill(~movable, pitches[-1]).amin(1)
     highest = ids.masked_fill(~movable, pitches[0]).amax(1)
-    shifts = torch.minimum(torch.maximum(shifts, pitches[0] - lowest), pitches[-1] - highest)
-    return ids + shifts[:, None] * movable
+    shifts = torch.minimum(torch.maximum(shifts, pitches[0] - lowest), pitches[-1] - highest)[:, None]
+    root = (ids - chords.start) % 12  # twelve ids in a row have one quality
+    return ids + shifts * movable + ((root + shifts) % 12 - root) * is_chord
 
 
 @dataclass
@@ -625,6 +757,7 @@ class Batches:
     """Training batch number i, as a pure function of the seed and i."""
     ids: Tensor  # (N,) int16, on the training device
     pitches: range  # the ids of the Pitch tokens
+    chords: range  # and of the Chord tokens
     batch_size: int
     block_size: int
     transpose: int
@@ -644,7 +777,7 @@ class Batches:
         part = slice(self.rank * B // self.processes, (self.rank + 1) * B // self.processes)
         window = torch.arange(self.block_size + 1, device=self.ids.device)
         ids = self.ids[starts[part].to(window.device)[:, None] + window].long()  # (B, T + 1)
-        ids = transpose_ids(ids, shifts[part].to(window.device), self.pitches)
+        ids = transpose_ids(ids, shifts[part].to(window.device), self.pitches, self.chords)
         return ids[:, :-1], ids[:, 1:]
 
 
@@ -780,7 +913,7 @@ class Trainer:
         if len(windows[0]):
             total, targets = evaluate(self.model, windows), windows[1]
             row["val_loss"] = total / (targets != IGNORE).sum().item()
-            row["val_nats_per_note"] = total / max(1, is_pitch(targets, batches.pitches).sum().item())
+            row["val_nats_per_note"] = total / max(1, is_in(targets, batches.pitches).sum().item())
             text += f", validation loss {row['val_loss']:.4f}"
         self.history.append(row)
         if self.best_row() is row:
@@ -844,6 +977,8 @@ def draw(logits, config, rng):
 def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
     vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
+    asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
+    bar = -(ids[:, -1] != vocab.bar).long()  # of the new ones
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
     start = cache.now  # where the window begins
     while True:
@@ -857,14 +992,17 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
             new, cache.now = torch.stack(window, 1), start
         logits = model(new, cache)[:, -1]  # (B, V)
         logits[:, vocab.eos].add_(hold)
-        window.append(draw(torch.where(vocab.legal(cache.now), logits, -math.inf), config, rng))
+        twelfth = (12 * cache.now[POSITION] // cache.now[BAR_LENGTH]).long()
+        legal = vocab.legal(cache.now, asked[bar % len(asked), twelfth] if len(asked) else None)
+        window.append(draw(torch.where(legal, logits, -math.inf), config, rng))
+        bar += window[-1] == vocab.bar
         yield window[-1]
 
 
 def find_end(ids, vocab, config):
-    """The length of a finished piece in ids (T,): up to EOS or its last bar line; None if not over."""
+    """The length of a finished piece in ids (T,): with EOS or up to its last bar line; None if not over."""
     at, _, seconds = vocab.bar_lines(ids, config.tempo)
-    ends = (ids == vocab.eos).nonzero()[:1, 0].tolist()
+    ends = [i + 1 for i in (ids == vocab.eos).nonzero()[:1, 0].tolist()]
     for bar, (i, second) in enumerate(zip(at.tolist(), seconds.tolist())):
         if bar and (bar == config.bars or config.seconds and second >= config.seconds):
             return min([*ends, i])
@@ -898,6 +1036,8 @@ def generate(model, vocab, config, seed, prompt):
 SPLITS = "train", "validation", "test"
 SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a row, of 8 kinds
 PIECE_END = 255  # ends the intervals of a piece
+SUFFIXES = ".mid", ".midi", ".kar", ".rmi"
+NEW_SONG = bytes.fromhex("00ff510307a120 00ff580404021808")  # MIDI's defaults, 120 bpm and 4/4, as events
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
 MAESTRO = "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
 MAESTRO_SHA256 = "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c"
@@ -919,25 +1059,100 @@ def write_atomically(path, data):
 
 
 def find_midi_files(folder):
-    """All *.mid and *.midi under folder, in any case, at any depth, without dot-files, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".mid", ".midi")
+    """All files under folder with one of SUFFIXES, in any case, at any depth, without dot-files, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def one_track(data, events):
+    """The bytes of a MIDI file with the events of one track and the time division of data."""
+    return b"MThd\0\0\0\6\0\0\0\1" + data[12:14] + b"MTrk" + len(events).to_bytes(4, "big") + events
+
+
+def parse_midi(data):
+    """The bytes of a MIDI file as a score; of format 2, its songs one after another. Raises Unusable."""
+    if data[:4] == b"RIFF":  # .rmi: a MIDI file in a chunk, which begins with its length
+        at = max(4, data.find(b"MThd"))
+        data = data[at : at + int.from_bytes(data[at - 4 : at], "little")]
+    if data[:4] != b"MThd" or len(data) < 14:
+        raise Unusable("not a MIDI file")
+    tracks, at = {}, 8 + int.from_bytes(data[4:8], "big")
+    while at + 8 <= len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
+        if data[at : at + 4] == b"MTrk":
+            tracks[at] = data[at + 8 : end]
+        at = end
+    if data[8:10] == b"\0\2":  # each end of a track becomes an empty marker, which keeps its time
+        songs = b"".join(NEW_SONG + events[:-3] + b"\xff\6\0" for events in tracks.values())
+        data = one_track(data, songs + b"\0\xff\x2f\0")
+    try:
+        return Score.from_midi(data)
+    except SCORE_LOADING_EXCEPTION as e:
+        problem, damaged = str(e) or type(e).__name__, min(at, len(data))
+    for at, events in tracks.items():
+        try:
+            Score.from_midi(one_track(data, events))
+        except SCORE_LOADING_EXCEPTION:
+            damaged = at
+            break
+    raise Unusable(f"damaged at byte {damaged}: {problem.splitlines()[0]}")
+
+
+def count_changes(piano, quantized):
+    """{change: how many} of what the tokens represent differently from a score."""
+    notes, tempos = piano.tracks[0].notes.numpy(), piano.tempos.numpy()["mspq"]
+    inside = int(((notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])).sum())
+    starts, units = np.array([(t.time, t.denominator) for t in piano.time_signatures] or [(0, 4)]).T
+    unit = units[np.maximum(np.searchsorted(starts, notes["time"], side="right") - 1, 0)]
+    long = notes["duration"] * unit > 4 * LONGEST_NOTE * piano.tpq
+    known = [t.numerator <= TIME_SIGNATURES.get(t.denominator, (0, 0))[1] for t in piano.time_signatures]
+    late, start, length = 0, 0, 4 * quantized.tpq
+    for t in quantized.time_signatures:  # MidiTok moves them to the next bar line
+        ahead = -(t.time - start) % length
+        late, start, length = late + (ahead > 0), t.time + ahead, 4 * quantized.tpq * t.numerator // t.denominator
+    return {"notes outside the piano's range dropped": len(long) - inside,
+            "repeated notes within one grid position merged": inside - quantized.note_num(),
+            f"notes longer than {LONGEST_NOTE} beats shortened": int(long.sum()),
+            "tempos outside 20 to 300 changed": int(((tempos > 3_000_000) | (tempos < 200_000)).sum()),
+            "time signatures moved to the next bar line": late,
+            "unsupported time signatures ignored": known.count(False)}
+
+
+def count_moved(piano, quantized):
+    """How many notes of a score were moved, and how many were shortened, by more than 20 ms."""
+    notes, new = (score.tracks[0].notes.numpy() for score in (piano, quantized))
+    notes = take(notes, (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1]))
+    key, found = (n["pitch"] * 1e6 + n["time"] / s.tpq for n, s in ((notes, piano), (new, quantized)))
+    order = np.argsort(found)
+    after = np.searchsorted(found[order], key).clip(1, max(1, len(order) - 1))
+    nearest = order[np.where(key - found[order[after - 1]] < found[order[after % len(order)]] - key, after - 1, after) % len(order)]
+    tempos = piano.tempos.numpy()
+    at = np.searchsorted(tempos["time"], notes["time"], side="right") - 1
+    seconds = np.where(at < 0, 500_000, np.r_[tempos["mspq"], 500_000][at]) / 1e6  # of a quarter note
+    lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
+    moved = np.abs(key - found[nearest]) * seconds > 0.02
+    return int(moved.sum()), int((lost * seconds > 0.02).sum())
 
 
 def read_piece(path, vocab):
     """One MIDI file as a piece, without a path."""
     try:
-        piano = read_piano(path.read_bytes(), vocab.music.pedal == "fold")
+        score = parse_midi(path.read_bytes())
+        if score.ticks_per_quarter < 1:
+            raise Unusable("no ticks in a quarter note")
+        piano, changes = make_piano(score, vocab.music.pedal == "fold")
         seconds = float(piano.to("second").end())
         if not seconds < DAY:
             raise Unusable("longer than a day")
-        ids = np.array(vocab.encode(piano), np.int16)
+        quantized = vocab.quantize(piano)
+        ids = np.array(vocab.encode(quantized), np.int16)
     except Unusable as e:
         return Piece(problem=str(e))
     except (*SCORE_LOADING_EXCEPTION, KeyError, IndexError, ZeroDivisionError, TypeError, MemoryError) as e:
         return Piece(problem=f"unreadable: {(str(e) or type(e).__name__).splitlines()[0]}")
-    notes = int(is_pitch(ids, vocab.pitches).sum())
-    return Piece(ids, notes, seconds, count_changes(piano, vocab.tokenizer, notes))
+    notes = int(is_in(ids, vocab.pitches).sum())
+    changes |= count_changes(piano, quantized)
+    return Piece(ids, notes, seconds, *count_moved(piano, quantized), changes)
 
 
 def start_worker(vocab):
@@ -1000,9 +1215,9 @@ def read_folder(folder, vocab, cache_dir):
         raise UserError(f"there is no folder {folder}: make it, or pass --midi-dir")
     paths = find_midi_files(folder)
     if not paths:
-        raise UserError(f"no .mid or .midi file under {folder}: put some there, or pass --midi-dir")
+        raise UserError(f"no MIDI file under {folder}: put some there, or pass --midi-dir")
     # All that decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 2))
+    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 3))
     settings, cached, pieces = hashlib.sha256(settings.encode()).hexdigest()[:16], {}, {}
     for path in paths:
         try:
@@ -1060,7 +1275,7 @@ def read_split_tables(folder):
 
 def pitch_intervals(ids, pitches):
     """The semitones from each note to the next, plus 128; PIECE_END follows the last."""
-    notes = ids[is_pitch(ids, pitches)].astype(int)
+    notes = ids[is_in(ids, pitches)].astype(int)
     return bytes((np.diff(notes) + 128).astype(np.uint8)) + bytes([PIECE_END] * bool(len(notes)))
 
 
@@ -1130,7 +1345,7 @@ def make_windows(ids, block_size, stride, limit=10**9):
 
 # ---------- 7. Files: the checkpoint, its log, its lock, names that are free ----------
 
-FORMAT = "pianogpt 4"
+FORMAT = "pianogpt 5"
 
 
 def save_checkpoint(path, content):
@@ -1186,7 +1401,24 @@ def free_path(folder, stem, suffix):
                 return path
 
 
+def add_texts(data, texts):
+    """The bytes of a MIDI file with one more track, which holds text events: (tick, text) in order."""
+    def number(n):  # as MIDI writes it: 7 bits per byte, the high bit set in all but the last
+        return bytes([n >> shift & 127 | 128 for shift in (21, 14, 7) if n >> shift] + [n & 127])
+
+    track, last = b"", 0
+    for tick, text in texts:
+        track, last = track + number(tick - last) + b"\xff\1" + number(len(text.encode())) + text.encode(), tick
+    track += b"\0\xff\x2f\0"
+    tracks = 1 + int.from_bytes(data[10:12], "big")
+    return data[:10] + tracks.to_bytes(2, "big") + data[12:] + b"MTrk" + len(track).to_bytes(4, "big") + track
+
+
 # ---------- 8. Copies and figures ----------
+
+# How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
+KEY_PROFILES = ((6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+                (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17))
 
 
 def longest_known_run(intervals, music):
@@ -1197,6 +1429,19 @@ def longest_known_run(intervals, music):
             length, found = length + 1, at
     ends = np.cumsum([len(part) for part in music.values()])
     return (length + 1, list(music)[np.searchsorted(ends, found, side="right")]) if length else (0, "")
+
+
+def find_key(score):
+    """The key of a score that has notes, as a key signature and in words (Krumhansl & Schmuckler)."""
+    notes = [track.notes.numpy() for track in score.tracks]
+    pitch, length = (np.concatenate([n[key] for n in notes]) for key in ("pitch", "duration"))
+    sounding = np.bincount(pitch % 12, length, 12)
+    keys = [np.roll(profile, tonic) for profile in KEY_PROFILES for tonic in range(12)]
+    minor, tonic = divmod(int(np.argmax([np.corrcoef(sounding, key)[0, 1] for key in keys])), 12)
+    sharps = (7 * (tonic + 3 * minor) + 5) % 12 - 5  # flats are negative
+    sign, letter = divmod(sharps + 3 * minor + 1, 7)
+    name = "FCGDAEB"[letter] + ("#" if sign > 0 else "b") * abs(sign)
+    return KeySignature(0, sharps, minor), f"{name} {('major', 'minor')[minor]}"
 
 
 def describe(score):
@@ -1336,6 +1581,8 @@ def usable_pieces(folder, vocab, cache_dir):
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
     tokens = sum(len(p.ids) for p in pieces)
     say(f"music: {len(pieces)} files under {folder}, {hours:.1f} hours, {notes:,} notes, {tokens:,} tokens")
+    moved, shortened = sum(p.moved for p in pieces) / notes, sum(p.shortened for p in pieces) / notes
+    say(f"faithful: {notes:,} notes, {moved:.1%} of them moved by more than 20 ms, {shortened:.1%} shortened")
     changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
     if changes:
         say("changed: " + ", ".join(f"{count:,} {change}" for change, count in changes.items()))
@@ -1369,20 +1616,20 @@ def prepare_data(config, vocab, device):
     known = {p.path: pitch_intervals(p.ids, vocab.pitches) for p in pieces if p.split == "train"}
     music = {"corpus": hashlib.sha256(ids["train"].tobytes()).hexdigest(),
              "intervals": {name: intervals.decode("latin-1") for name, intervals in known.items()}}
-    batches = Batches(torch.from_numpy(ids["train"]).to(device), vocab.pitches, train.batch_size, block_size,
-                      data.transpose, train.seed, RANK, PROCESSES)
+    batches = Batches(torch.from_numpy(ids["train"]).to(device), vocab.pitches, vocab.chords, train.batch_size,
+                      block_size, data.transpose, train.seed, RANK, PROCESSES)
     windows = make_windows(ids["validation"], block_size, block_size, limit=0 if RANK else 128)
     return batches, windows, music
 
 
 def read_prompt(settings, vocab):
-    """The ids of the prompt up to a bar line, where sounding notes end. Raises UserError."""
+    """The ids of the prompt up to a bar line, where sounding notes end; a vocabulary with its tempos."""
     path = Path(settings.prompt)
     if not path.is_file():
         raise UserError(f"there is no MIDI file {path}: pass another --prompt")
     if (piece := read_piece(path, vocab)).problem:
         raise UserError(f"{path} cannot be continued ({piece.problem}): pass another --prompt")
-    ids = piece.ids.tolist()
+    ids, vocab = piece.ids.tolist(), vocab.keep_tempos(parse_midi(path.read_bytes()).tempos)
     at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
     if settings.prompt_bars > len(at) or settings.prompt_seconds > seconds[-1]:
         raise UserError(f"{path} is only {len(at)} bars, {seconds[-1]:.1f} seconds long: ask for less of it")
@@ -1391,17 +1638,17 @@ def read_prompt(settings, vocab):
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
         raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
-    ids = vocab.encode(score)
+    ids = vocab.encode(vocab.quantize(score))
     signature = next(i for i in reversed(ids) if vocab.words[i].startswith("TimeSig"))
     ids += [vocab.bar, signature] * (bars - ids.count(vocab.bar))  # silent bars count too
     length = vocab.bar_lines(torch.tensor(ids), settings.tempo)[2][-1].item()
     if 0 < settings.bars <= bars or 0 < settings.seconds <= length:
         raise UserError(f"the prompt alone is {bars} bars, {length:.1f} seconds: ask for a longer piece")
-    return ids
+    return ids, vocab
 
 
 def write_samples(config, checkpoint, vocab, device, prompt):
-    """Write new pieces, with markers of their origin and the prompt's end; how many had no notes."""
+    """Write new pieces, with their origin, key, chords and the prompt's end; how many had no notes."""
     model, settings, seed = load_model(checkpoint, vocab, device), config.sample, config.train.seed
     music = {name: text.encode("latin-1") for name, text in checkpoint["intervals"].items()}
     origin = asdict(settings) | {"samples_dir": "", "prompt": Path(settings.prompt).name, "seed": seed}
@@ -1414,14 +1661,17 @@ def write_samples(config, checkpoint, vocab, device, prompt):
             silent += 1
             continue
         run = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), music)
-        score.markers.append(TextMeta(0, f"PianoGPT {json.dumps(origin | {'piece': number})}"))
+        signature, key = find_key(score)
+        score.key_signatures.append(signature)
         if prompt and not settings.continuation_only:
             score.markers.append(TextMeta(round(prompt_end * score.tpq), "end of prompt"))
         path = free_path(Path(settings.samples_dir), "sample", ".mid")
-        path.write_bytes(score.dumps_midi())
-        say("sample: {bars} bars, {notes} notes, {seconds:.1f} seconds, {notes_per_second:.1f} notes/s, "
+        texts = [(0, f"PianoGPT {json.dumps(origin | {'piece': number, 'key': key})}")]
+        texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in vocab.chord_symbols(written)]
+        path.write_bytes(add_texts(score.dumps_midi(), texts))
+        say("sample: {bars} bars, {key}, {notes} notes, {seconds:.1f} seconds, {notes_per_second:.1f} notes/s, "
             "pitches {lowest}-{highest}, {silence_percent:.0f}% silence, longest known run {} notes ({}), {}"
-            .format(*run, path, bars=written.count(vocab.bar), **describe(score)))
+            .format(*run, path, bars=written.count(vocab.bar), key=key, **describe(score)))
     return silent
 
 
@@ -1509,7 +1759,10 @@ def run(argv):
     if asked.evaluate:
         run_evaluation(config, checkpoint, vocab, device)
         return 0
-    prompt = read_prompt(config.sample, vocab) if config.sample.prompt else []
+    parse_chords(config.sample.chords)
+    if config.sample.chords and not config.music.chord_tokens:
+        raise UserError("--chords needs a model that was trained with --chord-tokens 1")
+    prompt, vocab = read_prompt(config.sample, vocab) if config.sample.prompt else ([], vocab)
     if training:
         with contextlib.nullcontext() if RANK else lock_checkpoint(path):
             checkpoint, code = run_training(config, checkpoint, vocab, device)

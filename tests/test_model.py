@@ -68,7 +68,7 @@ def test_tokens_stand_where_miditok_plays_them(metre, grid, tmp_path):
     ids = torch.from_numpy(pg.read_piece(write_midi(tmp_path / "x.mid", scale(1), metre=metre), vocab).ids).long()
     score = vocab.tokenizer.decode([ids.tolist()])
     time, pitch, _, _ = pg.place(vocab.says, ids[None], vocab.start, torch.zeros(1))
-    is_note = pg.is_pitch(ids, vocab.pitches)
+    is_note = pg.is_in(ids, vocab.pitches)
     steps = time[0, is_note] - 4 * grid  # what is before the first bar line counts as a bar of 4/4
     notes = score.tracks[0].notes
     assert steps.tolist() == [n.time / score.tpq * grid * metre[1] / 4 for n in notes] and len(notes) == 80

@@ -37,7 +37,7 @@ def test_pieces_and_continuations_have_their_bars_keep_the_grammar_and_are_heard
         for ids in pieces:
             assert ids[: len(start)] == start and ids.count(vocab.bar) == 9 and vocab.eos not in ids
             assert_grammar(ids, vocab)
-            assert vocab.decode(ids).note_num() == pg.is_pitch(torch.tensor(ids), vocab.pitches).sum()
+            assert vocab.decode(ids).note_num() == pg.is_in(torch.tensor(ids), vocab.pitches).sum()
 
 
 def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, vocab):
