@@ -136,7 +136,7 @@ class SampleConfig:
     continuation_only: bool = option(False, "leave the prompt out of the file")
     bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 32 new bars", 0)
     seconds: float = option(0.0, "the same in seconds, rounded up to a bar line", 0, 86_400)
-    chords: str = option("", 'harmony to follow, a symbol per bar, from the start again at its end: "C Am F,G7 C"')
+    chords: str = option("", 'harmony to follow, a symbol per bar, repeated to the end, such as "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute in the whole piece; 0: the model's choice", 0, 1000)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
     top_k: int = option(0, "sample from the k likeliest tokens; 0: off", 0)
@@ -319,9 +319,10 @@ def make_piano(score, fold):
 def find_chords(notes, beats, ticks_per_quarter):
     """The harmony of each of n beats as an index of CHORDS; beats: n + 1 ticks.
 
-    A beat is the vector of the square roots of how long each pitch class sounds. A chord fits it by the cosine
-    of their angle, plus ROOT_IN_BASS; "none" always fits by NO_CHORD. A sequence of chords fits by the sum over
-    its beats, in quarter notes, minus CHORD_CHANGE for each change. Viterbi's algorithm finds the best one.
+    A beat is a vector: how long each pitch class sounds, as a square root. A chord fits by the cosine of the
+    angle between beat and chord, plus ROOT_IN_BASS; no chord always fits by NO_CHORD. A sequence of chords
+    fits by the sum over its quarter notes, minus CHORD_CHANGE for each change; Viterbi's algorithm finds the
+    best.
     """
     start, end, pitch, n = notes["time"], notes["time"] + notes["duration"], notes["pitch"], len(beats) - 1
     first, last = np.searchsorted(beats, [start, end - 1], side="right") - 1
@@ -331,11 +332,11 @@ def find_chords(notes, beats, ticks_per_quarter):
     overlap = np.minimum(end[note], beats[beat + 1]) - np.maximum(start[note], beats[beat])
     np.add.at(sounding, (beat, pitch[note] % 12), overlap)
     np.minimum.at(bass, beat, pitch[note])
-    chords = [np.isin((np.arange(12) - root) % 12, above) for _, above in QUALITIES.values() for root in range(12)]
-    chords, sounding = np.array(chords).T / np.sqrt(np.sum(chords, 1)), np.sqrt(sounding)
-    fits = sounding @ chords / np.maximum(1e-9, np.linalg.norm(sounding, axis=1, keepdims=True))
-    fits += ROOT_IN_BASS * (np.arange(len(CHORDS) - 1) % 12 == bass[:, None] % 12)
-    fits = np.c_[fits, np.full(n, NO_CHORD)] * sounding.any(1)[:, None]  # silence fits all
+    chords = np.array([np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
+                       for _, above in QUALITIES.values() for root in range(12)])
+    fits = np.sqrt(sounding / np.maximum(1, sounding.sum(1, keepdims=True))) @ chords.T  # (n, chords)
+    fits += ROOT_IN_BASS * (np.arange(len(chords)) % 12 == bass[:, None] % 12)
+    fits = np.c_[fits, np.full(n, NO_CHORD)] * sounding.any(1)[:, None]  # silence fits every chord
     fits *= np.diff(beats)[:, None] / ticks_per_quarter
     before, total = np.zeros(fits.shape, int), np.zeros(len(CHORDS))
     for i, fit in enumerate(fits):
@@ -365,8 +366,8 @@ class Tokenizer(miditok.REMI):
         bar, beat = (np.searchsorted(ticks, onsets, side="right") - 1 for ticks in (ticks_bars, beats))
         chord = find_chords(notes, beats, time_division)[beat]
         new = np.r_[True, (np.diff(bar) > 0) | (np.diff(chord) != 0)]
-        chords = [miditok.Event("Chord", words[i].split("_")[1], tick) for i, tick in zip(chord[new], onsets[new])]
-        return chords + [event for event in events if event.type_ != "Chord"]
+        found = [miditok.Event("Chord", words[i][6:], tick) for i, tick in zip(chord[new], onsets[new])]
+        return found + [event for event in events if event.type_ != "Chord"]
 
 
 def make_tokenizer(music):
@@ -382,21 +383,19 @@ def make_tokenizer(music):
 
 
 def parse_chords(text):
-    """Chord symbols, a bar each -> (bars, 12): the index of CHORDS in each twelfth of a bar. Raises UserError."""
-    ways = {"M": "", "min": "m", "-": "m", "o": "dim", "+": "aug", "M7": "maj7", "min7": "m7", "-7": "m7"}
-    bars = []
+    """Chord symbols, a bar each -> (bars, 12), an index of CHORDS for each twelfth of a bar. Raises UserError."""
+    same, twelfths = {"M": "", "min": "m", "-": "m", "o": "dim", "+": "aug", "M7": "maj7", "min7": "m7"}, []
     for bar in text.split():
-        parts = bar.split(",")
-        if 12 % len(parts):
-            raise UserError(f"--chords: {bar} splits a bar in {len(parts)}: split it in 2, 3, 4, 6 or 12")
-        for symbol in parts:
-            letter, sign, rest = re.fullmatch("([A-G]?)([#b]?)(.*)", symbol).groups()
-            root = ROOTS.index(letter) + {"#": 1, "b": -1, "": 0}[sign] if letter else 0
-            name = ROOTS[root % 12] + ways.get(rest, rest)
-            if not letter or name not in CHORDS:
-                raise UserError(f"--chords: {symbol} is no chord: write C, Am, F#dim, Eaug, Bb7, Cmaj7, Dm7 or Bm7b5")
-            bars += [CHORDS.index(name)] * (12 // len(parts))
-    return np.array(bars).reshape(-1, 12)
+        symbols = bar.split(",")
+        for symbol in symbols:
+            letter, sign, quality = re.fullmatch("([A-G]?)([#b]?)(.*)", symbol).groups()
+            root = ROOTS.index(letter or "C") + {"#": 1, "b": -1, "": 0}[sign]
+            name = ROOTS[root % 12] + same.get(quality, quality)
+            if not letter or name not in CHORDS or 12 % len(symbols):
+                raise UserError(f'--chords: there is no chord "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, '
+                                "Bb7, Cmaj7, Dm7 or Bm7b5, and F,G7 for half a bar each")
+            twelfths += [CHORDS.index(name)] * (12 // len(symbols))
+    return np.array(twelfths, int).reshape(-1, 12)
 
 
 def is_in(ids, span):
@@ -429,8 +428,8 @@ class Vocabulary:
     """What every id means: its word, what it says of the music, which ids may follow it.
 
     The rows of says (7, V): kind of token, position in the bar, positions in a bar, beat unit (8: an eighth),
-    quarter notes per minute, MIDI pitch, id of the chord (0 where a bar begins); -1: says nothing, the last value
-    stays. PAD, id 0, says what holds before anything was said: 4/4, 120 quarter notes per minute, middle C.
+    quarter notes per minute, MIDI pitch, id of the chord (a bar begins with 0); -1: says nothing, the last
+    value stays. PAD, id 0, says what holds before anything was said: 4/4, 120 quarter notes per minute, middle C.
     """
 
     def __init__(self, music):
@@ -482,8 +481,8 @@ class Vocabulary:
     def legal(self, now, wanted=None):
         """(B, V) bool: the ids that keep REMI's rules where now (7, B) holds.
 
-        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes go from low to high. Where chords,
-        wanted (B,), are asked for, a chord that does not hold yet must come before the next note, and no other.
+        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes go from low to high. Chords that
+        are wanted (B,) must be written before the next note, and no others are.
         """
         kind, position, length, _, _, pitch, chord = now[:, :, None].unbind()  # (B, 1) each
         legal = self.follows.index_select(0, kind[:, 0].long()) & (self.ahead > position)
@@ -492,14 +491,6 @@ class Vocabulary:
             return legal
         due, said = chord != wanted[:, None], self.says[CHORD]
         return legal & torch.where(said > 0, due & (said == wanted[:, None]), ~(due & self.is_note))
-
-    def keep_tempos(self, tempos):
-        """This vocabulary with tokens that say these tempos exactly, for the continuation of a piece."""
-        exact = copy.copy(self)
-        exact.says = self.says.clone()
-        for tempo in tempos:
-            exact.says[TEMPO, self.tempo_id(tempo.qpm)] = tempo.qpm
-        return exact
 
     def tempo_id(self, tempo):
         """The id of the Tempo token nearest to a tempo."""
@@ -510,8 +501,8 @@ class Vocabulary:
         now = torch.cat([self.start, advance(self.says, ids[None], self.start)[:, 0]], 1).double()
         now[TEMPO] = tempo or now[TEMPO]
         before, now = now[:, :-1], now[:, 1:]
-        quarters = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0) + now[POSITION] / now[UNIT]
-        quarters = 4 * quarters / self.music.grid
+        bars = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0)
+        quarters = 4 * (bars + now[POSITION] / now[UNIT]) / self.music.grid
         seconds = (quarters.diff(prepend=quarters[:1]) * 60 / before[TEMPO]).cumsum(0)
         return now, quarters - quarters[:1], seconds.round(decimals=6)  # a sum of many parts
 
@@ -547,12 +538,6 @@ class Vocabulary:
         said = [Tempo(t.time, self.says[TEMPO, self.tempo_id(t.qpm)].item()) for t in score.tempos]
         score.tempos = [Tempo(0, tempo)] if tempo else said
         return score
-
-    def chord_symbols(self, ids):
-        """(quarter note, symbol) of each change of the chord in ids."""
-        now, quarters, _ = self.timeline(torch.tensor(ids))
-        chords = [(q, CHORDS[int(i) - self.chords.start]) for q, i in zip(quarters.tolist(), now[CHORD]) if i > 0]
-        return [here for before, here in zip([(0, ""), *chords], chords) if here[1] != before[1]]
 
 
 @dataclass
@@ -743,7 +728,7 @@ EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64  # x --lr: embedding; norms, r
 
 
 def transpose_ids(ids, shifts, pitches, chords):
-    """ids (B, T) with row b moved by shifts[b] semitones, as far as the piano allows; chords take new roots."""
+    """ids (B, T) with row b moved by shifts[b] semitones, as far as the piano allows; chords too."""
     movable, is_chord = is_in(ids, pitches), is_in(ids, chords)
     lowest = ids.masked_fill(~movable, pitches[-1]).amin(1)
     highest = ids.masked_fill(~movable, pitches[0]).amax(1)
@@ -1109,7 +1094,8 @@ def count_changes(piano, quantized):
     late, start, length = 0, 0, 4 * quantized.tpq
     for t in quantized.time_signatures:  # MidiTok moves them to the next bar line
         ahead = -(t.time - start) % length
-        late, start, length = late + (ahead > 0), t.time + ahead, 4 * quantized.tpq * t.numerator // t.denominator
+        late, start = late + (ahead > 0), t.time + ahead
+        length = 4 * quantized.tpq * t.numerator // t.denominator
     return {"notes outside the piano's range dropped": len(long) - inside,
             "repeated notes within one grid position merged": inside - quantized.note_num(),
             f"notes longer than {LONGEST_NOTE} beats shortened": int(long.sum()),
@@ -1122,10 +1108,9 @@ def count_moved(piano, quantized):
     """How many notes of a score were moved, and how many were shortened, by more than 20 ms."""
     notes, new = (score.tracks[0].notes.numpy() for score in (piano, quantized))
     notes = take(notes, (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1]))
+    new = take(new, np.lexsort((new["time"], new["pitch"])))
     key, found = (n["pitch"] * 1e6 + n["time"] / s.tpq for n, s in ((notes, piano), (new, quantized)))
-    order = np.argsort(found)
-    after = np.searchsorted(found[order], key).clip(1, max(1, len(order) - 1))
-    nearest = order[np.where(key - found[order[after - 1]] < found[order[after % len(order)]] - key, after - 1, after) % len(order)]
+    nearest = np.searchsorted((found[1:] + found[:-1]) / 2, key)  # of the same pitch
     tempos = piano.tempos.numpy()
     at = np.searchsorted(tempos["time"], notes["time"], side="right") - 1
     seconds = np.where(at < 0, 500_000, np.r_[tempos["mspq"], 500_000][at]) / 1e6  # of a quarter note
@@ -1408,7 +1393,8 @@ def add_texts(data, texts):
 
     track, last = b"", 0
     for tick, text in texts:
-        track, last = track + number(tick - last) + b"\xff\1" + number(len(text.encode())) + text.encode(), tick
+        track += number(tick - last) + b"\xff\1" + number(len(text.encode())) + text.encode()
+        last = tick
     track += b"\0\xff\x2f\0"
     tracks = 1 + int.from_bytes(data[10:12], "big")
     return data[:10] + tracks.to_bytes(2, "big") + data[12:] + b"MTrk" + len(track).to_bytes(4, "big") + track
@@ -1429,6 +1415,13 @@ def longest_known_run(intervals, music):
             length, found = length + 1, at
     ends = np.cumsum([len(part) for part in music.values()])
     return (length + 1, list(music)[np.searchsorted(ends, found, side="right")]) if length else (0, "")
+
+
+def chord_symbols(ids, vocab):
+    """(quarter note, symbol) of each change of the chord in ids."""
+    now, quarters, _ = vocab.timeline(torch.tensor(ids))
+    found = [(q, CHORDS[int(i) - vocab.chords.start]) for q, i in zip(quarters.tolist(), now[CHORD]) if i > 0]
+    return [new for old, new in itertools.pairwise([(0, ""), *found]) if old[1] != new[1]]
 
 
 def find_key(score):
@@ -1616,8 +1609,8 @@ def prepare_data(config, vocab, device):
     known = {p.path: pitch_intervals(p.ids, vocab.pitches) for p in pieces if p.split == "train"}
     music = {"corpus": hashlib.sha256(ids["train"].tobytes()).hexdigest(),
              "intervals": {name: intervals.decode("latin-1") for name, intervals in known.items()}}
-    batches = Batches(torch.from_numpy(ids["train"]).to(device), vocab.pitches, vocab.chords, train.batch_size,
-                      block_size, data.transpose, train.seed, RANK, PROCESSES)
+    batches = Batches(torch.from_numpy(ids["train"]).to(device), vocab.pitches, vocab.chords,
+                      train.batch_size, block_size, data.transpose, train.seed, RANK, PROCESSES)
     windows = make_windows(ids["validation"], block_size, block_size, limit=0 if RANK else 128)
     return batches, windows, music
 
@@ -1629,7 +1622,10 @@ def read_prompt(settings, vocab):
         raise UserError(f"there is no MIDI file {path}: pass another --prompt")
     if (piece := read_piece(path, vocab)).problem:
         raise UserError(f"{path} cannot be continued ({piece.problem}): pass another --prompt")
-    ids, vocab = piece.ids.tolist(), vocab.keep_tempos(parse_midi(path.read_bytes()).tempos)
+    ids, vocab = piece.ids.tolist(), copy.copy(vocab)
+    vocab.says = vocab.says.clone()
+    for tempo in parse_midi(path.read_bytes()).tempos:  # a continuation keeps them exactly
+        vocab.says[TEMPO, vocab.tempo_id(tempo.qpm)] = tempo.qpm
     at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
     if settings.prompt_bars > len(at) or settings.prompt_seconds > seconds[-1]:
         raise UserError(f"{path} is only {len(at)} bars, {seconds[-1]:.1f} seconds long: ask for less of it")
@@ -1667,7 +1663,7 @@ def write_samples(config, checkpoint, vocab, device, prompt):
             score.markers.append(TextMeta(round(prompt_end * score.tpq), "end of prompt"))
         path = free_path(Path(settings.samples_dir), "sample", ".mid")
         texts = [(0, f"PianoGPT {json.dumps(origin | {'piece': number, 'key': key})}")]
-        texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in vocab.chord_symbols(written)]
+        texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(written, vocab)]
         path.write_bytes(add_texts(score.dumps_midi(), texts))
         say("sample: {bars} bars, {key}, {notes} notes, {seconds:.1f} seconds, {notes_per_second:.1f} notes/s, "
             "pitches {lowest}-{highest}, {silence_percent:.0f}% silence, longest known run {} notes ({}), {}"

@@ -71,6 +71,11 @@ def vocab():
     return pg.Vocabulary(pg.MusicConfig())
 
 
+def read_piano(path, fold=True):
+    """A file as one piano."""
+    return pg.make_piano(pg.parse_midi(path.read_bytes()), fold)[0]
+
+
 def notes_of(score):
     """(start, end, pitch) of every note, in quarters, sorted."""
     notes = [n for track in score.tracks for n in track.notes]

@@ -16,7 +16,7 @@ import torch
 from conftest import TINY, pg, scale, write_midi
 from fuzz_midi import check
 
-PITCHES = range(4, 92)  # the ids of the keys 21 to 108
+PITCHES, CHORDS = range(4, 92), range(200, 224)  # the ids of the keys 21 to 108; two qualities of chord
 
 
 def plain(piece, **changes):
@@ -59,7 +59,7 @@ def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folde
     write_midi(folder / "drums.mid", [[(0, 1, 38, 90)]], drums=[0])
     found = {p["path"]: p["problem"].split(":")[0] for p in read(folder, vocab)}
     bad = dict.fromkeys(("folder.mid", "link.mid", "pipe.mid"), "not a file")
-    bad |= {"drums.mid": "only drums", "page.mid": "unreadable", "big.mid": "larger than 0.005 MB"}
+    bad |= {"drums.mid": "only drums", "page.mid": "not a MIDI file", "big.mid": "larger than 0.005 MB"}
     good = dict.fromkeys(["b.Mid", "deep/er/a.MIDI", *(f"piece{i:02d}.mid" for i in range(5, 12))], "")
     assert list(found.items()) == sorted((good | bad).items())
 
@@ -82,9 +82,9 @@ def test_file_that_kills_or_hangs_its_worker_costs_only_itself(folder, vocab, mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
 def test_file_that_needs_too_much_memory_costs_only_itself(folder, vocab, monkeypatch):
-    real, greedy = pg.read_piano, (folder / "piece03.mid").read_bytes()
+    real, greedy = pg.parse_midi, (folder / "piece03.mid").read_bytes()
     monkeypatch.setattr(pg, "WORKER_GIGABYTES", 1)
-    monkeypatch.setattr(pg, "read_piano", lambda data, fold: real(data * 3_000_000 if data == greedy else data, fold))
+    monkeypatch.setattr(pg, "parse_midi", lambda data: real(data * 3_000_000 if data == greedy else data))
     assert problems(folder, vocab) == {"piece03.mid": "unreadable: MemoryError"}
 
 
@@ -205,7 +205,7 @@ def test_few_files_still_have_a_validation_and_a_training_piece(count, val_perce
 def batches(ids=None, **changes):
     """Batches over ids, or over numbers of which about half are pitches."""
     ids = torch.arange(1000).mul(7919).remainder(180).short() if ids is None else ids
-    return replace(pg.Batches(ids, PITCHES, batch_size=4, block_size=32, transpose=5, seed=3), **changes)
+    return replace(pg.Batches(ids, PITCHES, CHORDS, batch_size=4, block_size=32, transpose=5, seed=3), **changes)
 
 
 def test_batch_i_is_the_same_whatever_came_before():
@@ -234,8 +234,15 @@ def test_every_token_of_the_corpus_is_drawn():
 
 def test_transposing_moves_pitches_alone_and_never_out_of_the_piano():
     ids = torch.tensor([[3, 50, 60, 92], [4, 91, 100, 0], [80, 85, 2, 2], [6, 9, 2, 2]])
-    moved = pg.transpose_ids(ids, torch.tensor([5, 5, 24, -5]), PITCHES)
+    moved = pg.transpose_ids(ids, torch.tensor([5, 5, 24, -5]), PITCHES, CHORDS)
     assert moved.tolist() == [[3, 55, 65, 92], [4, 91, 100, 0], [86, 91, 2, 2], [4, 7, 2, 2]]
+
+
+def test_transposing_moves_the_roots_of_chords_as_far_as_the_pitches():
+    ids = torch.tensor([[200, 50, 211, 224], [212, 50, 223, 199], [205, 89, 217, 0]])
+    moved = pg.transpose_ids(ids, torch.tensor([3, -1, 5]), PITCHES, CHORDS)
+    assert moved.tolist() == [[203, 53, 202, 224], [223, 49, 222, 199], [207, 91, 219, 0]]
+    assert pg.transpose_ids(ids, torch.tensor([3, 3, 3]), PITCHES, range(0))[0].tolist() == [200, 53, 211, 224]
 
 
 def test_training_windows_are_transposed_both_ways():

@@ -62,7 +62,7 @@ def test_attention_equals_the_textbook_head_by_head(dtype, error):
 
 
 @pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8)])
-@pytest.mark.parametrize("grid", [8, 12])
+@pytest.mark.parametrize("grid", [8, 24])
 def test_tokens_stand_where_miditok_plays_them(metre, grid, tmp_path):
     vocab = pg.Vocabulary(pg.MusicConfig(grid=grid))
     ids = torch.from_numpy(pg.read_piece(write_midi(tmp_path / "x.mid", scale(1), metre=metre), vocab).ids).long()
@@ -81,7 +81,7 @@ def test_follow_and_place_token_by_token_equal_all_at_once():
         assert torch.equal(after[0], held[:, :, -1])
         return torch.cat([held, time[None], pitch[None]]), after
 
-    ids, after, parts = torch.randint(V, (3, 60)), (VOCAB.start.expand(6, 3), torch.zeros(3)), []
+    ids, after, parts = torch.randint(V, (3, 60)), (VOCAB.start.expand(7, 3), torch.zeros(3)), []
     ids[:, ::4] = VOCAB.bar
     whole, end = walk(ids, *after)
     for part in ids.split([17, 23, *[1] * 20], 1):
@@ -102,7 +102,7 @@ def test_logits_depend_on_distances_in_time_and_pitch_alone(model):
 
 
 def test_octaves_and_moments_turn_the_channels_differently(model):
-    time, pitch = pg.rotary_speeds(32)
+    time, pitch = pg.rotary_speeds(32, 8)
     assert torch.equal(time != 0, pitch == 0) and time.any()
     octave = [1, 1, 1, -1, 0, 0.5**0.5]  # a whole turn of the periods that divide it
     assert torch.allclose((12 * pitch[10:16]).cos(), torch.tensor(octave), atol=1e-5)
