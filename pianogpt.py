@@ -504,7 +504,7 @@ class Vocabulary:
         bars = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0)
         quarters = 4 * (bars + now[POSITION] / now[UNIT]) / self.music.grid
         seconds = (quarters.diff(prepend=quarters[:1]) * 60 / before[TEMPO]).cumsum(0)
-        return now, quarters - quarters[:1], seconds.round(decimals=6)  # a sum of many parts
+        return now, quarters - quarters[:1], seconds.round(decimals=3)  # a sum of many parts
 
     def bar_lines(self, ids, tempo=0.0):
         """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes and seconds."""
@@ -1090,17 +1090,16 @@ def count_changes(piano, quantized):
     starts, units = np.array([(t.time, t.denominator) for t in piano.time_signatures] or [(0, 4)]).T
     unit = units[np.maximum(np.searchsorted(starts, notes["time"], side="right") - 1, 0)]
     long = notes["duration"] * unit > 4 * LONGEST_NOTE * piano.tpq
-    known = [t.numerator <= TIME_SIGNATURES.get(t.denominator, (0, 0))[1] for t in piano.time_signatures]
-    late, start, length = 0, 0, 4 * quantized.tpq
-    for t in quantized.time_signatures:  # MidiTok moves them to the next bar line
-        ahead = -(t.time - start) % length
-        late, start = late + (ahead > 0), t.time + ahead
-        length = 4 * quantized.tpq * t.numerator // t.denominator
+    metres = [(4, 4), *((t.numerator, t.denominator) for t in piano.time_signatures)]
+    known = [beats <= TIME_SIGNATURES.get(unit, (0, 0))[1] for beats, unit in metres[1:]]
+    bar_lines = {t.time * piano.tpq // quantized.tpq for t in quantized.time_signatures}
+    moved = [t for t, metre, before, ok in zip(piano.time_signatures, metres[1:], metres, known)
+             if ok and metre != before and min(abs(t.time - tick) for tick in bar_lines) * quantized.tpq > piano.tpq]
     return {"notes outside the piano's range dropped": len(long) - inside,
             "repeated notes within one grid position merged": inside - quantized.note_num(),
             f"notes longer than {LONGEST_NOTE} beats shortened": int(long.sum()),
             "tempos outside 20 to 300 changed": int(((tempos > 3_000_000) | (tempos < 200_000)).sum()),
-            "time signatures moved to the next bar line": late,
+            "time signatures moved to the next bar line": len(moved),
             "unsupported time signatures ignored": known.count(False)}
 
 

@@ -72,24 +72,47 @@ def find_bars(score, end: int) -> list[int]:
     return [tick for a, b in pairwise([*changes, end]) for tick in range(a, b, size[a] or 1)]
 
 
-def read_piece(path: Path) -> tuple[list, list[float], float]:
-    """The notes, the starts of bars, the end of the prompt (0: none), all in seconds; raises UserError."""
+def read_chords(data: bytes) -> list[tuple[int, str]]:
+    """(tick, symbol) of the chords that pianogpt.py writes as text events into the last track of a .mid file."""
+    texts, tick, at = [], 0, data.rfind(b"MTrk") + 8
+
+    def number() -> int:  # seven bits per byte; the last byte is below 128
+        nonlocal at
+        value = data[at] & 127
+        while (at := at + 1) and data[at - 1] > 127:
+            value = value << 7 | data[at] & 127
+        return value
+
+    while at < len(data):
+        tick += number()
+        if data[at : at + 2] != b"\xff\x01":  # symusic does not read text events
+            break
+        at += 2
+        end = number() + at
+        texts, at = [*texts, (tick, data[at:end].decode(errors="replace"))], end
+    return texts[1:] if texts and texts[0][1].startswith("PianoGPT ") else []
+
+
+def read_piece(path: Path) -> tuple[list, list[float], list, float]:
+    """The notes, the starts of bars, the chords (second, symbol), the end of the prompt in seconds (0: none)."""
     symusic = need("symusic")
     try:
-        score = symusic.Score.from_midi(path.read_bytes())
+        data = path.read_bytes()
+        score, chords = symusic.Score.from_midi(data), read_chords(data)
     except Exception:  # which one depends on how the file is damaged
         raise UserError(f"{path} is not a MIDI file that can be read: export it again") from None
     if not score.note_num():
         raise UserError(f"{path} holds no notes: leave it out")
     bars = find_bars(score, max(note.end for track in score.tracks for note in track.notes))
     prompt_end = next((marker.time for marker in score.markers if marker.text == END_OF_PROMPT), 0)
-    score.markers = [symusic.TextMeta(tick, "") for tick in [*bars, prompt_end]]  # to("second") converts them
-    score = score.to("second")
+    score.markers = [symusic.TextMeta(tick, "") for tick in [*(t for t, _ in chords), *bars, prompt_end]]
+    score = score.to("second")  # also the markers
     notes = [note for track in score.tracks for note in track.notes]
     if not 0 < max(note.end for note in notes) <= LONGEST:  # also if it is NaN, from 0 ticks per quarter
         raise UserError(f"{path} does not last between 0 and {LONGEST} seconds: cut it or mend its tempo")
-    *bars, prompt_end = [marker.time for marker in score.markers]
-    return notes, bars, prompt_end
+    *times, prompt_end = [marker.time for marker in score.markers]
+    chords = [(time, symbol) for time, (_, symbol) in zip(times, chords)]
+    return notes, times[len(chords) :], chords, prompt_end
 
 
 @cache  # loading takes seconds
@@ -121,7 +144,7 @@ def write_wav(midi: Path, notes: list, soundfont: str) -> None:
         file.writeframes((sound * (PEAK / max(1e-9, np.abs(sound).max()))).astype("<i2").tobytes())
 
 
-def draw_piano_roll(midi: Path, notes: list, bars: list[float], prompt_end: float) -> None:
+def draw_piano_roll(midi: Path, notes: list, bars: list[float], chords: list, prompt_end: float) -> None:
     """Draw notes over seconds and pitch, darker where louder; the prompt's are orange, the others blue."""
     end = max(note.end for note in notes)
     width = min(60, max(12, end / 8))  # inches
@@ -135,7 +158,9 @@ def draw_piano_roll(midi: Path, notes: list, bars: list[float], prompt_end: floa
     low, high = min(note.pitch for note in notes) // 12 * 12, max(note.pitch for note in notes)
     octaves = range(low, high + 12, 12)
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])  # C4 is middle C
-    axes.set(xlim=(0, end), ylim=(low - 1, high + 1), xlabel="seconds", ylabel="pitch (darker is louder)")
+    for second, symbol in chords:
+        axes.text(second, high + 2, symbol, rotation=90, fontsize=7, va="bottom", clip_on=True)
+    axes.set(xlim=(0, end), ylim=(low - 1, high + (9 if chords else 1)), xlabel="seconds", ylabel="pitch (darker is louder)")
     axes.grid(axis="y", alpha=0.3)
     axes.vlines(bars, low - 1, high + 1, color="0.75", linewidth=0.8, zorder=0)
     k = -(-len(bars) // int(2 * width))  # every k-th bar has its number: at most two an inch
@@ -181,9 +206,9 @@ def main(argv: list[str] | None = None) -> int:
             if path.suffix.lower() == ".csv":
                 draw_losses(path)
             elif path.suffix.lower() == ".mid":
-                notes, bars, prompt_end = read_piece(path)
+                notes, *rest = read_piece(path)
                 with collecting(problems):
-                    draw_piano_roll(path, notes, bars, prompt_end)
+                    draw_piano_roll(path, notes, *rest)
                 if args.soundfont:
                     write_wav(path, notes, args.soundfont)
             else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_midi
+from conftest import pg, write_midi
 from symusic import Score, Tempo, TextMeta, TimeSignature
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "samples"))
@@ -170,6 +170,19 @@ def test_bar_lines_follow_metre_and_tempo_and_labels_name_bars_octaves_and_colou
     assert dict(zip(axes.get_yticks(), (label.get_text() for label in axes.get_yticklabels())))[60] == "C4"
     assert [label.get_text() for label in axes.child_axes[0].get_xticklabels()] == list("12345")
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["prompt", "PianoGPT"]
+
+
+def test_chord_symbols_stand_where_the_chords_are_and_texts_of_other_programs_do_not(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    figures, savefig = [], figure_class.savefig
+    monkeypatch.setattr(figure_class, "savefig", lambda *a, **k: (figures.append(a[0]), savefig(*a, **k)))
+    plain = write_midi(tmp_path / "a.mid", A4_THEN_A5).read_bytes()
+    made = "PianoGPT " + "x" * 300
+    for texts in ([(0, made), (0, "Am"), (200, "F#m7b5"), (4000, "C")], [(0, "@KMIDI"), (480, "la")], [(0, made)]):
+        (tmp_path / "a.mid").write_bytes(pg.add_texts(plain, texts))
+        assert run(tmp_path / "a.mid") == 0
+    found = [[(round(t.get_position()[0], 3), t.get_text()) for t in f.axes[0].texts] for f in figures]
+    assert found == [[(0, "Am"), (round(200 / 960, 3), "F#m7b5"), (round(4000 / 960, 3), "C")], [], []]
 
 
 def test_losses_fall_in_blue_and_validation_is_a_second_curve(tmp_path):

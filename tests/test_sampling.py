@@ -67,7 +67,7 @@ def test_piece_is_over_at_eos_at_its_bars_or_at_its_seconds(vocab):
     bar = "Bar_None TimeSig_4/4 Position_0 Tempo_120.0 "  # two seconds
     assert end(bar + "EOS_None PAD_None") == 5
     assert end(bar * 5) is None and end(bar * 2, bars=2) is None
-    assert end(bar * 5, bars=2) == 8 and end(bar * 2 + "EOS_None", bars=3) == 8
+    assert end(bar * 5, bars=2) == 8 and end(bar * 2 + "EOS_None", bars=3) == 9
     assert end(bar * 5, seconds=3.0) == end(bar * 5, seconds=4.0) == 8
     assert end(bar * 9, seconds=7.0, tempo=240.0) == 7 * 4
     notes = "Bar_None TimeSig_4/4 Position_21 Tempo_120.0 Position_39 Position_63 "  # a bar line is a sum of parts
