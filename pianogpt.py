@@ -1430,7 +1430,7 @@ def find_key(score):
     sounding = np.bincount(pitch % 12, length, 12)
     keys = [np.roll(profile, tonic) for profile in KEY_PROFILES for tonic in range(12)]
     minor, tonic = divmod(int(np.argmax([np.corrcoef(sounding, key)[0, 1] for key in keys])), 12)
-    sharps = (7 * (tonic + 3 * minor) + 5) % 12 - 5  # flats are negative
+    sharps = (7 * (tonic + 3 * minor) + 5 + minor) % 12 - 5 - minor  # flats are negative
     sign, letter = divmod(sharps + 3 * minor + 1, 7)
     name = "FCGDAEB"[letter] + ("#" if sign > 0 else "b") * abs(sign)
     return KeySignature(0, sharps, minor), f"{name} {('major', 'minor')[minor]}"

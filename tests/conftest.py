@@ -17,16 +17,16 @@ TPQ = 480
 TINY = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 64 --batch-size 4 --device cpu".split()
 
 
-def write_midi(path, tracks, metre=(4, 4), bpm=120.0, controls=(), drums=()):
+def write_midi(path, tracks, metre=(4, 4), bpm=120.0, controls=(), drums=(), programs=()):
     """Write tracks, lists of (start in quarters, length in quarters, pitch, velocity); those numbered in drums are drums.
 
-    controls are (track, quarter, number, value).
+    controls are (track, quarter, number, value); programs are the instruments of the tracks.
     """
     score = Score(TPQ)
     score.tempos.append(Tempo(0, bpm))
     score.time_signatures.append(TimeSignature(0, *metre))
     for number, notes in enumerate(tracks):
-        track = Track(is_drum=number in drums)
+        track = Track(is_drum=number in drums, program=dict(enumerate(programs)).get(number, 0))
         for start, length, pitch, velocity in notes:
             track.notes.append(Note(round(start * TPQ), round(length * TPQ), pitch, velocity))
         for t, quarter, control, value in controls:

@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
+import listen
 import pytest
 import torch
 from conftest import TINY, notes_of, pg, scale, write_folder, write_midi
 from symusic import Score
 
 SHORT = " ".join(["--midi-dir midi", *TINY, "--steps 30 --eval-every 10 --warmup 5 --seed 1"])
+NO_CHORDS = pg.Vocabulary(pg.MusicConfig(chord_tokens=0)).words
 CONTINUE = "--prompt 'my prompt é.mid' --prompt-bars 4 --bars 8 --num-samples 2"
 FORKS = multiprocessing.get_context("forkserver")  # its processes do not import torch again
 FORKS.set_forkserver_preload(["miditok", "pytest", "torch._dynamo"])
@@ -324,6 +326,8 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     ("--generate --prompt bad/page.mid", "bad/page.mid cannot be continued (not a MIDI file"),
     ("--generate --prompt midi/piece00.mid --prompt-bars 99", "midi/piece00.mid is only 8 bars"),
     ("--generate --prompt midi/piece00.mid --bars 5", "the prompt alone is 8 bars"),
+    ("--generate --chords 'C Hm'", 'there is no chord "Hm" in "Hm": write C, Am,'),
+    ("--generate --chords C --checkpoint plain.pt", "--chords needs a model that was trained with --chord-tokens 1"),
     ("--generate --bars 5 --seconds 5", "--bars and --seconds both set the same length"),
     ("--generate --prompt-bars 5 --prompt-seconds 5", "--prompt-bars and --prompt-seconds both set the same length"),
     ("--generate --bars 2 --samples-dir bad/page.mid", "bad/page.mid cannot be used: File exists"),
@@ -335,6 +339,9 @@ def test_mistake_is_one_sentence_and_exit_code_2_and_changes_nothing(line, sente
     before, shifted = Path("pianogpt.pt").read_bytes(), pg.load_checkpoint(Path("pianogpt.pt"))
     shifted["vocabulary"] = shifted["vocabulary"][1:] + shifted["vocabulary"][:1]  # as many words, in another order
     pg.save_checkpoint(Path("shifted.pt"), shifted)
+    plain = pg.load_checkpoint(Path("pianogpt.pt"))
+    plain["config"]["music"]["chord_tokens"], plain["vocabulary"] = 0, NO_CHORDS
+    pg.save_checkpoint(Path("plain.pt"), plain)
     assert pianogpt(line) == 2
     out, err = capsys.readouterr()
     assert err.startswith("pianogpt: ") and sentence in err and err.count("\n") == 1 and "step " not in out
@@ -395,8 +402,8 @@ def test_prompt_itself_does_not_count_as_known_nor_do_pieces_that_are_held_out(t
 
 @pytest.fixture
 def prompt(trained):
-    """Six bars in 3/4 at 90, as 'my prompt é.mid' beside a trained model."""
-    return Score(write_midi(trained / "my prompt é.mid", scale(5, bars=6), metre=(3, 4), bpm=90))
+    """Six bars in 3/4 at 93.7, as 'my prompt é.mid' beside a trained model."""
+    return Score(write_midi(trained / "my prompt é.mid", scale(5, bars=6), metre=(3, 4), bpm=93.7))
 
 
 def test_sample_begins_with_the_notes_metre_and_tempo_of_a_prompt_longer_than_the_context(prompt, vocab):
@@ -406,7 +413,7 @@ def test_sample_begins_with_the_notes_metre_and_tempo_of_a_prompt_longer_than_th
         assert first == [(a, min(b, 12), p) for a, b, p in notes_of(prompt) if a < 12]
         assert len(notes_of(score)) > len(first)
         assert score.time_signatures[0].numerator == 3
-        assert [round(t.qpm, 3) for t in score.tempos][0] == 90.0, "not the 90.0-odd of the nearest token"
+        assert score.tempos[0].mspq == prompt.tempos[0].mspq, "exactly, not only as the nearest token says"
 
 
 def test_each_sample_says_in_itself_what_made_it_and_where_the_prompt_ends(prompt):
@@ -414,6 +421,17 @@ def test_each_sample_says_in_itself_what_made_it_and_where_the_prompt_ends(promp
     made, ends = origin(Path("samples/sample-002.mid")), [m.time for m in second.markers if m.text == "end of prompt"]
     assert ends == [12 * second.tpq] and (made["seed"], made["step"], made["piece"], made["bars"]) == (7, 30, 2, 8)
     assert made["prompt"] == "my prompt é.mid" and made["min_p"] == pg.SampleConfig().min_p
+
+
+def test_sample_says_its_key_in_its_line_and_as_a_key_signature_and_its_chords_as_text(trained, capsys):
+    score = generate("--bars 8 --num-samples 1 --chords 'F#m C,G'")[0]
+    key = re.search("sample: 8 bars, ([^,]+),", capsys.readouterr().out)[1]
+    assert origin(Path("samples/sample-001.mid"))["key"] == key
+    assert [(s.time, s.tonality) for s in score.key_signatures] == [(0, int(key.endswith("minor")))]
+    texts = listen.read_chords(Path("samples/sample-001.mid").read_bytes())
+    metre = score.time_signatures[0]  # the folder's is 4/4
+    bars = [(tick // (4 * score.tpq * metre.numerator // metre.denominator) % 2, symbol) for tick, symbol in texts]
+    assert len(bars) > 1 and {*bars} <= {(0, "F#m"), (1, "C"), (1, "G")}
 
 
 def test_continuation_only_leaves_the_prompt_and_its_marker_out(prompt):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, pg, scale, write_midi
-from fuzz_midi import check
+from fuzz_midi import check, metre, midi, note, tempo
 
 PITCHES, CHORDS = range(4, 92), range(200, 224)  # the ids of the keys 21 to 108; two qualities of chord
 
@@ -47,7 +47,7 @@ def piece(path, pitches):
 
 
 def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folder, vocab, monkeypatch):
-    for i, name in enumerate(("b.Mid", "deep/er/a.MIDI", "._c.mid", ".hidden/d.mid", "e.mp3")):
+    for i, name in enumerate(("b.Mid", "deep/er/a.MIDI", "._c.mid", ".hidden/d.mid", "e.mp3", "f.KAR", "g.rmi")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / f"piece{i:02d}.mid").rename(folder / name)
     monkeypatch.setattr(pg, "FILE_MEGABYTES", 0.005)
@@ -60,8 +60,38 @@ def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folde
     found = {p["path"]: p["problem"].split(":")[0] for p in read(folder, vocab)}
     bad = dict.fromkeys(("folder.mid", "link.mid", "pipe.mid"), "not a file")
     bad |= {"drums.mid": "only drums", "page.mid": "not a MIDI file", "big.mid": "larger than 0.005 MB"}
-    good = dict.fromkeys(["b.Mid", "deep/er/a.MIDI", *(f"piece{i:02d}.mid" for i in range(5, 12))], "")
+    good = dict.fromkeys(["b.Mid", "deep/er/a.MIDI", "f.KAR", "g.rmi", *(f"piece{i:02d}.mid" for i in range(7, 12))], "")
     assert list(found.items()) == sorted((good | bad).items())
+
+
+def test_midi_in_a_riff_file_is_read(tmp_path, vocab):
+    good = write_midi(tmp_path / "a.mid", scale()).read_bytes()
+    chunks = b"RMID" + b"LIST" + (4).to_bytes(4, "little") + b"INFO" + b"data" + len(good).to_bytes(4, "little") + good
+    chunks += b"LIST" + (4).to_bytes(4, "little") + b"INFO"
+    (tmp_path / "a.rmi").write_bytes(b"RIFF" + len(chunks).to_bytes(4, "little") + chunks)
+    one, two = (plain(pg.read_piece(tmp_path / name, vocab)) for name in ("a.mid", "a.rmi"))
+    assert one == two and one["notes"] == 80
+
+
+def test_songs_of_a_format_2_file_follow_one_another_each_in_its_own_tempo_and_metre():
+    songs = [tempo(1_000_000), metre(3, 2), *note(60, 480), *note(62, 480, rest=480)], note(64, 480), note(65, 960)
+    score = pg.parse_midi(midi(*songs, kind=2))
+    notes = sorted((n.time, n.end, n.pitch) for track in score.tracks for n in track.notes)
+    assert notes == [(0, 480, 60), (960, 1440, 62), (1440, 1920, 64), (1920, 2880, 65)]
+    assert [(t.time, t.qpm) for t in score.tempos if t.time in (0, 1440)][-2:] == [(0, 60.0), (1440, 120.0)]
+    assert [(t.time, t.numerator) for t in score.time_signatures if t.time in (0, 1440)][-2:] == [(0, 3), (1440, 4)]
+
+
+@pytest.mark.parametrize("damage, problem", [
+    (lambda good, second: good[:second] + b"MTrk\0\0\0\4" + b"\xf5\xf5\xf5\xf5", "damaged at byte {second}: "),
+    (lambda good, second: good[:-5], "damaged at byte "), (lambda good, second: b"GIF89a" + good, "not a MIDI file"),
+    (lambda good, second: b"RIFF" + good[4:], "not a MIDI file"), (lambda good, second: good[:9], "not a MIDI file")])
+def test_unreadable_file_says_in_plain_words_what_is_wrong(damage, problem, tmp_path, vocab):
+    good = midi([tempo(500_000)], note(60, 480))
+    second = good.rfind(b"MTrk")
+    (tmp_path / "a.mid").write_bytes(damage(good, second))
+    found = pg.read_piece(tmp_path / "a.mid", vocab).problem
+    assert found.startswith(problem.format(second=second)) and not found.endswith(": ")
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])

@@ -24,9 +24,21 @@ READ = {  # tracks, what else is in the file, the notes that are read
     "a drum track is dropped": ([[(0, 1, 38, 90)], [(1, 1, 60, 80)]], {"drums": [0]}, [(1, 2, 60)]),
     "the pedal holds notes": ([[(0, 1, 60, 80), (4, 1, 62, 80)]], pedal(0, 0.5, 3), [(0, 3, 60), (4, 5, 62)]),
     "one hand has the pedal": ([[(0, 1, 72, 80)], [(0, 1, 40, 80)]], pedal(1), [(0, 4, 40), (0, 4, 72)]),
+    "another instrument's pedal holds nothing": (
+        [[(0, 1, 72, 80)], [(0, 1, 40, 80)]], pedal(1) | {"programs": (0, 48)}, [(0, 1, 72), (0, 4, 40)]),
+    "what ends as the pedal goes down is not held": (
+        [[(0, 1, 60, 80), (0, 1.01, 64, 80)]], pedal(0, 1, 4), [(0, 1, 60), (0, 4, 64)]),
+    "the pedals of two hands are one": ([[(0, 1, 60, 80)], [(0, 1, 64, 80)]], {"controls": [
+        (0, 0, 64, 127), (1, 2, 64, 127), (0, 3, 64, 0), (1, 5, 64, 0)]}, [(0, 5, 60), (0, 5, 64)]),
+    "a pedal may stay down at the end": (
+        [[(0, 1, 60, 80), (8, 1, 62, 80)]], {"controls": [(0, 0, 64, 127)]}, [(0, 9, 60), (8, 9, 62)]),
+    "a pedal that is never lifted holds nothing": (
+        [[(0, 1, 60, 80), (16, 1, 62, 80)]], {"controls": [(0, 0, 64, 127)]}, [(0, 1, 60), (16, 17, 62)]),
+    "a pedal that no pianist holds so long holds nothing": (
+        [[(0, 1, 60, 80), (60, 1, 62, 80)]], pedal(0, 0, 49), [(0, 1, 60), (60, 61, 62)]),
     "the left pedal holds nothing": ([[(0, 1, 60, 80)]], pedal(number=67), [(0, 1, 60)]),
     "a key struck again ends the note": ([[(0, 1, 60, 80), (2, 1, 60, 80)]], pedal(), [(0, 2, 60), (2, 4, 60)]),
-    "a unison is one note of the longer length": ([[(0, 1, 60, 80)], [(0, 3, 60, 50)]], {}, [(0, 3, 60)]),
+    "a unison is one note of the longer length": ([[(0, 1, 60, 50)], [(0, 3, 60, 80)]], {}, [(0, 3, 60)]),
     "notes of one key do not overlap": (
         [[(0, 4, 60, 80), (5, 1, 62, 80)], [(1, 1, 60, 50)]], {}, [(0, 1, 60), (1, 2, 60), (5, 6, 62)])}
 
@@ -71,7 +83,14 @@ def are_legal(ids, vocab):
 @pytest.mark.parametrize("tracks, more, notes", READ.values(), ids=READ)
 def test_file_is_read_as_one_piano(tracks, more, notes, tmp_path):
     path = write_midi(tmp_path / "a.mid", tracks, **more)
-    assert notes_of(read_piano(path)) == notes
+    piano = read_piano(path)
+    assert sorted(notes_of(piano)) == sorted(notes) and {n.velocity for n in piano.tracks[0].notes} <= {50, 60, 80}
+
+
+def test_of_notes_struck_together_the_loudest_velocity_and_the_longest_length_survive(tmp_path):
+    path = write_midi(tmp_path / "a.mid", [[(0, 1, 60, 90), (2, 2, 60, 30)], [(0, 3, 60, 50), (2, 1, 60, 70)]])
+    found = [(n.time, n.duration, n.velocity) for n in read_piano(path).tracks[0].notes]
+    assert found == [(0, 960, 90), (960, 960, 70)]
 
 
 def test_pedal_can_be_ignored(tmp_path):
@@ -103,6 +122,29 @@ def test_notes_survive_encode_and_decode_within_the_grid(vocab, tmp_path):
     # Starts move by half a position, lengths are at least one, loudness moves by one level.
     assert (np.abs(one - two) <= np.array([0, 0.5 / grid, 1 / grid, 128 / vocab.music.velocities]) + 1e-3).all()
     assert all(are_legal([*piece.ids, vocab.eos], vocab))
+
+
+@pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8), (9, 8), (12, 8), (2, 2), (3, 2), (6, 2), (2, 1), (6, 16)])
+@pytest.mark.parametrize("step", [1 / 4, 1 / 8, 1 / 3, 1 / 6], ids=["16ths", "32nds", "triplets", "16th triplets"])
+def test_rhythms_come_back_exactly(step, metre, tmp_path, vocab):
+    notes = [(i * step, step, 40 + i % 48, 80) for i in range(round(24 / step))]
+    path = write_midi(tmp_path / "a.mid", [notes], metre=metre)
+    piece = pg.read_piece(path, vocab)
+    back = vocab.decode([*piece.ids.tolist(), vocab.eos])
+    assert notes_of(back) == notes_of(Score(path)) and piece.moved == piece.shortened == 0
+    assert back.time_signatures[0].numerator / back.time_signatures[0].denominator == metre[0] / metre[1]
+
+
+def test_every_tempo_comes_back_within_one_percent_and_120_as_it_is(tmp_path, vocab):
+    for bpm in (*np.geomspace(20, 300, 40), 120.0):
+        ids = pg.read_piece(write_midi(tmp_path / "a.mid", scale(bars=1), bpm=bpm), vocab).ids.tolist()
+        assert vocab.decode(ids).tempos[0].qpm == pytest.approx(bpm, rel=0.01 if bpm != 120 else 0)
+
+
+def test_notes_moved_or_shortened_by_more_than_20_ms_are_counted(tmp_path, vocab):
+    notes = [(0, 1, 60, 80), (1, 1, 62, 80), (2.02, 1, 64, 80), (4, 20, 65, 80), (28.005, 1, 65, 80), (30, 1, 110, 80)]
+    found = [pg.read_piece(write_midi(tmp_path / "a.mid", [notes], bpm=bpm), vocab) for bpm in (20, 200)]
+    assert [(p.moved, p.shortened) for p in found] == [(1, 1), (0, 1)], "0.02 quarter notes at 20 bpm are 60 ms"
 
 
 def test_metre_and_tempo_survive_encode_and_decode(tmp_path, vocab):
@@ -164,6 +206,42 @@ def test_real_pieces_keep_the_grammar_and_say_each_chord_where_it_begins_and_in_
     assert [re.findall(r"Chord_(\S+)", text) for text in words] == [[f"{pg.ROOTS[root]}:maj"] for root in roots]
     assert_grammar(piece.ids.tolist(), vocab)
     assert all(are_legal([*piece.ids, vocab.eos], vocab))
+
+
+def chord_of(pitches):
+    """The symbol of the chord that is found where these pitches sound for a quarter note."""
+    notes = {"time": 0, "duration": 24, "pitch": 0, "velocity": 80}
+    notes = {k: np.full(len(pitches), v) for k, v in notes.items()} | {"pitch": np.array(pitches)}
+    return pg.CHORDS[pg.find_chords(notes, np.array([0, 24]), 24)[0]]
+
+
+@pytest.mark.parametrize("quality", pg.QUALITIES)
+def test_triads_and_sevenths_are_found_in_every_key_and_inversion(quality):
+    symbol, above = pg.QUALITIES[quality]
+    for root in range(12):
+        for inversion in range(len(above)):
+            bass = root + above[inversion] if quality == "aug" else root  # its inversions have the same intervals
+            pitches = [48 + root + step + 12 * (i < inversion) for i, step in enumerate(above)]
+            assert chord_of(pitches) == pg.ROOTS[bass % 12] + symbol
+
+
+def test_single_notes_clusters_and_what_changes_for_a_moment_are_no_chord_of_their_own():
+    assert chord_of([60]) == chord_of([60, 61, 62]) == chord_of(range(60, 72)) == "N.C."
+    notes = [(0, 96, 48), (0, 96, 52), (0, 96, 55), (0, 36, 72), (36, 6, 74), (42, 6, 77), (48, 48, 76), (144, 24, 50)]
+    time, duration, pitch = np.array(notes).T
+    found = pg.find_chords({"time": time, "duration": duration, "pitch": pitch}, np.arange(0, 169, 24), 24)
+    assert [pg.CHORDS[i] for i in found[:4]] == ["C"] * 4 and pg.CHORDS[found[6]] == "N.C."
+
+
+def test_chord_symbols_are_read_as_musicians_write_them_and_a_wrong_one_is_named():
+    bars = pg.parse_chords("C Am F#dim Bb7,Cmaj7 Bm7b5,E,Ebaug Dbm7 CM7,G-,Bo,Cbmin")
+    names = [[pg.CHORDS[i] for i in bar] for bar in bars]
+    assert names[:4] == [["C"] * 12, ["Am"] * 12, ["F#dim"] * 12, ["Bb7"] * 6 + ["Cmaj7"] * 6]
+    assert names[4:6] == [["Bm7b5"] * 4 + ["E"] * 4 + ["Ebaug"] * 4, ["C#m7"] * 12]
+    assert names[6] == [symbol for symbol in ("Cmaj7", "Gm", "Bdim", "Bm") for _ in range(3)]
+    for wrong in ("H", "C H7", "C/G", "Cmaj13", "am", "C,,G", "C,D,E,F,G", "#"):
+        with pytest.raises(pg.UserError, match="there is no chord"):
+            pg.parse_chords(wrong)
 
 
 @pytest.mark.parametrize("words", [
@@ -263,6 +341,15 @@ def test_figures_of_a_piece_are_what_one_counts_by_hand(tmp_path, vocab):
     assert pg.describe(vocab.decode(ids)) == pytest.approx({
         "notes": 6, "seconds": 16, "notes_per_second": 6 / 16, "lowest": 60, "highest": 72,
         "silence_percent": 100 * 7 / 16})
+
+
+@pytest.mark.parametrize("tonic, key, sharps", [
+    (0, "C major", 0), (6, "F# major", 6), (10, "Bb major", -2), (9, "A minor", 0), (3, "Eb minor", -6), (1, "C# minor", 4)])
+def test_key_is_found_and_spelled_as_musicians_do(tonic, key, sharps, tmp_path):
+    steps, third = ((0, 2, 4, 5, 7, 9, 11), 4) if "major" in key else ((0, 2, 3, 5, 7, 8, 11), 3)
+    notes = [(i, 1, 60 + tonic + step, 80) for i, step in enumerate((0, third, 7, *steps, 7, third, 0))]
+    signature, name = pg.find_key(Score(write_midi(tmp_path / "a.mid", [notes])))
+    assert (name, signature.key, signature.tonality) == (key, sharps, int("minor" in key))
 
 
 def intervals(pitches):

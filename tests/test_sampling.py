@@ -40,6 +40,30 @@ def test_pieces_and_continuations_have_their_bars_keep_the_grammar_and_are_heard
             assert vocab.decode(ids).note_num() == pg.is_in(torch.tensor(ids), vocab.pitches).sum()
 
 
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_chords_that_are_asked_for_are_written_and_no_others(with_prompt, model, vocab):
+    prompt = write(model, vocab, seed=3, bars=2, num_samples=1)[0] if with_prompt else []
+    for ids in write(model, vocab, prompt=prompt, bars=12, chords="C Am F,G7"):
+        assert_grammar(ids, vocab)
+        words = [vocab.words[i] for i in ids[len(prompt):]]
+        bars, position, length, chord, heard = -1, 0, 0, None, 0
+        for kind, value in (word.split("_") for word in words):
+            if kind == "Bar":
+                bars, position, chord = bars + 1, 0, None
+            elif kind == "TimeSig":
+                length = int(value.split("/")[0]) * vocab.music.grid
+            elif kind == "Position":
+                position = int(value)
+            wanted = ["C:maj", "A:min", "F:maj" if 2 * position < length else "G:7dom"][bars % 3]
+            if kind == "Chord":
+                assert chord != value == wanted
+                chord = value
+            elif kind == "Pitch":
+                heard += 1
+                assert chord == wanted, "every note is under its chord"
+        assert heard > 10
+
+
 def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, vocab):
     ids = write(model, vocab, bars=180, num_samples=1)[0]
     assert len(ids) > 5000 + model.config.block_size
