@@ -5,18 +5,18 @@
     python pianogpt.py --generate --prompt X.mid --bars 32    continue a piece of yours
     python pianogpt.py --evaluate DIR       loss of the trained model on every MIDI file in DIR
 
-In:   a folder of .mid files, each read as one piano: drums dropped, tracks merged, the pedal folded in.
+In:   a folder of MIDI files, each read as one piano: drums dropped, tracks merged, the pedal folded in.
 Out:  pianogpt.pt (the model), pianogpt.csv (its log), samples/*.mid, .pianogpt-cache/.
 
 The idea: music is written as tokens (REMI, made by MidiTok), a causal Transformer learns to predict the next
-token, and drawing one token after another writes new music. This bar has 14 tokens:
+token, and drawing one token after another writes new music. This bar has 16 tokens:
 
     Bar  TimeSig_4/4                          a bar begins, with its time signature
-    Position_0  Tempo_100.0                   on the first of its 32 positions, 8 per beat, at 100 bpm
-    Pitch_60  Velocity_83  Duration_2.0.8     C4, rather loud, for 2 beats and 0/8
-    Pitch_64  Velocity_83  Duration_2.0.8     E4 sounds with it: no Position lies between
-    Position_16                               two beats later
-    Pitch_65  Velocity_67  Duration_1.0.8     F4, softer, for one beat
+    Position_0  Tempo_100.41  Chord_C:maj     on the first of its 96 positions, 24 per beat; tempo and harmony
+    Pitch_60  Velocity_83  Duration_2.0.24    C4, rather loud, for 2 beats and 0/24
+    Pitch_64  Velocity_83  Duration_2.0.24    E4 sounds with it: no Position lies between
+    Position_48  Chord_F:maj                  two beats later, and the harmony changes
+    Pitch_65  Velocity_67  Duration_1.0.24    F4, softer, for one beat
 
 The file reads in the order of the data. Part I is the idea, and you may stop after it:
     1 settings -> 2 music -> 3 model -> 4 learning -> 5 writing
@@ -136,7 +136,7 @@ class SampleConfig:
     continuation_only: bool = option(False, "leave the prompt out of the file")
     bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 32 new bars", 0)
     seconds: float = option(0.0, "the same in seconds, rounded up to a bar line", 0, 86_400)
-    chords: str = option("", 'harmony to follow, a symbol per bar, repeated to the end, such as "C Am F,G7 C"')
+    chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute in the whole piece; 0: the model's choice", 0, 1000)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
     top_k: int = option(0, "sample from the k likeliest tokens; 0: off", 0)
@@ -383,17 +383,17 @@ def make_tokenizer(music):
 
 
 def parse_chords(text):
-    """Chord symbols, a bar each -> (bars, 12), an index of CHORDS for each twelfth of a bar. Raises UserError."""
-    same, twelfths = {"M": "", "min": "m", "-": "m", "o": "dim", "+": "aug", "M7": "maj7", "min7": "m7"}, []
+    """Chord symbols, a bar each -> (bars, 12): the chord's index in each twelfth. Raises UserError."""
+    also, twelfths = {"M": "", "min": "m", "-": "m", "o": "dim", "+": "aug", "M7": "maj7", "min7": "m7"}, []
     for bar in text.split():
         symbols = bar.split(",")
         for symbol in symbols:
             letter, sign, quality = re.fullmatch("([A-G]?)([#b]?)(.*)", symbol).groups()
             root = ROOTS.index(letter or "C") + {"#": 1, "b": -1, "": 0}[sign]
-            name = ROOTS[root % 12] + same.get(quality, quality)
+            name = ROOTS[root % 12] + also.get(quality, quality)
             if not letter or name not in CHORDS or 12 % len(symbols):
-                raise UserError(f'--chords: there is no chord "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, '
-                                "Bb7, Cmaj7, Dm7 or Bm7b5, and F,G7 for half a bar each")
+                raise UserError(f'--chords: there is no chord "{symbol}" in "{bar}": write C, Am, F#dim, '
+                                "Eaug, Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
             twelfths += [CHORDS.index(name)] * (12 // len(symbols))
     return np.array(twelfths, int).reshape(-1, 12)
 
@@ -429,7 +429,7 @@ class Vocabulary:
 
     The rows of says (7, V): kind of token, position in the bar, positions in a bar, beat unit (8: an eighth),
     quarter notes per minute, MIDI pitch, id of the chord (a bar begins with 0); -1: says nothing, the last
-    value stays. PAD, id 0, says what holds before anything was said: 4/4, 120 quarter notes per minute, middle C.
+    value stays. PAD, id 0, says what holds at first: 4/4, 120 quarter notes per minute, middle C, no chord.
     """
 
     def __init__(self, music):
@@ -546,8 +546,6 @@ class Piece:
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
     notes: int = 0
     seconds: float = 0.0
-    moved: int = 0  # notes moved, and notes shortened, by more than 20 ms
-    shortened: int = 0
     changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
     problem: str = ""
     path: str = ""  # relative to the MIDI folder, with forward slashes
@@ -1023,6 +1021,7 @@ SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a
 PIECE_END = 255  # ends the intervals of a piece
 SUFFIXES = ".mid", ".midi", ".kar", ".rmi"
 NEW_SONG = bytes.fromhex("00ff510307a120 00ff580404021808")  # MIDI's defaults, 120 bpm and 4/4, as events
+MOVED, SHORTENED = "notes moved by more than 20 ms", "notes shortened by more than 20 ms"
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
 MAESTRO = "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
 MAESTRO_SHA256 = "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c"
@@ -1085,37 +1084,27 @@ def parse_midi(data):
 
 def count_changes(piano, quantized):
     """{change: how many} of what the tokens represent differently from a score."""
-    notes, tempos = piano.tracks[0].notes.numpy(), piano.tempos.numpy()["mspq"]
-    inside = int(((notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])).sum())
-    starts, units = np.array([(t.time, t.denominator) for t in piano.time_signatures] or [(0, 4)]).T
-    unit = units[np.maximum(np.searchsorted(starts, notes["time"], side="right") - 1, 0)]
-    long = notes["duration"] * unit > 4 * LONGEST_NOTE * piano.tpq
+    (notes, new), tempos = (s.tracks[0].notes.numpy() for s in (piano, quantized)), piano.tempos.numpy()
+    inside = (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])
+    notes, new = take(notes, inside), take(new, np.lexsort((new["time"], new["pitch"])))
+    was, now = (n["pitch"] * 1e6 + n["time"] / s.tpq for n, s in ((notes, piano), (new, quantized)))
+    nearest = np.searchsorted((now[1:] + now[:-1]) / 2, was)  # of the same pitch
+    at = np.searchsorted(tempos["time"], notes["time"], side="right") - 1
+    seconds = np.where(at < 0, 500_000, np.r_[tempos["mspq"], 0][at]) / 1e6  # of a quarter note
+    lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
     metres = [(4, 4), *((t.numerator, t.denominator) for t in piano.time_signatures)]
     known = [beats <= TIME_SIGNATURES.get(unit, (0, 0))[1] for beats, unit in metres[1:]]
-    bar_lines = {t.time * piano.tpq // quantized.tpq for t in quantized.time_signatures}
-    moved = [t for t, metre, before, ok in zip(piano.time_signatures, metres[1:], metres, known)
-             if ok and metre != before and min(abs(t.time - tick) for tick in bar_lines) * quantized.tpq > piano.tpq]
-    return {"notes outside the piano's range dropped": len(long) - inside,
-            "repeated notes within one grid position merged": inside - quantized.note_num(),
-            f"notes longer than {LONGEST_NOTE} beats shortened": int(long.sum()),
-            "tempos outside 20 to 300 changed": int(((tempos > 3_000_000) | (tempos < 200_000)).sum()),
-            "time signatures moved to the next bar line": len(moved),
+    kept = [t.time * piano.tpq // quantized.tpq for t in quantized.time_signatures]
+    changed = [t.time for t, metre, before, ok in zip(piano.time_signatures, metres[1:], metres, known)
+               if ok and metre != before]
+    late = [min(abs(t - tick) for tick in kept) * quantized.tpq > piano.tpq for t in changed]
+    return {"notes outside the piano's range dropped": int((~inside).sum()),
+            "repeated notes within one grid position merged": len(was) - len(now),
+            MOVED: int((np.abs(was - now[nearest]) * seconds > 0.02).sum()),
+            SHORTENED: int((lost * seconds > 0.02).sum()),
+            "tempos outside 20 to 300 changed": int(((tempos["mspq"] > 3e6) | (tempos["mspq"] < 2e5)).sum()),
+            "time signatures moved to the next bar line": sum(late),
             "unsupported time signatures ignored": known.count(False)}
-
-
-def count_moved(piano, quantized):
-    """How many notes of a score were moved, and how many were shortened, by more than 20 ms."""
-    notes, new = (score.tracks[0].notes.numpy() for score in (piano, quantized))
-    notes = take(notes, (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1]))
-    new = take(new, np.lexsort((new["time"], new["pitch"])))
-    key, found = (n["pitch"] * 1e6 + n["time"] / s.tpq for n, s in ((notes, piano), (new, quantized)))
-    nearest = np.searchsorted((found[1:] + found[:-1]) / 2, key)  # of the same pitch
-    tempos = piano.tempos.numpy()
-    at = np.searchsorted(tempos["time"], notes["time"], side="right") - 1
-    seconds = np.where(at < 0, 500_000, np.r_[tempos["mspq"], 500_000][at]) / 1e6  # of a quarter note
-    lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
-    moved = np.abs(key - found[nearest]) * seconds > 0.02
-    return int(moved.sum()), int((lost * seconds > 0.02).sum())
 
 
 def read_piece(path, vocab):
@@ -1134,9 +1123,7 @@ def read_piece(path, vocab):
         return Piece(problem=str(e))
     except (*SCORE_LOADING_EXCEPTION, KeyError, IndexError, ZeroDivisionError, TypeError, MemoryError) as e:
         return Piece(problem=f"unreadable: {(str(e) or type(e).__name__).splitlines()[0]}")
-    notes = int(is_in(ids, vocab.pitches).sum())
-    changes |= count_changes(piano, quantized)
-    return Piece(ids, notes, seconds, *count_moved(piano, quantized), changes)
+    return Piece(ids, quantized.note_num(), seconds, changes | count_changes(piano, quantized))
 
 
 def start_worker(vocab):
@@ -1573,9 +1560,9 @@ def usable_pieces(folder, vocab, cache_dir):
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
     tokens = sum(len(p.ids) for p in pieces)
     say(f"music: {len(pieces)} files under {folder}, {hours:.1f} hours, {notes:,} notes, {tokens:,} tokens")
-    moved, shortened = sum(p.moved for p in pieces) / notes, sum(p.shortened for p in pieces) / notes
-    say(f"faithful: {notes:,} notes, {moved:.1%} of them moved by more than 20 ms, {shortened:.1%} shortened")
     changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
+    moved, shortened = (changes[key] / notes for key in (MOVED, SHORTENED))
+    say(f"faithful: {notes:,} notes, {moved:.1%} of them moved by more than 20 ms, {shortened:.1%} shortened")
     if changes:
         say("changed: " + ", ".join(f"{count:,} {change}" for change, count in changes.items()))
     return pieces
@@ -1664,9 +1651,9 @@ def write_samples(config, checkpoint, vocab, device, prompt):
         texts = [(0, f"PianoGPT {json.dumps(origin | {'piece': number, 'key': key})}")]
         texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(written, vocab)]
         path.write_bytes(add_texts(score.dumps_midi(), texts))
-        say("sample: {bars} bars, {key}, {notes} notes, {seconds:.1f} seconds, {notes_per_second:.1f} notes/s, "
-            "pitches {lowest}-{highest}, {silence_percent:.0f}% silence, longest known run {} notes ({}), {}"
-            .format(*run, path, bars=written.count(vocab.bar), key=key, **describe(score)))
+        say("sample: {bars} bars, {key}, {notes} notes, {seconds:.1f} seconds, {notes_per_second:.1f} "
+            "notes/s, pitches {lowest}-{highest}, {silence_percent:.0f}% silence, longest known run {} notes "
+            "({}), {}".format(*run, path, bars=written.count(vocab.bar), key=key, **describe(score)))
     return silent
 
 
