@@ -55,13 +55,11 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import tempfile
 import threading
 import time
-import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -231,36 +229,40 @@ LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
 TEMPO_RANGE, TEMPO_STEPS = (120 / 1.02**91, 120 * 1.02**47), 139  # 19.8 to 304, in steps of 2 %, with 120
 PIANO, SUSTAIN = (21, 108), 64  # MIDI pitches of the outer keys; controller number of the right pedal
 LONGEST_PEDAL, NEVER_LIFTED = 48, 16  # quarter notes: no pianist holds the pedal longer, or longer to the end
-QUALITIES = {  # of chords: what is written after the root, and the semitones above the root
-    "maj": ("", (0, 4, 7)), "min": ("m", (0, 3, 7)), "dim": ("dim", (0, 3, 6)), "aug": ("aug", (0, 4, 8)),
-    "7dom": ("7", (0, 4, 7, 10)), "7maj": ("maj7", (0, 4, 7, 11)), "7min": ("m7", (0, 3, 7, 10)),
-    "7halfdim": ("m7b5", (0, 3, 6, 10))}
+QUALITIES = {  # of chords: ways to write them after the root, the first is ours; semitones above the root
+    "maj": (" M", (0, 4, 7)), "min": ("m min -", (0, 3, 7)), "dim": ("dim o", (0, 3, 6)),
+    "aug": ("aug +", (0, 4, 8)), "7dom": ("7", (0, 4, 7, 10)), "7maj": ("maj7 M7", (0, 4, 7, 11)),
+    "7min": ("m7 min7", (0, 3, 7, 10)), "7halfdim": ("m7b5", (0, 3, 6, 10))}
 ROOTS = "C C# D Eb E F F# G Ab A Bb B".split()
-CHORDS = [root + symbol for symbol, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]  # no chord
-NO_CHORD, ROOT_IN_BASS, CHORD_CHANGE = 0.75, 0.02, 0.06  # see find_chords
+CHORDS = [root + symbols.split(" ")[0] for symbols, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]
+SYMBOLS = {letter + sign + symbol: 12 * number + (place + shift) % 12  # the index in CHORDS
+           for number, (symbols, _) in enumerate(QUALITIES.values()) for symbol in symbols.split(" ")
+           for place, letter in enumerate("C D EF G A B") for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
+NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # used by find_chords
 
 
-def find_pedals(tracks, end, ticks_per_quarter):
-    """Ticks (downs, ups) between which the pedal of any track is down, and how many were held too long."""
+def fold_pedal(parts, controls, tpq):
+    """Notes that end while the pedal is down ring until it is lifted; how many pedals were held too long.
+
+    parts, controls: arrays for each track of one instrument; tpq: ticks per quarter note. A note that
+    ends just as the pedal goes down is not held.
+    """
+    end = max((part["time"] + part["duration"]).max() for part in parts)
     times, steps = [], []
-    for track in tracks:
-        controls = track.controls.numpy()  # track.pedals is wrong: its first entry may start at tick 0
-        is_pedal = controls["number"] == SUSTAIN
-        times.append(np.r_[controls["time"][is_pedal], end])  # lifted at the last note
-        steps.append(np.diff(np.r_[False, controls["value"][is_pedal] >= 64, False].astype(int)))
+    for track in controls:  # track.pedals is wrong: its first entry may start at tick 0
+        is_pedal = track["number"] == SUSTAIN
+        times.append(np.r_[track["time"][is_pedal], end])  # lifted at the last note
+        steps.append(np.diff(np.r_[False, track["value"][is_pedal] >= 64, False].astype(int)))
     order = np.argsort(np.concatenate(times), kind="stable")
     time, step = np.concatenate(times)[order], np.concatenate(steps)[order]  # 1: pressed, -1: lifted
     downs, ups = time[(step == 1) & (step.cumsum() == 1)], time[(step == -1) & (step.cumsum() == 0)]
-    played = ups - downs <= ticks_per_quarter * np.where(ups == end, NEVER_LIFTED, LONGEST_PEDAL)
-    return downs[played], ups[played], int((~played).sum())
-
-
-def fold_pedal(ends, downs, ups):
-    """Note ends in ticks; where the pedal is down, moved to where it is lifted."""
-    if not len(downs):
-        return ends
-    last = np.searchsorted(downs, ends) - 1  # a note that ends just as the pedal goes down is not held
-    return np.where((last >= 0) & (ups[last] > ends), ups[last], ends)
+    played = ups - downs <= tpq * np.where(ups == end, NEVER_LIFTED, LONGEST_PEDAL)
+    downs, ups = np.r_[-1, downs[played]], np.r_[-1, ups[played]]
+    for part in parts:
+        ends = part["time"] + part["duration"]
+        ends = np.maximum(ends, ups[np.searchsorted(downs, ends) - 1])
+        part["duration"] = (ends - part["time"]).astype(np.int32)
+    return int((~played).sum())
 
 
 def take(notes, index):
@@ -283,12 +285,6 @@ def repair_overlaps(notes):
     return take(notes, np.lexsort((notes["pitch"], notes["time"])))
 
 
-def halve_beats(signature):
-    """A time signature over 2 as the same bar over 4: 2/2 and 4/4 deserve the same grid."""
-    times = max(1, 4 // (signature.denominator or 4))
-    return TimeSignature(signature.time, signature.numerator * times, signature.denominator * times)
-
-
 def make_piano(score, fold):
     """A score as a score of one piano track, and {change: how many}. Raises Unusable."""
     tracks = [t for t in score.tracks if not t.is_drum]  # one without notes may still carry the pedal
@@ -297,32 +293,28 @@ def make_piano(score, fold):
         same = [t for t in tracks if t.program == program]
         parts = [t.notes.numpy() for t in same if t.note_num()]
         if fold and parts:
-            end = max((part["time"] + part["duration"]).max() for part in parts)
-            downs, ups, count = find_pedals(same, end, score.ticks_per_quarter)
-            too_long += count
-            for part in parts:
-                ends = fold_pedal(part["time"] + part["duration"], downs, ups)
-                part["duration"] = (ends - part["time"]).astype(np.int32)
+            too_long += fold_pedal(parts, [t.controls.numpy() for t in same], score.tpq)
         hands += parts
     if not hands:
         raise Unusable("only drums" if score.note_num() else "no notes")
     notes = {key: np.concatenate([hand[key] for hand in hands]) for key in hands[0]}
     struck, notes = len(notes["time"]), repair_overlaps(notes)
-    piano, track = Score(score.ticks_per_quarter), Track(name="Piano", program=0)
+    piano, track = Score(score.tpq), Track(name="Piano", program=0)
     track.notes, piano.tempos = Note.from_numpy(**notes), score.tempos
-    piano.time_signatures = [halve_beats(t) for t in score.time_signatures]
     piano.tracks.append(track)
+    for t in score.time_signatures:
+        n = max(1, 4 // (t.denominator or 4))  # 2/2 is read as 4/4: both deserve the same grid
+        piano.time_signatures.append(TimeSignature(t.time, n * t.numerator, n * t.denominator))
     return piano, {"notes struck together on one key merged": struck - len(notes["time"]),
                    "pedals held too long for a pianist ignored": too_long}
 
 
-def find_chords(notes, beats, ticks_per_quarter):
+def find_chords(notes, beats, tpq):
     """The harmony of each of n beats as an index of CHORDS; beats: n + 1 ticks.
 
-    A beat is a vector: how long each pitch class sounds, as a square root. A chord fits by the cosine of the
-    angle between beat and chord, plus ROOT_IN_BASS; no chord always fits by NO_CHORD. A sequence of chords
-    fits by the sum over its quarter notes, minus CHORD_CHANGE for each change; Viterbi's algorithm finds the
-    best.
+    A beat is a vector: the square root of how long each pitch class sounds. A chord fits by the cosine of the
+    angle between them, plus ROOT_IN_BASS, minus SEVENTH if it has four notes; "N.C." fits by NO_CHORD. A
+    sequence fits by the sum over its quarter notes, minus CHORD_CHANGE each time; Viterbi finds the best.
     """
     start, end, pitch, n = notes["time"], notes["time"] + notes["duration"], notes["pitch"], len(beats) - 1
     first, last = np.searchsorted(beats, [start, end - 1], side="right") - 1
@@ -336,8 +328,9 @@ def find_chords(notes, beats, ticks_per_quarter):
                        for _, above in QUALITIES.values() for root in range(12)])
     fits = np.sqrt(sounding / np.maximum(1, sounding.sum(1, keepdims=True))) @ chords.T  # (n, chords)
     fits += ROOT_IN_BASS * (np.arange(len(chords)) % 12 == bass[:, None] % 12)
+    fits -= SEVENTH * ((chords > 0).sum(1) == 4)
     fits = np.c_[fits, np.full(n, NO_CHORD)] * sounding.any(1)[:, None]  # silence fits every chord
-    fits *= np.diff(beats)[:, None] / ticks_per_quarter
+    fits *= np.diff(beats)[:, None] / tpq
     before, total = np.zeros(fits.shape, int), np.zeros(len(CHORDS))
     for i, fit in enumerate(fits):
         best = total.argmax()
@@ -350,7 +343,17 @@ def find_chords(notes, beats, ticks_per_quarter):
 
 
 class Tokenizer(miditok.REMI):
-    """REMI with a Chord token at the first note of each bar, and at the first note of a new harmony."""
+    """REMI for one piano, with a Chord token at the first note of each bar and of each new harmony."""
+
+    def __init__(self, music):
+        super().__init__(miditok.TokenizerConfig(
+            pitch_range=PIANO, special_tokens=["PAD", "BOS", "EOS"], num_velocities=music.velocities,
+            beat_res={(0, 4): music.grid, (4, LONGEST_NOTE): max(1, music.grid // 2)},
+            use_chords=bool(music.chord_tokens), chord_tokens_with_root_note=True, chord_unknown=None,
+            chord_maps={quality: above for quality, (_, above) in QUALITIES.items()},
+            use_tempos=True, num_tempos=TEMPO_STEPS, tempo_range=TEMPO_RANGE, log_tempos=True,
+            delete_equal_successive_tempo_changes=True, use_time_signatures=True,
+            time_signature_range=TIME_SIGNATURES, use_pitchdrum_tokens=False))
 
     def _create_chords_tokens(self):
         return [*super()._create_chords_tokens(), "Chord_none"]  # in the order of CHORDS
@@ -370,31 +373,16 @@ class Tokenizer(miditok.REMI):
         return found + [event for event in events if event.type_ != "Chord"]
 
 
-def make_tokenizer(music):
-    """A REMI tokenizer for one piano."""
-    return Tokenizer(miditok.TokenizerConfig(
-        pitch_range=PIANO, special_tokens=["PAD", "BOS", "EOS"], num_velocities=music.velocities,
-        beat_res={(0, 4): music.grid, (4, LONGEST_NOTE): max(1, music.grid // 2)},
-        use_chords=bool(music.chord_tokens), chord_tokens_with_root_note=True, chord_unknown=None,
-        chord_maps={quality: above for quality, (_, above) in QUALITIES.items()},
-        use_tempos=True, num_tempos=TEMPO_STEPS, tempo_range=TEMPO_RANGE, log_tempos=True,
-        delete_equal_successive_tempo_changes=True, use_time_signatures=True,
-        time_signature_range=TIME_SIGNATURES, use_pitchdrum_tokens=False))
-
-
 def parse_chords(text):
     """Chord symbols, a bar each -> (bars, 12): the chord's index in each twelfth. Raises UserError."""
-    also, twelfths = {"M": "", "min": "m", "-": "m", "o": "dim", "+": "aug", "M7": "maj7", "min7": "m7"}, []
+    twelfths = []
     for bar in text.split():
         symbols = bar.split(",")
         for symbol in symbols:
-            letter, sign, quality = re.fullmatch("([A-G]?)([#b]?)(.*)", symbol).groups()
-            root = ROOTS.index(letter or "C") + {"#": 1, "b": -1, "": 0}[sign]
-            name = ROOTS[root % 12] + also.get(quality, quality)
-            if not letter or name not in CHORDS or 12 % len(symbols):
+            if symbol not in SYMBOLS or 12 % len(symbols):
                 raise UserError(f'--chords: there is no chord "{symbol}" in "{bar}": write C, Am, F#dim, '
                                 "Eaug, Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
-            twelfths += [CHORDS.index(name)] * (12 // len(symbols))
+            twelfths += [SYMBOLS[symbol]] * (12 // len(symbols))
     return np.array(twelfths, int).reshape(-1, 12)
 
 
@@ -428,12 +416,12 @@ class Vocabulary:
     """What every id means: its word, what it says of the music, which ids may follow it.
 
     The rows of says (7, V): kind of token, position in the bar, positions in a bar, beat unit (8: an eighth),
-    quarter notes per minute, MIDI pitch, id of the chord (a bar begins with 0); -1: says nothing, the last
-    value stays. PAD, id 0, says what holds at first: 4/4, 120 quarter notes per minute, middle C, no chord.
+    quarter notes per minute, MIDI pitch (of a chord, its root), id of the chord (0 in a new bar); -1: says
+    nothing, the last value stays. PAD, id 0, says what holds at first: 4/4 at 120, middle C, no chord.
     """
 
     def __init__(self, music):
-        self.music, self.tokenizer = music, make_tokenizer(music)
+        self.music, self.tokenizer = music, Tokenizer(music)
         ids = self.tokenizer.vocab
         self.words = sorted(ids, key=ids.get)
         self.pad, self.bos, self.eos, self.bar = (ids[f"{kind}_None"] for kind in KINDS[:4])
@@ -470,7 +458,8 @@ class Vocabulary:
         elif kind == "Bar":
             said[POSITION] = said[CHORD] = 0
         elif kind == "Chord":
-            said[CHORD] = self.tokenizer.vocab[f"Chord_{value}"]
+            i = said[CHORD] = self.tokenizer.vocab[f"Chord_{value}"]
+            said[PITCH] = 48 + (i - self.chords.start) % 12 if i in self.chords else -1
         elif kind == "TimeSig":
             beats, said[UNIT] = map(int, value.split("/"))
             said[BAR_LENGTH] = beats * grid
@@ -481,8 +470,8 @@ class Vocabulary:
     def legal(self, now, wanted=None):
         """(B, V) bool: the ids that keep REMI's rules where now (7, B) holds.
 
-        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes go from low to high. Chords that
-        are wanted (B,) must be written before the next note, and no others are.
+        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes from low to high. If chords are
+        wanted, ids (B,), they are written before the next note, and no others.
         """
         kind, position, length, _, _, pitch, chord = now[:, :, None].unbind()  # (B, 1) each
         legal = self.follows.index_select(0, kind[:, 0].long()) & (self.ahead > position)
@@ -576,9 +565,9 @@ def place(says, idx, now, bar_start):
 def rotary_speeds(hs, grid):
     """(2, hs): radians per position of time and per semitone; negative in the first half of hs.
 
-    RoPE: the dot product of two rotated vectors depends only on their offset. In text the offset counts
-    tokens. Here it is what one hears, time and interval, so a head can look one bar back or an octave down,
-    however many tokens lie between. Channels i and i + hs / 2 rotate as a pair. By default:
+    RoPE: the dot product of two rotated vectors depends only on their offset, in text a number of tokens.
+    Here it is what one hears, time and interval, so a head can look one bar back or an octave down. Channels
+    i and i + hs / 2 rotate as a pair. By default:
 
         pairs 0 to 9      time     one turn in pi / 4 beats, ..., in 3,100 beats
         pairs 10 to 15    pitch    one turn in 12, 6, 4, 24, 48, 96 semitones: the first three ignore octaves
@@ -773,8 +762,8 @@ def learning_rate(step, config):
 def make_optimizers(model, config):
     """AdamW, or Muon for the block matrices and AdamW for the rest; a group has a "peak" learning rate.
 
-    A matrix sums over its fan-in, and an AdamW step moves every weight by about the learning rate. So the
-    rate falls with the fan-in (Yang et al.), and one --lr fits every width. By default, at width 128:
+    AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
+    with the fan-in (Yang et al.), and one --lr fits every width. By default, at width 128:
 
         qkv, proj, expand, head    fan-in 128    3e-4 x 1024 / 128 = 2.4e-3    weight decay
         contract                   fan-in 336    3e-4 x 1024 / 336 = 9.1e-4    weight decay
@@ -1021,7 +1010,6 @@ SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a
 PIECE_END = 255  # ends the intervals of a piece
 SUFFIXES = ".mid", ".midi", ".kar", ".rmi"
 NEW_SONG = bytes.fromhex("00ff510307a120 00ff580404021808")  # MIDI's defaults, 120 bpm and 4/4, as events
-MOVED, SHORTENED = "notes moved by more than 20 ms", "notes shortened by more than 20 ms"
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
 MAESTRO = "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
 MAESTRO_SHA256 = "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c"
@@ -1042,14 +1030,8 @@ def write_atomically(path, data):
         raise
 
 
-def find_midi_files(folder):
-    """All files under folder with one of SUFFIXES, in any case, at any depth, without dot-files, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
-                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
 def one_track(data, events):
-    """The bytes of a MIDI file with the events of one track and the time division of data."""
+    """The bytes of a MIDI file of one track, with the time division of data."""
     return b"MThd\0\0\0\6\0\0\0\1" + data[12:14] + b"MTrk" + len(events).to_bytes(4, "big") + events
 
 
@@ -1069,21 +1051,17 @@ def parse_midi(data):
     if data[8:10] == b"\0\2":  # each end of a track becomes an empty marker, which keeps its time
         songs = b"".join(NEW_SONG + events[:-3] + b"\xff\6\0" for events in tracks.values())
         data = one_track(data, songs + b"\0\xff\x2f\0")
-    try:
-        return Score.from_midi(data)
-    except SCORE_LOADING_EXCEPTION as e:
-        problem, damaged = str(e) or type(e).__name__, min(at, len(data))
-    for at, events in tracks.items():
+    for at, part in [*((i, one_track(data, events)) for i, events in tracks.items()), (at, data)]:
         try:
-            Score.from_midi(one_track(data, events))
-        except SCORE_LOADING_EXCEPTION:
-            damaged = at
-            break
-    raise Unusable(f"damaged at byte {damaged}: {problem.splitlines()[0]}")
+            score = Score.from_midi(part)
+        except SCORE_LOADING_EXCEPTION as e:
+            problem = (str(e) or type(e).__name__).splitlines()[0]
+            raise Unusable(f"damaged at byte {min(at, len(data))}: {problem}") from None
+    return score
 
 
 def count_changes(piano, quantized):
-    """{change: how many} of what the tokens represent differently from a score."""
+    """{change: how many} of what the tokens represent differently; moved, shortened: by more than 20 ms."""
     (notes, new), tempos = (s.tracks[0].notes.numpy() for s in (piano, quantized)), piano.tempos.numpy()
     inside = (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])
     notes, new = take(notes, inside), take(new, np.lexsort((new["time"], new["pitch"])))
@@ -1092,26 +1070,26 @@ def count_changes(piano, quantized):
     at = np.searchsorted(tempos["time"], notes["time"], side="right") - 1
     seconds = np.where(at < 0, 500_000, np.r_[tempos["mspq"], 0][at]) / 1e6  # of a quarter note
     lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
-    metres = [(4, 4), *((t.numerator, t.denominator) for t in piano.time_signatures)]
-    known = [beats <= TIME_SIGNATURES.get(unit, (0, 0))[1] for beats, unit in metres[1:]]
-    kept = [t.time * piano.tpq // quantized.tpq for t in quantized.time_signatures]
-    changed = [t.time for t, metre, before, ok in zip(piano.time_signatures, metres[1:], metres, known)
-               if ok and metre != before]
-    late = [min(abs(t - tick) for tick in kept) * quantized.tpq > piano.tpq for t in changed]
+    metres = [t for t in piano.time_signatures
+              if t.numerator <= TIME_SIGNATURES.get(t.denominator, (0, 0))[1]]
+    changed = [new.time / piano.tpq for old, new in itertools.pairwise([TimeSignature(0, 4, 4), *metres])
+               if (old.numerator, old.denominator) != (new.numerator, new.denominator)]
+    kept = [t.time / quantized.tpq for t in quantized.time_signatures]
+    late = [min(abs(quarter - k) for k in kept) * quantized.tpq > 1 for quarter in changed]
     return {"notes outside the piano's range dropped": int((~inside).sum()),
             "repeated notes within one grid position merged": len(was) - len(now),
-            MOVED: int((np.abs(was - now[nearest]) * seconds > 0.02).sum()),
-            SHORTENED: int((lost * seconds > 0.02).sum()),
+            "moved": int((np.abs(was - now[nearest]) * seconds > 0.02).sum()),
+            "shortened": int((lost * seconds > 0.02).sum()),
             "tempos outside 20 to 300 changed": int(((tempos["mspq"] > 3e6) | (tempos["mspq"] < 2e5)).sum()),
             "time signatures moved to the next bar line": sum(late),
-            "unsupported time signatures ignored": known.count(False)}
+            "unsupported time signatures ignored": len(piano.time_signatures) - len(metres)}
 
 
 def read_piece(path, vocab):
     """One MIDI file as a piece, without a path."""
     try:
         score = parse_midi(path.read_bytes())
-        if score.ticks_per_quarter < 1:
+        if score.tpq < 1:
             raise Unusable("no ticks in a quarter note")
         piano, changes = make_piano(score, vocab.music.pedal == "fold")
         seconds = float(piano.to("second").end())
@@ -1121,13 +1099,13 @@ def read_piece(path, vocab):
         ids = np.array(vocab.encode(quantized), np.int16)
     except Unusable as e:
         return Piece(problem=str(e))
-    except (*SCORE_LOADING_EXCEPTION, KeyError, IndexError, ZeroDivisionError, TypeError, MemoryError) as e:
+    except (*SCORE_LOADING_EXCEPTION, LookupError, ZeroDivisionError, TypeError, MemoryError) as e:
         return Piece(problem=f"unreadable: {(str(e) or type(e).__name__).splitlines()[0]}")
     return Piece(ids, quantized.note_num(), seconds, changes | count_changes(piano, quantized))
 
 
 def start_worker(vocab):
-    """Keep the vocabulary in a worker process; limit its memory; let it end on Ctrl-C and with its parent."""
+    """Give a worker process its vocabulary and a limit of memory; it ends on Ctrl-C and with its parent."""
     torch.set_num_threads(1)  # the others do not survive a fork
     start_worker.vocab, parent = vocab, multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1171,28 +1149,25 @@ def read_in_workers(paths, vocab):
             yield from read_in_workers(half, vocab)
 
 
-def cache_file(path, cache_dir, settings):
-    """Where the cache keeps what a file's content gives: a line of JSON, then the ids. Raises Unusable."""
-    if not path.is_file():  # a folder, a pipe or a broken link
-        raise Unusable("not a file")
-    if path.stat().st_size > FILE_MEGABYTES * 2**20:
-        raise Unusable(f"larger than {FILE_MEGABYTES} MB")
-    return Path(cache_dir, settings, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
-
-
 def read_folder(folder, vocab, cache_dir):
-    """Every MIDI file under folder as a piece, in the order of their paths."""
+    """Every MIDI file under folder as a piece, in the order of their paths; cached by what is in the file."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: make it, or pass --midi-dir")
-    paths = find_midi_files(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not paths:
         raise UserError(f"no MIDI file under {folder}: put some there, or pass --midi-dir")
     # All that decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 3))
+    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 4))
     settings, cached, pieces = hashlib.sha256(settings.encode()).hexdigest()[:16], {}, {}
     for path in paths:
         try:
-            cached[path] = cache_file(path, cache_dir, settings)
+            if not path.is_file():  # a folder, a pipe or a broken link
+                raise Unusable("not a file")
+            if path.stat().st_size > FILE_MEGABYTES * 2**20:
+                raise Unusable(f"larger than {FILE_MEGABYTES} MB")
+            content = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+            cached[path] = Path(cache_dir, settings, content)  # a line of JSON, then the ids
             head, ids = cached[path].read_bytes().split(b"\n", 1)
             pieces[path] = Piece(**json.loads(head) | {"ids": np.frombuffer(ids, "<i2")})
         except Unusable as e:
@@ -1333,8 +1308,7 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; nothing in the file can run. Raises UserError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with zipfile.ZipFile(path):  # torch.load would warn of other files
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint") from None
@@ -1373,17 +1347,11 @@ def free_path(folder, stem, suffix):
 
 
 def add_texts(data, texts):
-    """The bytes of a MIDI file with one more track, which holds text events: (tick, text) in order."""
-    def number(n):  # as MIDI writes it: 7 bits per byte, the high bit set in all but the last
-        return bytes([n >> shift & 127 | 128 for shift in (21, 14, 7) if n >> shift] + [n & 127])
-
-    track, last = b"", 0
-    for tick, text in texts:
-        track += number(tick - last) + b"\xff\1" + number(len(text.encode())) + text.encode()
-        last = tick
-    track += b"\0\xff\x2f\0"
-    tracks = 1 + int.from_bytes(data[10:12], "big")
-    return data[:10] + tracks.to_bytes(2, "big") + data[12:] + b"MTrk" + len(track).to_bytes(4, "big") + track
+    """The bytes of a MIDI file with one more track, of text events: (tick, text)."""
+    score = Score()
+    score.markers = [TextMeta(*text) for text in texts]
+    track = score.dumps_midi()[14:].replace(b"\xff\6", b"\xff\1")  # symusic writes markers but no texts
+    return data[:10] + (1 + int.from_bytes(data[10:12], "big")).to_bytes(2, "big") + data[12:] + track
 
 
 # ---------- 8. Copies and figures ----------
@@ -1411,10 +1379,9 @@ def chord_symbols(ids, vocab):
 
 
 def find_key(score):
-    """The key of a score that has notes, as a key signature and in words (Krumhansl & Schmuckler)."""
-    notes = [track.notes.numpy() for track in score.tracks]
-    pitch, length = (np.concatenate([n[key] for n in notes]) for key in ("pitch", "duration"))
-    sounding = np.bincount(pitch % 12, length, 12)
+    """The key of a piece that has notes, as a key signature and in words (Krumhansl & Schmuckler)."""
+    notes = score.tracks[0].notes.numpy()
+    sounding = np.bincount(notes["pitch"] % 12, notes["duration"], 12)
     keys = [np.roll(profile, tonic) for profile in KEY_PROFILES for tonic in range(12)]
     minor, tonic = divmod(int(np.argmax([np.corrcoef(sounding, key)[0, 1] for key in keys])), 12)
     sharps = (7 * (tonic + 3 * minor) + 5 + minor) % 12 - 5 - minor  # flats are negative
@@ -1424,11 +1391,9 @@ def find_key(score):
 
 
 def describe(score):
-    """The figures of a score that has notes: density, range, silence."""
-    parts = [track.notes.numpy() for track in score.to("second").tracks]
-    start, length, pitch = (np.concatenate([p[key] for p in parts]) for key in ("time", "duration", "pitch"))
-    order = np.argsort(start, kind="stable")
-    start, end = start[order], (start + length)[order]
+    """The figures of a piece that has notes: density, range, silence."""
+    notes = score.to("second").tracks[0].notes.numpy()  # by time
+    start, end, pitch = notes["time"], notes["time"] + notes["duration"], notes["pitch"]
     sounded = np.maximum.accumulate(np.r_[0.0, end[:-1]])
     seconds, silence = float(end.max()), float(np.maximum(0, start - sounded).sum())
     return {"notes": len(start), "seconds": seconds, "notes_per_second": len(start) / seconds,
@@ -1561,7 +1526,7 @@ def usable_pieces(folder, vocab, cache_dir):
     tokens = sum(len(p.ids) for p in pieces)
     say(f"music: {len(pieces)} files under {folder}, {hours:.1f} hours, {notes:,} notes, {tokens:,} tokens")
     changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
-    moved, shortened = (changes[key] / notes for key in (MOVED, SHORTENED))
+    moved, shortened = (changes.pop(key, 0) / notes for key in ("moved", "shortened"))
     say(f"faithful: {notes:,} notes, {moved:.1%} of them moved by more than 20 ms, {shortened:.1%} shortened")
     if changes:
         say("changed: " + ", ".join(f"{count:,} {change}" for change, count in changes.items()))

@@ -424,8 +424,8 @@ def test_each_sample_says_in_itself_what_made_it_and_where_the_prompt_ends(promp
 
 
 def test_sample_says_its_key_in_its_line_and_as_a_key_signature_and_its_chords_as_text(trained, capsys):
-    score = generate("--bars 8 --num-samples 1 --chords 'F#m C,G'")[0]
-    key = re.search("sample: 8 bars, ([^,]+),", capsys.readouterr().out)[1]
+    score = generate("--bars 24 --num-samples 1 --chords 'F#m C,G'")[0]
+    key = re.search("sample: 24 bars, ([^,]+),", capsys.readouterr().out)[1]
     assert origin(Path("samples/sample-001.mid"))["key"] == key
     assert [(s.time, s.tonality) for s in score.key_signatures] == [(0, int(key.endswith("minor")))]
     texts = listen.read_chords(Path("samples/sample-001.mid").read_bytes())

@@ -61,7 +61,7 @@ def test_chords_that_are_asked_for_are_written_and_no_others(with_prompt, model,
             elif kind == "Pitch":
                 heard += 1
                 assert chord == wanted, "every note is under its chord"
-        assert heard > 10
+        assert heard > 5
 
 
 def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, vocab):
