@@ -529,19 +529,6 @@ class Vocabulary:
         return score
 
 
-@dataclass
-class Piece:
-    """One MIDI file as ids, or why it gave none."""
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
-    notes: int = 0
-    seconds: float = 0.0
-    changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
-    problem: str = ""
-    path: str = ""  # relative to the MIDI folder, with forward slashes
-    work: str = ""  # of which this is one recording
-    split: str = ""  # train, validation or test
-
-
 # ---------- 3. Model: a causal Transformer in musical time and pitch ----------
 
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
@@ -714,13 +701,13 @@ LR_WIDTH = 1024  # fan-in at which a matrix learns at --lr
 EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64  # x --lr: embedding; norms, recent; blocks under Muon
 
 
-def transpose_ids(ids, shifts, pitches, chords):
+def transpose_ids(ids, shifts, vocab):
     """ids (B, T) with row b moved by shifts[b] semitones, as far as the piano allows; chords too."""
-    movable, is_chord = is_in(ids, pitches), is_in(ids, chords)
+    pitches, movable, is_chord = vocab.pitches, is_in(ids, vocab.pitches), is_in(ids, vocab.chords)
     lowest = ids.masked_fill(~movable, pitches[-1]).amin(1)
     highest = ids.masked_fill(~movable, pitches[0]).amax(1)
     shifts = torch.minimum(torch.maximum(shifts, pitches[0] - lowest), pitches[-1] - highest)[:, None]
-    root = (ids - chords.start) % 12  # twelve ids in a row have one quality
+    root = (ids - vocab.chords.start) % 12  # twelve ids in a row have one quality
     return ids + shifts * movable + ((root + shifts) % 12 - root) * is_chord
 
 
@@ -728,28 +715,22 @@ def transpose_ids(ids, shifts, pitches, chords):
 class Batches:
     """Training batch number i, as a pure function of the seed and i."""
     ids: Tensor  # (N,) int16, on the training device
-    pitches: range  # the ids of the Pitch tokens
-    chords: range  # and of the Chord tokens
-    batch_size: int
-    block_size: int
-    transpose: int
-    seed: int
+    vocab: Vocabulary
+    config: Config
     rank: int = 0  # each of the processes takes an equal part of every batch
     processes: int = 1
-
-    def __post_init__(self):
-        self.ids = self.ids.repeat(-(-(self.block_size + 2) // len(self.ids)))  # at least one window
 
     def __getitem__(self, i):
         """This process's part of batch i: inputs and targets (B / processes, T), transposed."""
         # A window may cross from one piece into the next; EOS BOS between them tells the model.
-        rng, B = np.random.default_rng((self.seed, i)), self.batch_size
-        starts = torch.from_numpy(rng.integers(len(self.ids) - self.block_size, size=B))
-        shifts = torch.from_numpy(rng.integers(-self.transpose, self.transpose + 1, size=B))
+        train, most, N, device = self.config.train, self.config.data.transpose, len(self.ids), self.ids.device
+        rng, B, T = np.random.default_rng((train.seed, i)), train.batch_size, self.config.model.block_size
+        starts = torch.from_numpy(rng.integers(N - T if N > T else N, size=B)).to(device)
+        shifts = torch.from_numpy(rng.integers(-most, most + 1, size=B)).to(device)
         part = slice(self.rank * B // self.processes, (self.rank + 1) * B // self.processes)
-        window = torch.arange(self.block_size + 1, device=self.ids.device)
-        ids = self.ids[starts[part].to(window.device)[:, None] + window].long()  # (B, T + 1)
-        ids = transpose_ids(ids, shifts[part].to(window.device), self.pitches, self.chords)
+        window = starts[part, None] + torch.arange(T + 1, device=device)
+        ids = self.ids[window % N].long()  # (B, T + 1); around the end of a corpus shorter than a window
+        ids = transpose_ids(ids, shifts[part], self.vocab)
         return ids[:, :-1], ids[:, 1:]
 
 
@@ -877,7 +858,7 @@ class Trainer:
     def validate(self, windows, batches):
         """Add a row to the history; keep the weights if they are the best so far."""
         row = {"step": self.step, "seconds": self.seconds,
-               "tokens": self.step * batches.batch_size * batches.block_size,
+               "tokens": self.step * self.config.batch_size * self.model.config.block_size,
                "lr": self.config.lr * learning_rate(self.step - 1, self.config),
                "train_loss": self.loss_sum / max(1, self.loss_count),
                "val_loss": None, "val_nats_per_note": None}
@@ -885,7 +866,7 @@ class Trainer:
         if len(windows[0]):
             total, targets = evaluate(self.model, windows), windows[1]
             row["val_loss"] = total / (targets != IGNORE).sum().item()
-            row["val_nats_per_note"] = total / max(1, is_in(targets, batches.pitches).sum().item())
+            row["val_nats_per_note"] = total / max(1, is_in(targets, batches.vocab.pitches).sum().item())
             text += f", validation loss {row['val_loss']:.4f}"
         self.history.append(row)
         if self.best_row() is row:
@@ -929,10 +910,9 @@ def filter_logits(logits, config):
     if 0 < config.top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], drop)
     if 0 < config.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= config.top_p  # keeps the token that crosses top_p
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), drop)
+        ordered = logits.sort(descending=True).values
+        below = ordered.softmax(-1).cumsum(-1)[:, :-1] < config.top_p
+        logits = logits.masked_fill(logits < ordered.gather(1, below.sum(1, keepdim=True)), drop)
     return logits
 
 
@@ -1013,6 +993,19 @@ NEW_SONG = bytes.fromhex("00ff510307a120 00ff580404021808")  # MIDI's defaults, 
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
 MAESTRO = "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
 MAESTRO_SHA256 = "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c"
+
+
+@dataclass
+class Piece:
+    """One MIDI file as ids, or why it gave none."""
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
+    notes: int = 0
+    seconds: float = 0.0
+    changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
+    problem: str = ""
+    path: str = ""  # relative to the MIDI folder, with forward slashes
+    work: str = ""  # of which this is one recording
+    split: str = ""  # train, validation or test
 
 
 def write_atomically(path, data):
@@ -1560,8 +1553,7 @@ def prepare_data(config, vocab, device):
     known = {p.path: pitch_intervals(p.ids, vocab.pitches) for p in pieces if p.split == "train"}
     music = {"corpus": hashlib.sha256(ids["train"].tobytes()).hexdigest(),
              "intervals": {name: intervals.decode("latin-1") for name, intervals in known.items()}}
-    batches = Batches(torch.from_numpy(ids["train"]).to(device), vocab.pitches, vocab.chords,
-                      train.batch_size, block_size, data.transpose, train.seed, RANK, PROCESSES)
+    batches = Batches(torch.from_numpy(ids["train"]).to(device), vocab, config, RANK, PROCESSES)
     windows = make_windows(ids["validation"], block_size, block_size, limit=0 if RANK else 128)
     return batches, windows, music
 

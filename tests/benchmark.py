@@ -259,11 +259,12 @@ def measure_recipe(vocab, folder, minutes, optimizer, device):
     model = PlainRecipe(config.model, vocab.says).to(device)
     plain = pg.Trainer(model, pg.TrainConfig(steps=10**9, warmup=0), *speed)  # so early in its fall, lr is constant
     plain.optimizers = [torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-4}], lr=3e-4, fused=True)]
-    plain_loss, plain_steps = train_for(minutes, plain, replace(batches, transpose=0), windows, falling=False)
+    untransposed = replace(batches, config=replace(config, data=replace(config.data, transpose=0)))
+    plain_loss, plain_steps = train_for(minutes, plain, untransposed, windows, falling=False)
     torch.manual_seed(0)
     ours = pg.Trainer(pg.PianoGPT(config.model, vocab.says).to(device), config.train, *speed)
     loss, steps = train_for(minutes, ours, batches, windows, falling=True)
-    return {"minutes_each": minutes, "batch_size": batches.batch_size, "plain_steps": plain_steps,
+    return {"minutes_each": minutes, "batch_size": config.train.batch_size, "plain_steps": plain_steps,
             "plain_nats_per_note": plain_loss, "steps": steps, "steps_planned": config.train.steps,
             "nats_per_note": loss, "gain_nats_per_note": plain_loss - loss}
 

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import zipfile
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ import torch
 from conftest import TINY, pg, scale, write_midi
 from fuzz_midi import check, metre, midi, note, tempo
 
-PITCHES, CHORDS = range(4, 92), range(200, 224)  # the ids of the keys 21 to 108; two qualities of chord
+KINDS = SimpleNamespace(pitches=range(4, 92), chords=range(200, 224))  # 88 keys; two qualities of chord
 
 
 def plain(piece, **changes):
@@ -37,7 +37,7 @@ def problems(folder, vocab):
 def split(names, folder, **data):
     """{path: side} of pieces without music."""
     pieces = [pg.Piece(path=name) for name in names]
-    pg.split_pieces(pieces, Path(folder), pg.DataConfig(**data), PITCHES)
+    pg.split_pieces(pieces, Path(folder), pg.DataConfig(**data), KINDS.pitches)
     return {p.path: p.split for p in pieces}
 
 
@@ -232,10 +232,12 @@ def test_few_files_still_have_a_validation_and_a_training_piece(count, val_perce
     assert {*sides.values()} == {"train", "validation"}
 
 
-def batches(ids=None, **changes):
+def batches(ids=None, seed=3, transpose=5, **share):
     """Batches over ids, or over numbers of which about half are pitches."""
     ids = torch.arange(1000).mul(7919).remainder(180).short() if ids is None else ids
-    return replace(pg.Batches(ids, PITCHES, CHORDS, batch_size=4, block_size=32, transpose=5, seed=3), **changes)
+    config = pg.Config(data=pg.DataConfig(transpose=transpose), model=pg.ModelConfig(block_size=32),
+                       train=pg.TrainConfig(batch_size=4, seed=seed))
+    return pg.Batches(ids, KINDS, config, **share)
 
 
 def test_batch_i_is_the_same_whatever_came_before():
@@ -264,15 +266,16 @@ def test_every_token_of_the_corpus_is_drawn():
 
 def test_transposing_moves_pitches_alone_and_never_out_of_the_piano():
     ids = torch.tensor([[3, 50, 60, 92], [4, 91, 100, 0], [80, 85, 2, 2], [6, 9, 2, 2]])
-    moved = pg.transpose_ids(ids, torch.tensor([5, 5, 24, -5]), PITCHES, CHORDS)
+    moved = pg.transpose_ids(ids, torch.tensor([5, 5, 24, -5]), KINDS)
     assert moved.tolist() == [[3, 55, 65, 92], [4, 91, 100, 0], [86, 91, 2, 2], [4, 7, 2, 2]]
 
 
 def test_transposing_moves_the_roots_of_chords_as_far_as_the_pitches():
     ids = torch.tensor([[200, 50, 211, 224], [212, 50, 223, 199], [205, 89, 217, 0]])
-    moved = pg.transpose_ids(ids, torch.tensor([3, -1, 5]), PITCHES, CHORDS)
+    moved = pg.transpose_ids(ids, torch.tensor([3, -1, 5]), KINDS)
     assert moved.tolist() == [[203, 53, 202, 224], [223, 49, 222, 199], [207, 91, 219, 0]]
-    assert pg.transpose_ids(ids, torch.tensor([3, 3, 3]), PITCHES, range(0))[0].tolist() == [200, 53, 211, 224]
+    without = SimpleNamespace(pitches=KINDS.pitches, chords=range(0))
+    assert pg.transpose_ids(ids, torch.tensor([3, 3, 3]), without)[0].tolist() == [200, 53, 211, 224]
 
 
 def test_training_windows_are_transposed_both_ways():

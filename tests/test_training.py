@@ -17,7 +17,8 @@ def make_parts(**train):
     config = pg.TrainConfig(**{"steps": 24, "batch_size": 4, "warmup": 5, "eval_every": 8, "seed": 1} | train)
     torch.manual_seed(config.seed)
     trainer = pg.Trainer(pg.PianoGPT(MODEL, VOCAB.says), config)
-    batches = pg.Batches(torch.from_numpy(IDS).short(), VOCAB.pitches, VOCAB.chords, config.batch_size, 32, 2, config.seed)
+    whole = pg.Config(data=pg.DataConfig(transpose=2), model=MODEL, train=config)
+    batches = pg.Batches(torch.from_numpy(IDS).short(), VOCAB, whole)
     return trainer, batches, pg.make_windows(IDS[:100], 32, 32)
 
 
