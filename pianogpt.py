@@ -32,7 +32,7 @@ The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
     corpus       hash of the training ids: has the music changed?
     intervals    the melodic intervals of each training piece, to find longest known runs
     trainer      step, seconds, history (a row per validation), weights (the last), best (the weights that
-                 validated best, used to generate), optimizers, the running loss
+                 validated best, used to generate), optimizers, losses since the last validation
 
 A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i and the
 dropout of step i are drawn from (seed, i) alone, and all other state is in the checkpoint.
@@ -192,7 +192,7 @@ class TrainConfig:
 
 @dataclass
 class Config:
-    """Every setting, in the groups in which --help shows them."""
+    """Every setting, in the groups of --help."""
     run: RunConfig = field(default_factory=RunConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -235,10 +235,10 @@ QUALITIES = {  # of chords: ways to write them after the root, the first is ours
     "7min": ("m7 min7", (0, 3, 7, 10)), "7halfdim": ("m7b5", (0, 3, 6, 10))}
 ROOTS = "C C# D Eb E F F# G Ab A Bb B".split()
 CHORDS = [root + symbols.split(" ")[0] for symbols, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]
-SYMBOLS = {letter + sign + symbol: 12 * number + (place + shift) % 12  # the index in CHORDS
+SYMBOLS = {letter + sign + symbol: 12 * number + (step + shift) % 12  # the index in CHORDS
            for number, (symbols, _) in enumerate(QUALITIES.values()) for symbol in symbols.split(" ")
-           for place, letter in enumerate("C D EF G A B") for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
-NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # used by find_chords
+           for step, letter in enumerate("C D EF G A B") for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
+NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see find_chords
 
 
 def fold_pedal(parts, controls, tpq):
@@ -266,12 +266,12 @@ def fold_pedal(parts, controls, tpq):
 
 
 def take(notes, index):
-    """The notes at an index of symusic's dictionary of arrays."""
+    """Notes, a dictionary of arrays, at an index."""
     return {key: values[index] for key, values in notes.items()}
 
 
 def merge_unisons(notes):
-    """Notes by pitch and time; of notes of one pitch and time the loudest velocity and the longest length."""
+    """Notes by pitch and time; of those struck together the loudest velocity and longest length."""
     notes = take(notes, np.lexsort((notes["time"], notes["pitch"])))
     first = np.flatnonzero(np.r_[True, (np.diff(notes["pitch"]) > 0) | (np.diff(notes["time"]) > 0)])
     return take(notes, first) | {k: np.maximum.reduceat(notes[k], first) for k in ("velocity", "duration")}
@@ -286,7 +286,7 @@ def repair_overlaps(notes):
 
 
 def make_piano(score, fold):
-    """A score as a score of one piano track, and {change: how many}. Raises Unusable."""
+    """A score as one piano track, and {change: how many}. Raises Unusable."""
     tracks = [t for t in score.tracks if not t.is_drum]  # one without notes may still carry the pedal
     hands, too_long = [], 0
     for program in dict.fromkeys(t.program for t in tracks):  # tracks of one instrument share its pedal
@@ -387,7 +387,7 @@ def parse_chords(text):
 
 
 def is_in(ids, span):
-    """Which ids, an array or tensor, are in a range; bool, of the same shape."""
+    """Which of ids, an array or tensor, are in a range."""
     return (ids >= span.start) & (ids < span.stop)
 
 
@@ -431,7 +431,6 @@ class Vocabulary:
         self.chords = range(chord, chord + (len(CHORDS) - 1) * (chord > 0))  # twelve roots of each quality
         assert self.pad == 0 and pitches == list(self.pitches), pitches
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
-        self.start = self.says[:, :1]  # (7, 1)
         kind, position, pitch = self.says[[KIND, POSITION, PITCH]]
         follows = torch.tensor([[after in FOLLOWS[before].split() for after in KINDS] for before in KINDS])
         self.follows = follows[:, kind.long()]  # (kinds, V)
@@ -487,7 +486,8 @@ class Vocabulary:
 
     def timeline(self, ids, tempo=0.0):
         """The state (7, T) after each of ids (T,), and when it is, in quarter notes and in seconds (T,)."""
-        now = torch.cat([self.start, advance(self.says, ids[None], self.start)[:, 0]], 1).double()
+        start = self.says[:, :1]
+        now = torch.cat([start, advance(self.says, ids[None], start)[:, 0]], 1).double()
         now[TEMPO] = tempo or now[TEMPO]
         before, now = now[:, :-1], now[:, 1:]
         bars = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0)
@@ -540,10 +540,6 @@ IGNORE = -1  # a target that is not scored
 def place(says, idx, now, bar_start):
     """Time and pitch of tokens idx (B, T), and the next state `now` (7, B) and bar_start (B,)."""
     after = advance(says, idx, now)  # (7, B, T)
-    if idx.size(1) == 1:  # the same in half of the operators
-        after = after[:, :, 0]
-        start = bar_start + (after[KIND] == BAR) * now[BAR_LENGTH]  # a Bar adds the bar before it
-        return (start + after[POSITION])[:, None], after[PITCH][:, None], after, start
     lengths = torch.cat([now[BAR_LENGTH, :, None], after[BAR_LENGTH, :, :-1]], 1)
     starts = bar_start[:, None] + ((after[KIND] == BAR) * lengths).cumsum(1)  # (B, T)
     return starts + after[POSITION], after[PITCH], after[:, :, -1], starts[:, -1]
@@ -687,7 +683,7 @@ class Cache:
         self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
         recent = torch.zeros(batch_size, RECENT, c.n_embd, device=device)
         bar_start = torch.zeros(batch_size, device=device)
-        self.start = recent, model.says[:, :1].expand(7, batch_size), bar_start
+        self.start = recent, model.says[:, :1].expand(-1, batch_size), bar_start
         self.clear()
 
     def clear(self):
@@ -744,13 +740,9 @@ def make_optimizers(model, config):
     """AdamW, or Muon for the block matrices and AdamW for the rest; a group has a "peak" learning rate.
 
     AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
-    with the fan-in (Yang et al.), and one --lr fits every width. By default, at width 128:
-
-        qkv, proj, expand, head    fan-in 128    3e-4 x 1024 / 128 = 2.4e-3    weight decay
-        contract                   fan-in 336    3e-4 x 1024 / 336 = 9.1e-4    weight decay
-        embedding                                3e-4 x 80         = 2.4e-2
-        norms, recent                            3e-4 x 30         = 9e-3
-        block matrices under Muon                3e-4 x 64         = 1.9e-2    weight decay
+    with the fan-in (Yang et al.), and one --lr fits every width. By default, at width 128: 3e-4 x 1024 / 128
+    = 2.4e-3 for qkv, proj, expand and the head, 9.1e-4 for contract, 2.4e-2 for the embedding, 9e-3 for norms
+    and recent.
     """
     def group(params, peak, weight_decay=0.0):
         return {"params": params, "peak": config.lr * peak, "weight_decay": weight_decay}
@@ -786,23 +778,22 @@ def average_over_processes(values):
 class Trainer:
     """A model in training: all that changes from step to step, and so all that a checkpoint must hold."""
 
-    KEPT = ("step", "seconds", "history", "loss_sum", "loss_count", "best")
+    KEPT = ("step", "seconds", "history", "losses", "best")
 
     def __init__(self, model, config, bfloat16=False, compiled=False):
         self.model, self.config, self.bfloat16, self.device = model, config, bfloat16, model.head.device
         # Only this is compiled. The backward pass of a compiled embedding is not deterministic.
         self.loss = torch.compile(model.loss) if compiled else model.loss
         self.optimizers = make_optimizers(model, config)
-        self.step, self.seconds = 0, 0.0
-        self.history, self.best = [], {}  # a row for each validation; the weights that validated best
-        self.loss_sum, self.loss_count = 0.0, 0  # since the last validation
+        self.step, self.seconds, self.best = 0, 0.0, {}  # the weights that validated best
+        self.history, self.losses = [], []  # a row for each validation; the losses since the last
 
     def weights(self):
         """A copy of the model's weights on the CPU."""
         return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
     def state(self):
-        """All of the trainer that is not configuration, for load_state."""
+        """All of the trainer but its settings, for load_state."""
         weights, optimizers = self.weights(), [o.state_dict() for o in self.optimizers]
         state = {k: vars(self)[k] for k in self.KEPT} | {"weights": weights, "optimizers": optimizers}
         return state if self.history else state | {"best": weights}
@@ -848,7 +839,7 @@ class Trainer:
         self.step += 1
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {self.step}: train with a smaller --lr")
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        self.losses.append(loss)
         return loss
 
     def best_row(self):
@@ -860,9 +851,9 @@ class Trainer:
         row = {"step": self.step, "seconds": self.seconds,
                "tokens": self.step * self.config.batch_size * self.model.config.block_size,
                "lr": self.config.lr * learning_rate(self.step - 1, self.config),
-               "train_loss": self.loss_sum / max(1, self.loss_count),
+               "train_loss": sum(self.losses) / max(1, len(self.losses)),
                "val_loss": None, "val_nats_per_note": None}
-        text, self.loss_sum, self.loss_count = f"training loss {row['train_loss']:.4f}", 0.0, 0
+        text, self.losses = f"training loss {row['train_loss']:.4f}", []
         if len(windows[0]):
             total, targets = evaluate(self.model, windows), windows[1]
             row["val_loss"] = total / (targets != IGNORE).sum().item()
@@ -1063,19 +1054,18 @@ def count_changes(piano, quantized):
     at = np.searchsorted(tempos["time"], notes["time"], side="right") - 1
     seconds = np.where(at < 0, 500_000, np.r_[tempos["mspq"], 0][at]) / 1e6  # of a quarter note
     lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
-    metres = [t for t in piano.time_signatures
-              if t.numerator <= TIME_SIGNATURES.get(t.denominator, (0, 0))[1]]
-    changed = [new.time / piano.tpq for old, new in itertools.pairwise([TimeSignature(0, 4, 4), *metres])
-               if (old.numerator, old.denominator) != (new.numerator, new.denominator)]
+    metres = [(t.time / piano.tpq, t.numerator, t.denominator) for t in piano.time_signatures]
+    known = [metre for metre in metres if metre[1] <= TIME_SIGNATURES.get(metre[2], (0, 0))[1]]
+    changed = [new[0] for old, new in itertools.pairwise([(0, 4, 4), *known]) if old[1:] != new[1:]]
     kept = [t.time / quantized.tpq for t in quantized.time_signatures]
     late = [min(abs(quarter - k) for k in kept) * quantized.tpq > 1 for quarter in changed]
     return {"notes outside the piano's range dropped": int((~inside).sum()),
-            "repeated notes within one grid position merged": len(was) - len(now),
+            "repeated notes in one grid position merged": len(was) - len(now),
             "moved": int((np.abs(was - now[nearest]) * seconds > 0.02).sum()),
             "shortened": int((lost * seconds > 0.02).sum()),
             "tempos outside 20 to 300 changed": int(((tempos["mspq"] > 3e6) | (tempos["mspq"] < 2e5)).sum()),
             "time signatures moved to the next bar line": sum(late),
-            "unsupported time signatures ignored": len(piano.time_signatures) - len(metres)}
+            "unsupported time signatures ignored": len(metres) - len(known)}
 
 
 def read_piece(path, vocab):
@@ -1119,7 +1109,7 @@ def read_in_worker(path):
 
 
 def read_in_workers(paths, vocab):
-    """Yield (path, Piece) as they get ready; crashing or hanging the parser is a piece's problem."""
+    """Yield (path, Piece) as they get ready; a file that crashes or hangs the parser has a problem."""
     # A forked worker starts in milliseconds, but forks are safe on Linux only.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
@@ -1184,7 +1174,7 @@ def read_folder(folder, vocab, cache_dir):
 
 
 def download_maestro(folder):
-    """Download the MAESTRO collection into folder, or do nothing if it is there."""
+    """Download MAESTRO into folder, unless it is there."""
     inside = "maestro-v3.0.0"
     if not (folder / inside).is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -1240,17 +1230,17 @@ def join_recordings(pieces, pitches):
 
 
 def name_hash(work):
-    """A number from 0 to 1 that depends on a name alone: a new work never moves an old one."""
+    """A number from 0 to 1 that depends on a name alone: a new work moves no old one."""
     return int(hashlib.sha256(work.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) / 2**32
 
 
 def split_pieces(pieces, folder, data, pitches):
-    """Set each piece's split: by csv or folder name, else as the rest of its work, else by hash."""
+    """Set each piece's split: by csv or folder, else as the rest of its work, else by hash."""
     table = read_split_tables(folder)
     for piece in pieces:
         piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
-        named = [part for part in Path(piece.path).parts[:-1] if part in SPLITS]
-        piece.split = table.get(piece.path) or (named[-1] if named else "")
+        named = ["", *(part for part in Path(piece.path).parts[:-1] if part in SPLITS)]
+        piece.split = table.get(piece.path) or named[-1]
     join_recordings(pieces, pitches)
     validation_is_given = any(p.split == "validation" for p in pieces)
     undecided = ("",) if validation_is_given else ("", "train")
@@ -1292,7 +1282,7 @@ def save_checkpoint(path, content):
     file, log, history = io.BytesIO(), io.StringIO(), content["trainer"]["history"]
     torch.save({"format": FORMAT, **content}, file)
     write_atomically(path, file.getvalue())
-    writer = csv.DictWriter(log, list(history[0]) if history else [], lineterminator="\n")
+    writer = csv.DictWriter(log, (history or [{}])[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     write_atomically(path.with_suffix(".csv"), log.getvalue().encode())
@@ -1313,7 +1303,7 @@ def load_checkpoint(path):
 
 
 def lock_checkpoint(path):
-    """Hold a checkpoint for this run alone, at most until the process ends, however it ends."""
+    """Hold a checkpoint for this run alone, until the process ends at the latest."""
     lock = FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1396,7 +1386,7 @@ def describe(score):
 # ---------- 9. Command line: parse, choose the device, call, print ----------
 
 COMPILE_STEPS = 3000  # from here on compiling pays
-STORED = ("data", "music", "model", "train")  # the groups of settings that a checkpoint holds
+STORED = ("data", "music", "model", "train")  # groups of settings in a checkpoint
 
 
 def refuse(message):
@@ -1470,8 +1460,7 @@ def choose_speed(run, device, steps):
     """Whether to train in bfloat16, and whether to compile."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu":  # without instructions for it bfloat16 is slow
-        names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
-        fast = any(getattr(torch.cpu, name, bool)() for name in names)
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
     pays = steps >= COMPILE_STEPS and device.type in ("cuda", "cpu")
     return bfloat16, {"auto": pays, "on": True, "off": False}[run.compile]
@@ -1479,7 +1468,7 @@ def choose_speed(run, device, steps):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within it Ctrl-C and SIGTERM only join a list; a second signal that is Ctrl-C interrupts."""
+    """Within it Ctrl-C and SIGTERM only join a list; a second Ctrl-C interrupts."""
     def catch(number, frame):
         caught.append(number)
         if caught[1:] and number == signal.SIGINT:
@@ -1579,7 +1568,7 @@ def read_prompt(settings, vocab):
         raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
     ids = vocab.encode(vocab.quantize(score))
     signature = next(i for i in reversed(ids) if vocab.words[i].startswith("TimeSig"))
-    ids += [vocab.bar, signature] * (bars - ids.count(vocab.bar))  # silent bars count too
+    ids += [vocab.bar, signature] * (bars - ids.count(vocab.bar))  # silent bars count
     length = vocab.bar_lines(torch.tensor(ids), settings.tempo)[2][-1].item()
     if 0 < settings.bars <= bars or 0 < settings.seconds <= length:
         raise UserError(f"the prompt alone is {bars} bars, {length:.1f} seconds: ask for a longer piece")
@@ -1646,7 +1635,7 @@ def run_training(config, checkpoint, vocab, device):
     parameters, step = sum(p.numel() for p in model.parameters()), trainer.step
     say(f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled} "
         f"on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}, peak learning rate {train.lr:g} at "
-        f"width {LR_WIDTH}, scaled by fan-in{f', from step {step} on' * (step > 0)}; Ctrl-C saves and stops")
+        f"width {LR_WIDTH}{f', from step {step} on' * (step > 0)}; Ctrl-C saves and stops")
     stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED}}
 
     def content():

@@ -67,7 +67,7 @@ def test_tokens_stand_where_miditok_plays_them(metre, grid, tmp_path):
     vocab = pg.Vocabulary(pg.MusicConfig(grid=grid))
     ids = torch.from_numpy(pg.read_piece(write_midi(tmp_path / "x.mid", scale(1), metre=metre), vocab).ids).long()
     score = vocab.tokenizer.decode([ids.tolist()])
-    time, pitch, _, _ = pg.place(vocab.says, ids[None], vocab.start, torch.zeros(1))
+    time, pitch, _, _ = pg.place(vocab.says, ids[None], vocab.says[:, :1], torch.zeros(1))
     is_note = pg.is_in(ids, vocab.pitches)
     steps = time[0, is_note] - 4 * grid  # what is before the first bar line counts as a bar of 4/4
     notes = score.tracks[0].notes
@@ -81,7 +81,7 @@ def test_follow_and_place_token_by_token_equal_all_at_once():
         assert torch.equal(after[0], held[:, :, -1])
         return torch.cat([held, time[None], pitch[None]]), after
 
-    ids, after, parts = torch.randint(V, (3, 60)), (VOCAB.start.expand(7, 3), torch.zeros(3)), []
+    ids, after, parts = torch.randint(V, (3, 60)), (VOCAB.says[:, :1].expand(7, 3), torch.zeros(3)), []
     ids[:, ::4] = VOCAB.bar
     whole, end = walk(ids, *after)
     for part in ids.split([17, 23, *[1] * 20], 1):

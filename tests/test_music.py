@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import notes_of, pg, read_piano, scale, write_midi
-from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
+from symusic import Score, Tempo, TimeSignature
 
 VOCABULARIES = [pg.Vocabulary(pg.MusicConfig(*music)) for music in ((24, 32, 1), (4, 8, 0), (12, 64, 1))]
 EVERY_GRID = pytest.mark.parametrize("vocab", VOCABULARIES, ids=["grid 24", "grid 4", "grid 12"])
@@ -51,7 +51,7 @@ def ids_of(words, vocab):
 def random_walk(vocab, length):
     """Ids drawn from the legal ones, each kind as likely as the others, and whether each id was legal at some time."""
     rng, kinds, ids = torch.Generator().manual_seed(0), vocab.says[pg.KIND].long(), [vocab.bos]
-    now, seen = pg.advance(vocab.says, torch.tensor([ids]), vocab.start)[:, :, 0], torch.zeros(len(vocab.words)).bool()
+    now, seen = pg.advance(vocab.says, torch.tensor([ids]), vocab.says[:, :1])[:, :, 0], torch.zeros(len(vocab.words)).bool()
     while len(ids) < length:
         legal = vocab.legal(now)[0]
         seen |= legal
@@ -76,7 +76,7 @@ def assert_grammar(ids, vocab):
 def are_legal(ids, vocab):
     """Whether each of ids may follow those before it, from BOS on."""
     ids = torch.tensor([vocab.bos, *ids])
-    now = pg.advance(vocab.says, ids[None], vocab.start)[:, 0]
+    now = pg.advance(vocab.says, ids[None], vocab.says[:, :1])[:, 0]
     return vocab.legal(now)[range(len(ids) - 1), ids[1:]].tolist()
 
 
@@ -180,7 +180,7 @@ def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
     piece = pg.read_piece(path, vocab)
     assert piece.changes == {
         "notes struck together on one key merged": 1, "pedals held too long for a pianist ignored": 1,
-        "notes outside the piano's range dropped": 1, "repeated notes within one grid position merged": 1,
+        "notes outside the piano's range dropped": 1, "repeated notes in one grid position merged": 1,
         "moved": 0, "shortened": 1, "tempos outside 20 to 300 changed": 2,
         "time signatures moved to the next bar line": 2, "unsupported time signatures ignored": 1}
     assert piece.notes == 3

@@ -114,7 +114,7 @@ def test_cached_generation_equals_uncached_past_the_window(length, model, vocab)
     for drawn in itertools.islice(stream, 10 * size):
         if ids.size(1) - start > size:
             start = ids.size(1) - size // 2
-        legal = vocab.legal(pg.advance(vocab.says, ids, vocab.start.expand(7, 3))[:, :, -1])
+        legal = vocab.legal(pg.advance(vocab.says, ids, vocab.says[:, :1].expand(7, 3))[:, :, -1])
         cache = pg.Cache(model, 3)
         cache.now = pg.advance(vocab.says, ids[:, :start], cache.now)[:, :, -1] if start else cache.now
         logits = model(ids[:, start:], cache)[:, -1]
