@@ -74,22 +74,10 @@ def find_bars(score, end: int) -> list[int]:
 
 def read_chords(data: bytes) -> list[tuple[int, str]]:
     """(tick, symbol) of the chords that pianogpt.py writes as text events into the last track of a .mid file."""
-    texts, tick, at = [], 0, data.rfind(b"MTrk") + 8
-
-    def number() -> int:  # seven bits per byte; the last byte is below 128
-        nonlocal at
-        value = data[at] & 127
-        while (at := at + 1) and data[at - 1] > 127:
-            value = value << 7 | data[at] & 127
-        return value
-
-    while at < len(data):
-        tick += number()
-        if data[at : at + 2] != b"\xff\x01":  # symusic does not read text events
-            break
-        at += 2
-        end = number() + at
-        texts, at = [*texts, (tick, data[at:end].decode(errors="replace"))], end
+    track = data.rfind(b"MTrk")
+    data = data[:track] + data[track:].replace(b"\xff\x01", b"\xff\x06")  # symusic reads markers but no texts
+    markers = need("symusic").Score.from_midi(data).markers
+    texts = [(marker.time, marker.text) for marker in markers if marker.text != END_OF_PROMPT]
     return texts[1:] if texts and texts[0][1].startswith("PianoGPT ") else []
 
 
