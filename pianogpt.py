@@ -343,7 +343,7 @@ def find_chords(notes, beats, tpq):
 
 
 class Tokenizer(miditok.REMI):
-    """REMI for one piano, with a Chord token at the first note of each bar and of each new harmony."""
+    """REMI for one piano, with a Chord token at the first note of each bar and of each harmony."""
 
     def __init__(self, music):
         super().__init__(miditok.TokenizerConfig(
@@ -354,6 +354,7 @@ class Tokenizer(miditok.REMI):
             use_tempos=True, num_tempos=TEMPO_STEPS, tempo_range=TEMPO_RANGE, log_tempos=True,
             delete_equal_successive_tempo_changes=True, use_time_signatures=True,
             time_signature_range=TIME_SIGNATURES, use_pitchdrum_tokens=False))
+        self.finds_chords, self.config.use_chords = self.config.use_chords, False  # MidiTok's finder is slow
 
     def _create_chords_tokens(self):
         return [*super()._create_chords_tokens(), "Chord_none"]  # in the order of CHORDS
@@ -361,7 +362,7 @@ class Tokenizer(miditok.REMI):
     def _create_track_events(self, track, ticks_per_beat, time_division, ticks_bars, ticks_beats, *rest):
         events = super()._create_track_events(
             track, ticks_per_beat, time_division, ticks_bars, ticks_beats, *rest)
-        if not self.config.use_chords:
+        if not self.finds_chords:
             return events
         notes, words = track.notes.numpy(), self._create_chords_tokens()
         beats = np.r_[np.array(ticks_beats)[np.array(ticks_beats) < track.end()], track.end()]
@@ -370,7 +371,7 @@ class Tokenizer(miditok.REMI):
         chord = find_chords(notes, beats, time_division)[beat]
         new = np.r_[True, (np.diff(bar) > 0) | (np.diff(chord) != 0)]
         found = [miditok.Event("Chord", words[i][6:], tick) for i, tick in zip(chord[new], onsets[new])]
-        return found + [event for event in events if event.type_ != "Chord"]
+        return found + events
 
 
 def parse_chords(text):
