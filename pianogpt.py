@@ -409,7 +409,7 @@ def advance(says, idx, before):
         return torch.where(said < 0, before, said)[:, :, None]
     said = torch.cat([before[:, :, None], says[:, idx]], 2)  # (7, B, T + 1)
     at = torch.arange(said.size(2), device=idx.device)
-    latest = torch.where(said < 0, 0, at).cummax(2).values  # index of the last token that said something
+    latest = torch.where(said < 0, 0, at).cummax(2).values  # of the last token that said something
     return said.gather(2, latest)[:, :, 1:]
 
 
@@ -625,7 +625,7 @@ class Block(nn.Module):
 
 
 class PianoGPT(nn.Module):
-    """Ids in, logits of the next id out; says (7, V) tells what each id means (see Vocabulary)."""
+    """Ids in, logits of the next id out; says (7, V): see Vocabulary."""
 
     def __init__(self, config, says):
         super().__init__()
@@ -688,7 +688,7 @@ class Cache:
         self.clear()
 
     def clear(self):
-        """Forget everything: the next token is the first of a window."""
+        """Forget all: the next token begins a window."""
         self.length, (self.recent, self.now, self.bar_start) = 0, self.start
 
 
@@ -714,7 +714,7 @@ class Batches:
     ids: Tensor  # (N,) int16, on the training device
     vocab: Vocabulary
     config: Config
-    rank: int = 0  # each of the processes takes an equal part of every batch
+    rank: int = 0  # each process takes an equal part of every batch
     processes: int = 1
 
     def __getitem__(self, i):
@@ -732,7 +732,7 @@ class Batches:
 
 
 def learning_rate(step, config):
-    """The learning rate as a fraction of its peak: linear warmup, then linear decay to zero."""
+    """The learning rate as a fraction of its peak: linear warmup, linear decay to zero."""
     fallen = (step - config.warmup) / max(1, config.steps - config.warmup)
     return min((step + 1) / max(1, config.warmup), 1 - fallen)
 
@@ -769,7 +769,7 @@ def evaluate(model, windows, batch_size=32):
 
 
 def average_over_processes(values):
-    """The average of values over all processes of this run."""
+    """The average of values over all processes."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values = values / dist.get_world_size()
@@ -922,7 +922,7 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
     vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
     asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
-    bar = -(ids[:, -1] != vocab.bar).long()  # of the new ones
+    bar = torch.full_like(ids[:, 0], -1)  # of the new ones
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
     start = cache.now  # where the window begins
     while True:
@@ -936,10 +936,13 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
             new, cache.now = torch.stack(window, 1), start
         logits = model(new, cache)[:, -1]  # (B, V)
         logits[:, vocab.eos].add_(hold)
-        twelfth = (12 * cache.now[POSITION] // cache.now[BAR_LENGTH]).long()
-        legal = vocab.legal(cache.now, asked[bar % len(asked), twelfth] if len(asked) else None)
+        wanted = None
+        if len(asked):
+            bar += window[-1] == vocab.bar
+            twelfth = (12 * cache.now[POSITION] // cache.now[BAR_LENGTH]).long()
+            wanted = asked[bar % len(asked), twelfth]
+        legal = vocab.legal(cache.now, wanted)
         window.append(draw(torch.where(legal, logits, -math.inf), config, rng))
-        bar += window[-1] == vocab.bar
         yield window[-1]
 
 
@@ -995,7 +998,7 @@ class Piece:
     seconds: float = 0.0
     changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
     problem: str = ""
-    path: str = ""  # relative to the MIDI folder, with forward slashes
+    path: str = ""  # relative to the folder, with forward slashes
     work: str = ""  # of which this is one recording
     split: str = ""  # train, validation or test
 
@@ -1089,7 +1092,7 @@ def read_piece(path, vocab):
 
 
 def start_worker(vocab):
-    """Give a worker process its vocabulary and a limit of memory; it ends on Ctrl-C and with its parent."""
+    """Give a worker its vocabulary and a limit of memory; it ends on Ctrl-C and with its parent."""
     torch.set_num_threads(1)  # the others do not survive a fork
     start_worker.vocab, parent = vocab, multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1134,7 +1137,7 @@ def read_in_workers(paths, vocab):
 
 
 def read_folder(folder, vocab, cache_dir):
-    """Every MIDI file under folder as a piece, in the order of their paths; cached by what is in the file."""
+    """Every MIDI file under folder as a piece, in the order of their paths; cached by content."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: make it, or pass --midi-dir")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
