@@ -992,7 +992,7 @@ MAESTRO_SHA256 = "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde1
 
 @dataclass
 class Piece:
-    """One MIDI file as ids, or why it gave none."""
+    """One file as ids, or why it gave none."""
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
     notes: int = 0
     seconds: float = 0.0
@@ -1073,7 +1073,7 @@ def count_changes(piano, quantized):
 
 
 def read_piece(path, vocab):
-    """One MIDI file as a piece, without a path."""
+    """One file as a piece, without a path."""
     try:
         score = parse_midi(path.read_bytes())
         if score.tpq < 1:
