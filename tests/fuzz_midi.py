@@ -116,7 +116,7 @@ def write_files(folder, count, seed):
     for name, make in names.items():
         make(folder / name)
     (folder / os.fsdecode(b"not \xff UTF-8.mid")).write_bytes(good)
-    (folder / "many notes.mid").write_bytes(midi([e for i in range(300_000) for e in note(21 + i % 88, 10)]))
+    (folder / "many notes.mid").write_bytes(midi([e for i in range(200_000) for e in note(21 + i % 88, 10)]))
     return kinds | {name: name for name in (*names, os.fsdecode(b"not \xff UTF-8.mid"), "many notes.mid")}
 
 
