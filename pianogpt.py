@@ -242,10 +242,10 @@ NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see fi
 
 
 def fold_pedal(parts, controls, tpq):
-    """Notes that end while the pedal is down ring until it is lifted; how many pedals were held too long.
+    """Let notes that end while the pedal is down ring until it is lifted; how many pedals were held too long.
 
-    parts, controls: arrays for each track of one instrument; tpq: ticks per quarter note. A note that
-    ends just as the pedal goes down is not held.
+    parts, controls: arrays for each track of one instrument; tpq: ticks per quarter note. A note that ends
+    just as the pedal goes down is not held.
     """
     end = max((part["time"] + part["duration"]).max() for part in parts)
     times, steps = [], []
@@ -278,7 +278,7 @@ def merge_unisons(notes):
 
 
 def repair_overlaps(notes):
-    """Notes by time and pitch; striking a key that still sounds ends the note before."""
+    """Notes by time and pitch; striking a key that still sounds ends its note."""
     notes = merge_unisons(notes)
     gap = np.where(np.diff(notes["pitch"]) == 0, np.diff(notes["time"]), np.iinfo(np.int32).max)
     notes["duration"][:-1] = np.minimum(notes["duration"][:-1], gap)
@@ -312,9 +312,9 @@ def make_piano(score, fold):
 def find_chords(notes, beats, tpq):
     """The harmony of each of n beats as an index of CHORDS; beats: n + 1 ticks.
 
-    A beat is a vector: the square root of how long each pitch class sounds. A chord fits by the cosine of the
-    angle between them, plus ROOT_IN_BASS, minus SEVENTH if it has four notes; "N.C." fits by NO_CHORD. A
-    sequence fits by the sum over its quarter notes, minus CHORD_CHANGE each time; Viterbi finds the best.
+    A beat is a vector: the square root of how long each pitch class sounds. A chord fits by its cosine with
+    it, plus ROOT_IN_BASS if it is, minus SEVENTH if it has four notes; "N.C." fits by NO_CHORD. A sequence
+    fits by the sum over its quarter notes, minus CHORD_CHANGE for each change; Viterbi finds the best.
     """
     start, end, pitch, n = notes["time"], notes["time"] + notes["duration"], notes["pitch"], len(beats) - 1
     first, last = np.searchsorted(beats, [start, end - 1], side="right") - 1
@@ -409,7 +409,7 @@ def advance(says, idx, before):
         return torch.where(said < 0, before, said)[:, :, None]
     said = torch.cat([before[:, :, None], says[:, idx]], 2)  # (7, B, T + 1)
     at = torch.arange(said.size(2), device=idx.device)
-    latest = torch.where(said < 0, 0, at).cummax(2).values  # of the last token that said something
+    latest = torch.where(said < 0, 0, at).cummax(2).values  # the last token that said something
     return said.gather(2, latest)[:, :, 1:]
 
 
