@@ -688,7 +688,7 @@ class Cache:
         self.clear()
 
     def clear(self):
-        """Forget all: the next token begins a window."""
+        """Forget all; a new window begins."""
         self.length, (self.recent, self.now, self.bar_start) = 0, self.start
 
 
@@ -1639,7 +1639,7 @@ def run_training(config, checkpoint, vocab, device):
     parameters, step = sum(p.numel() for p in model.parameters()), trainer.step
     say(f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled} "
         f"on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}, peak learning rate {train.lr:g} at "
-        f"width {LR_WIDTH}{f', from step {step} on' * (step > 0)}; Ctrl-C saves and stops")
+        f"width {LR_WIDTH}, scaled by fan-in{f', from step {step} on' * (step > 0)}; Ctrl-C saves and stops")
     stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED}}
 
     def content():
