@@ -146,7 +146,7 @@ class SampleConfig:
 @dataclass
 class DataConfig:
     """The training music."""
-    midi_dir: str = option("my_midis", "folder of .mid and .midi files, at any depth", resumable=True)
+    midi_dir: str = option("my_midis", "folder of MIDI files, at any depth", resumable=True)
     cache_dir: str = option(".pianogpt-cache", "folder for tokenized files; empty: no cache", resumable=True)
     val_percent: float = option(10.0, "percent of the works held out for validation", 0, 99)
     piece_is_folder: bool = option(False, "all files of one folder are one work")
@@ -249,9 +249,9 @@ def fold_pedal(parts, controls, tpq):
     """
     end = max((part["time"] + part["duration"]).max() for part in parts)
     times, steps = [], []
-    for track in controls:  # track.pedals is wrong: its first entry may start at tick 0
+    for track in controls:  # Track.pedals is wrong: its first entry may start at tick 0
         is_pedal = track["number"] == SUSTAIN
-        times.append(np.r_[track["time"][is_pedal], end])  # lifted at the last note
+        times.append(np.r_[track["time"][is_pedal], end])  # if still down, lifted at the end
         steps.append(np.diff(np.r_[False, track["value"][is_pedal] >= 64, False].astype(int)))
     order = np.argsort(np.concatenate(times), kind="stable")
     time, step = np.concatenate(times)[order], np.concatenate(steps)[order]  # 1: pressed, -1: lifted
@@ -260,8 +260,8 @@ def fold_pedal(parts, controls, tpq):
     downs, ups = np.r_[-1, downs[played]], np.r_[-1, ups[played]]
     for part in parts:
         ends = part["time"] + part["duration"]
-        ends = np.maximum(ends, ups[np.searchsorted(downs, ends) - 1])
-        part["duration"] = (ends - part["time"]).astype(np.int32)
+        held = np.maximum(ends, ups[np.searchsorted(downs, ends) - 1])
+        part["duration"] = (held - part["time"]).astype(np.int32)
     return int((~played).sum())
 
 
@@ -271,7 +271,7 @@ def take(notes, index):
 
 
 def merge_unisons(notes):
-    """Notes by pitch and time; of those struck together the loudest velocity and longest length."""
+    """Notes by pitch, then time; a key struck twice at once: the loudest velocity, the longest length."""
     notes = take(notes, np.lexsort((notes["time"], notes["pitch"])))
     first = np.flatnonzero(np.r_[True, (np.diff(notes["pitch"]) > 0) | (np.diff(notes["time"]) > 0)])
     return take(notes, first) | {k: np.maximum.reduceat(notes[k], first) for k in ("velocity", "duration")}
@@ -310,7 +310,7 @@ def make_piano(score, fold):
 
 
 def find_chords(notes, beats, tpq):
-    """The harmony of each of n beats as an index of CHORDS; beats: n + 1 ticks.
+    """The harmony of each of n beats as an index in CHORDS; beats: n + 1 ticks.
 
     A beat is a vector: the square root of how long each pitch class sounds. A chord fits by its cosine with
     it, plus ROOT_IN_BASS if it is, minus SEVENTH if it has four notes; "N.C." fits by NO_CHORD. A sequence
@@ -381,7 +381,7 @@ def parse_chords(text):
         symbols = bar.split(",")
         for symbol in symbols:
             if symbol not in SYMBOLS or 12 % len(symbols):
-                raise UserError(f'--chords: there is no chord "{symbol}" in "{bar}": write C, Am, F#dim, '
+                raise UserError(f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, '
                                 "Eaug, Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
             twelfths += [SYMBOLS[symbol]] * (12 // len(symbols))
     return np.array(twelfths, int).reshape(-1, 12)
@@ -429,7 +429,7 @@ class Vocabulary:
         pitches = sorted(self.tokenizer.token_ids_of_type("Pitch"))
         self.pitches = range(pitches[0], pitches[-1] + 1)  # a semitone is one id
         chord = ids.get("Chord_C:maj", 0)
-        self.chords = range(chord, chord + (len(CHORDS) - 1) * (chord > 0))  # twelve roots of each quality
+        self.chords = range(chord, chord and chord + len(CHORDS) - 1)  # twelve roots of each quality
         assert self.pad == 0 and pitches == list(self.pitches), pitches
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
         kind, position, pitch = self.says[[KIND, POSITION, PITCH]]
@@ -494,7 +494,7 @@ class Vocabulary:
         bars = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0)
         quarters = 4 * (bars + now[POSITION] / now[UNIT]) / self.music.grid
         seconds = (quarters.diff(prepend=quarters[:1]) * 60 / before[TEMPO]).cumsum(0)
-        return now, quarters - quarters[:1], seconds.round(decimals=3)  # a sum of many parts
+        return now, quarters - quarters[:1], seconds.round(decimals=3)  # hides the sum's rounding
 
     def bar_lines(self, ids, tempo=0.0):
         """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes and seconds."""
@@ -508,7 +508,7 @@ class Vocabulary:
         if not piano.tracks:
             raise Unusable("no notes within the range of a piano")
         notes = merge_unisons(piano.tracks[0].notes.numpy())  # the grid can merge two strikes of one key
-        notes = take(notes, np.lexsort((notes["pitch"], notes["time"])))  # MidiTok orders a chord by lengths
+        notes = take(notes, np.lexsort((notes["pitch"], notes["time"])))  # MidiTok orders a chord by length
         piano.tracks[0].notes = Note.from_numpy(**notes)
         return piano
 
@@ -517,7 +517,7 @@ class Vocabulary:
         return self.tokenizer.encode(piano, no_preprocess_score=True)[0].ids
 
     def decode(self, ids, tempo=0.0):
-        """The score of ids; no note sounds past the last bar, unless they finish with EOS."""
+        """The score of ids; no note sounds past the last bar, unless ids end with EOS."""
         end = round(self.bar_lines(torch.tensor(ids))[1][-1].item() * 480)
         score = self.tokenizer.decode([ids]).resample(480, min_dur=1)
         for track in score.tracks:
@@ -592,7 +592,7 @@ class Block(nn.Module):
         qkv = F.linear(x, self.qkv).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]  # each (B, nh, T, hs)
-        if self.training and self.dropout:  # drops whole values from a head: fast
+        if self.training and self.dropout:  # drops a token's value from a head: fast
             v = v * F.dropout(v.new_ones(B, self.n_head, T, 1), self.dropout)
         if past is not None:
             past = past[:, :, :, : start + T]
@@ -648,7 +648,7 @@ class PianoGPT(nn.Module):
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
         x = torch.cat([cache.recent, F.embedding(idx, self.embedding)], 1)
         cache.recent, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
-        angle = time.view(len(x), 1, -1, 1) * self.speeds[0] + pitch.view(len(x), 1, -1, 1) * self.speeds[1]
+        angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
         return x, angle.cos(), angle.sin()
 
     def logits(self, x, cos, sin, cache=None):
@@ -703,7 +703,7 @@ def transpose_ids(ids, shifts, vocab):
     pitches, movable, is_chord = vocab.pitches, is_in(ids, vocab.pitches), is_in(ids, vocab.chords)
     lowest = ids.masked_fill(~movable, pitches[-1]).amin(1)
     highest = ids.masked_fill(~movable, pitches[0]).amax(1)
-    shifts = torch.minimum(torch.maximum(shifts, pitches[0] - lowest), pitches[-1] - highest)[:, None]
+    shifts = shifts.clamp(pitches[0] - lowest, pitches[-1] - highest)[:, None]
     root = (ids - vocab.chords.start) % 12  # twelve ids in a row have one quality
     return ids + shifts * movable + ((root + shifts) % 12 - root) * is_chord
 
@@ -895,7 +895,7 @@ CHECK_EVERY = 32  # tokens between checks whether the pieces are over
 
 
 def filter_logits(logits, config):
-    """logits (B, V) over the temperature; minus infinity where a filter drops the token."""
+    """logits (B, V) divided by the temperature; minus infinity where a filter drops the token."""
     logits, drop = logits / config.temperature if config.temperature != 1 else logits, -math.inf
     if config.min_p:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(config.min_p), drop)
@@ -922,7 +922,7 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
     vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
     asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
-    bar = torch.full_like(ids[:, 0], -1)  # of the new ones
+    bar = torch.full_like(ids[:, 0], -1)  # number of the new bar
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
     start = cache.now  # where the window begins
     while True:

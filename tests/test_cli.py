@@ -328,7 +328,7 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     ("--generate --prompt bad/page.mid", "bad/page.mid cannot be continued (not a MIDI file"),
     ("--generate --prompt midi/piece00.mid --prompt-bars 99", "midi/piece00.mid is only 8 bars"),
     ("--generate --prompt midi/piece00.mid --bars 5", "the prompt alone is 8 bars"),
-    ("--generate --chords 'C Hm'", 'there is no chord "Hm" in "Hm": write C, Am,'),
+    ("--generate --chords 'C Hm'", 'cannot read "Hm" in "Hm": write C, Am,'),
     ("--generate --chords C --checkpoint plain.pt", "--chords needs a model that was trained with --chord-tokens 1"),
     ("--generate --bars 5 --seconds 5", "--bars and --seconds both set the same length"),
     ("--generate --prompt-bars 5 --prompt-seconds 5", "--prompt-bars and --prompt-seconds both set the same length"),
