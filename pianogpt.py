@@ -313,8 +313,8 @@ def find_chords(notes, beats, tpq):
     """The harmony of each of n beats as an index in CHORDS; beats: n + 1 ticks.
 
     A beat is a vector: the square root of how long each pitch class sounds. A chord fits by its cosine with
-    it, plus ROOT_IN_BASS if it is, minus SEVENTH if it has four notes; "N.C." fits by NO_CHORD. A sequence
-    fits by the sum over its quarter notes, minus CHORD_CHANGE for each change; Viterbi finds the best.
+    it, plus ROOT_IN_BASS if its root is lowest, minus SEVENTH if it has four notes; "N.C." by NO_CHORD. A
+    sequence fits by the sum over its quarter notes, minus CHORD_CHANGE per change; Viterbi finds the best.
     """
     start, end, pitch, n = notes["time"], notes["time"] + notes["duration"], notes["pitch"], len(beats) - 1
     first, last = np.searchsorted(beats, [start, end - 1], side="right") - 1
@@ -896,7 +896,7 @@ CHECK_EVERY = 32  # tokens between checks whether the pieces are over
 
 def filter_logits(logits, config):
     """logits (B, V) divided by the temperature; minus infinity where a filter drops the token."""
-    logits, drop = logits / config.temperature if config.temperature != 1 else logits, -math.inf
+    logits, drop = logits / config.temperature, -math.inf
     if config.min_p:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(config.min_p), drop)
     if 0 < config.top_k < logits.size(-1):
@@ -1337,7 +1337,7 @@ def add_texts(data, texts):
     """The bytes of a MIDI file with one more track, of text events: (tick, text)."""
     score = Score()
     score.markers = [TextMeta(*text) for text in texts]
-    track = score.dumps_midi()[14:].replace(b"\xff\6", b"\xff\1")  # symusic writes markers but no texts
+    track = score.dumps_midi()[14:].replace(b"\xff\6", b"\xff\1")  # symusic writes no texts
     return data[:10] + (1 + int.from_bytes(data[10:12], "big")).to_bytes(2, "big") + data[12:] + track
 
 
@@ -1464,7 +1464,8 @@ def choose_speed(run, device, steps):
     """Whether to train in bfloat16, and whether to compile."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu":  # without instructions for it bfloat16 is slow
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        names = "avx512_bf16", "amx_tile"
+        fast = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
     bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
     pays = steps >= COMPILE_STEPS and device.type in ("cuda", "cpu")
     return bfloat16, {"auto": pays, "on": True, "off": False}[run.compile]
@@ -1472,7 +1473,7 @@ def choose_speed(run, device, steps):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within it Ctrl-C and SIGTERM only join a list; a second Ctrl-C interrupts."""
+    """Within it Ctrl-C and SIGTERM only join a list; Ctrl-C as a second signal interrupts."""
     def catch(number, frame):
         caught.append(number)
         if caught[1:] and number == signal.SIGINT:

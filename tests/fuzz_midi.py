@@ -116,8 +116,8 @@ def write_files(folder, count, seed):
     for name, make in names.items():
         make(folder / name)
     (folder / os.fsdecode(b"not \xff UTF-8.mid")).write_bytes(good)
-    (folder / "many notes.mid").write_bytes(midi([e for i in range(200_000) for e in note(21 + i % 88, 10)]))
-    return kinds | {name: name for name in (*names, os.fsdecode(b"not \xff UTF-8.mid"), "many notes.mid")}
+    (folder / "a million notes.mid").write_bytes(midi([e for i in range(1_000_000) for e in note(21 + i % 88, 10)]))
+    return kinds | {name: name for name in (*names, os.fsdecode(b"not \xff UTF-8.mid"), "a million notes.mid")}
 
 
 def check(count, seed=0):

@@ -122,7 +122,7 @@ def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used()
     counts = check(500)
     assert counts.total() == 500 + 15
     outcomes = {kind: {outcome for k, outcome in counts if k == kind} for kind, _ in counts}
-    assert outcomes["many notes.mid"] == outcomes["pedal never lifted"] == outcomes["zero length"] == {"used"}
+    assert outcomes["a million notes.mid"] == outcomes["pedal never lifted"] == outcomes["zero length"] == {"used"}
     assert outcomes["only drums"] == {"only drums"} and outcomes["zero ticks"] == {"no ticks in a quarter note"}
     assert outcomes["a pipe.mid"] == outcomes["a link.mid"] == {"not a file"}
 
@@ -257,6 +257,8 @@ def test_shares_of_a_batch_make_the_batch():
 def test_targets_are_the_inputs_one_token_later_even_if_the_corpus_is_shorter(length):
     x, y = batches(torch.arange(length).short())[0]
     assert x.shape == y.shape == (4, 32) and torch.equal(x[:, 1:], y[:, :-1])
+    corpus = batches(torch.arange(length).short(), transpose=0)[0]
+    assert torch.equal(corpus[1], (corpus[0] + 1) % length), "a short corpus begins again"
 
 
 def test_every_token_of_the_corpus_is_drawn():

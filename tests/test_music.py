@@ -233,6 +233,17 @@ def test_single_notes_clusters_and_what_changes_for_a_moment_are_no_chord_of_the
     assert [pg.CHORDS[i] for i in found[:4]] == ["C"] * 4 and pg.CHORDS[found[6]] == "N.C."
 
 
+def test_note_that_passes_makes_no_seventh_and_one_that_stays_does():
+    for length, symbol in ((6, "C"), (24, "C7")):  # of the B flat, in a beat of 24
+        notes = {"time": np.zeros(4, int), "duration": np.array([24, 24, 24, length]), "pitch": np.array([48, 52, 55, 70])}
+        assert pg.CHORDS[pg.find_chords(notes, np.array([0, 24]), 24)[0]] == symbol
+
+
+def test_chord_says_its_root_as_a_pitch(vocab):
+    said = {word: vocab.says[pg.PITCH, i].item() for i, word in enumerate(vocab.words)}
+    assert (said["Chord_C:maj"], said["Chord_G:7dom"], said["Chord_B:min"], said["Chord_none"]) == (48, 55, 59, -1)
+
+
 def test_chord_symbols_are_read_as_musicians_write_them_and_a_wrong_one_is_named():
     bars = pg.parse_chords("C Am F#dim Bb7,Cmaj7 Bm7b5,E,Ebaug Dbm7 CM7,G-,Bo,Cbmin")
     names = [[pg.CHORDS[i] for i in bar] for bar in bars]
