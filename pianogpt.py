@@ -18,28 +18,26 @@ token, and drawing one token after another writes new music. This bar has 16 tok
     Position_48  Chord_F:maj                  two beats later, and the harmony changes
     Pitch_65  Velocity_67  Duration_1.0.24    F4, softer, for one beat
 
-The file reads in the order of the data. Part I is the idea, and you may stop after it:
-    1 settings -> 2 music -> 3 model -> 4 learning -> 5 writing
-Part II is the machinery:
-    6 folder -> 7 files -> 8 copies and figures -> 9 command line
+Part I is the idea, and you may stop after it: 1 settings, 2 music, 3 model, 4 learning, 5 writing. Part II is
+the machinery: 6 folder, 7 files, 8 copies and figures, 9 command line.
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
 
 The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
-    format       "pianogpt 5"; other formats are refused
+    format       "pianogpt 6"; other formats are refused
     config       the settings of the groups data, music, model and train
     vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
-    corpus       hash of the training ids: has the music changed?
-    intervals    the melodic intervals of each training piece, to find longest known runs
+    folder       name of the folder of MIDI files; files: the size of each, to see what has changed
+    pieces       names of the training pieces; intervals: their melodic intervals, to find known runs
     trainer      step, seconds, history (a row per validation), weights (the last), best (the weights that
-                 validated best, used to generate), optimizers, losses since the last validation
+                 validated best, used to generate), optimizer, losses since the last validation
 
 A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i and the
 dropout of step i are drawn from (seed, i) alone, and all other state is in the checkpoint.
 
 References: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et
 al., "Attention Is All You Need", 2017. Su et al., "RoFormer" (RoPE), 2021. Shazeer, "GLU Variants", 2020.
-Yang et al., "Tensor Programs V" (learning rates), 2022. Jordan et al., "Muon", 2024.
+Yang et al., "Tensor Programs V" (learning rates), 2022.
 """
 
 import argparse
@@ -47,7 +45,7 @@ import collections
 import contextlib
 import copy
 import csv
-import glob
+import difflib
 import hashlib
 import io
 import itertools
@@ -61,38 +59,43 @@ import tempfile
 import threading
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import miditok
-import numpy as np
-import torch
-import torch.nn.functional as F
-from filelock import FileLock, Timeout
-from miditok.constants import SCORE_LOADING_EXCEPTION
-from symusic import KeySignature, Note, Score, Tempo, TextMeta, TimeSignature, Track
-from torch import Tensor, distributed as dist, nn
-from tqdm import tqdm
+try:
+    import miditok
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from filelock import FileLock, Timeout
+    from miditok.constants import SCORE_LOADING_EXCEPTION
+    from symusic import KeySignature, Note, Score, Tempo, TextMeta, TimeSignature, Track
+    from torch import Tensor, distributed as dist, nn
+    from tqdm import tqdm
+except ImportError as e:
+    print(f"pianogpt: {e}: pip install -r requirements.txt, with Python 3.10 or newer", file=sys.stderr)
+    sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 class UserError(Exception):
-    """A user error: one sentence that says what to do."""
+    """A mistake, in one sentence that says what to do, or why a file is skipped, in a few words."""
 
 
-class Unusable(Exception):
-    """Why a file gives no music, in a few words."""
-
-
-def say(text):
+def say(text, stream="stdout"):
     """Print one line, above the progress bar; only rank 0 prints."""
-    if RANK == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # of file names
+    try:
+        if RANK == 0:
+            tqdm.write(text, file=getattr(sys, stream))
+            getattr(sys, stream).flush()
+    except OSError:  # the reader is gone, or the disk is full: go on
+        setattr(sys, stream, open(os.devnull, "w"))
 
 
 def progress(*args, **options):
@@ -105,10 +108,9 @@ def progress(*args, **options):
 # ---------- 1. Settings: flags, --help and checkpoints all read these fields ----------
 
 
-def option(default, text, low=None, high=None, choices=None, resumable=False):
-    """A field that becomes a flag; resumable: it may change when a run continues."""
-    return field(default=default, metadata=dict(
-        help=text, low=low, high=high, choices=choices, resumable=resumable))
+def option(default, text, low=None, high=None, choices=None, off=False, resumable=False):
+    """A field that becomes a flag; off: 0 is allowed too; resumable: it may change when a run continues."""
+    return field(default=default, metadata=locals())
 
 
 @dataclass
@@ -117,7 +119,8 @@ class RunConfig:
     generate: bool = option(False, "write music (train first if there is no checkpoint)")
     evaluate: str = option("", "folder of MIDI files to measure the model on")
     checkpoint: str = option("pianogpt.pt", "file that holds the model")
-    download: str = option("", "collection to fetch first (56 MB)", choices=("", "maestro"))
+    midi_dir: str = option("my_midis", "folder of MIDI files to train on, at any depth")
+    cache_dir: str = option(".pianogpt-cache", "folder for tokenized files; empty: no cache")
     fresh: bool = option(False, "start over; an existing checkpoint is renamed")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option("auto", "of matrix products in training", choices=("auto", "float32", "bfloat16"))
@@ -127,16 +130,15 @@ class RunConfig:
 @dataclass
 class SampleConfig:
     """The music that is written."""
-    num_samples: int = option(3, "pieces to write", 1)
+    num_samples: int = option(3, "pieces to write", 1, 100_000)
     prompt: str = option("", "MIDI file to continue")
     prompt_bars: int = option(0, "bars of the prompt to use; 0: all of it", 0)
-    prompt_seconds: float = option(0.0, "the same in seconds, rounded down to a bar line", 0)
     continuation_only: bool = option(False, "leave the prompt out of the file")
     bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 32 new bars", 0)
     seconds: float = option(0.0, "the same in seconds, rounded up to a bar line", 0, 86_400)
     chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
-    tempo: float = option(0.0, "quarter notes per minute in the whole piece; 0: the model's choice", 0, 1000)
-    temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: always the likeliest token", 0, 10)
+    tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
+    temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: greedy", 0.01, 10, off=True)
     top_k: int = option(0, "sample from the k likeliest tokens; 0: off", 0)
     top_p: float = option(0.0, "sample from the likeliest tokens with this total probability; 0: off", 0, 1)
     min_p: float = option(0.003, "drop tokens less likely than this fraction of the likeliest; 0: off", 0, 1)
@@ -146,8 +148,6 @@ class SampleConfig:
 @dataclass
 class DataConfig:
     """The training music."""
-    midi_dir: str = option("my_midis", "folder of MIDI files, at any depth", resumable=True)
-    cache_dir: str = option(".pianogpt-cache", "folder for tokenized files; empty: no cache", resumable=True)
     val_percent: float = option(10.0, "percent of the works held out for validation", 0, 99)
     piece_is_folder: bool = option(False, "all files of one folder are one work")
     transpose: int = option(5, "transpose training music by up to N semitones at random", 0, 24)
@@ -165,10 +165,10 @@ class MusicConfig:
 @dataclass
 class ModelConfig:
     """The size of the Transformer."""
-    n_layer: int = option(4, "layers", 1)
-    n_head: int = option(4, "attention heads per layer", 1)
-    n_embd: int = option(128, "channels", 2)
-    block_size: int = option(256, "context in tokens", 8)
+    n_layer: int = option(4, "layers", 1, 1000)
+    n_head: int = option(4, "attention heads per layer", 1, 1000)
+    n_embd: int = option(128, "channels", 2, 65_536)
+    block_size: int = option(256, "context in tokens", 8, 65_536)
     dropout: float = option(0.0, "fraction of activations dropped in training; 0: off", 0, 0.9)
 
 
@@ -176,16 +176,13 @@ class ModelConfig:
 class TrainConfig:
     """How the model is trained."""
     steps: int = option(2000, "optimizer steps in total", 1, resumable=True)
-    batch_size: int = option(8, "sequences per step", 1)
-    optimizer: str = option("adamw", "optimizer of the block matrices; everything else uses AdamW",
-                            choices=("adamw", "muon"))
-    lr: float = option(3e-4, "peak learning rate at width 1024, scaled by fan-in", 0, 1)
+    batch_size: int = option(8, "sequences per step", 1, 100_000)
+    lr: float = option(3e-4, "peak learning rate at width 1024, scaled by fan-in", 0, 1, resumable=True)
     warmup: int = option(200, "steps of learning rate warmup", 0)
     weight_decay: float = option(0.1, "weight decay of the matrices; 0: off", 0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
     eval_every: int = option(250, "steps between validations", 1, resumable=True)
     save_every: int = option(0, "steps between checkpoints; 0: every two minutes", 0, resumable=True)
-    sample_every: int = option(0, "steps between short samples during training; 0: none", 0, resumable=True)
     accumulate: int = option(1, "split each batch into N parts to save memory", 1, resumable=True)
     seed: int = option(0, "random seed; the same seed gives the same bytes", 0, 2**31 - 1)
 
@@ -210,13 +207,17 @@ def check_options(config):
     """Raise UserError for a setting that is out of its limits or contradicts another."""
     for settings in vars(config).values():
         for f in fields(settings):
-            value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None and not value >= low or high is not None and not value <= high:
-                limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-                raise UserError(f"{flag(f.name)} is {value} but must be {limits}")
-    for one, other in (("prompt_bars", "prompt_seconds"), ("bars", "seconds")):
-        if getattr(config.sample, one) and getattr(config.sample, other):
-            raise UserError(f"{flag(one)} and {flag(other)} both set the same length: pass one of them")
+            value, limit = getattr(settings, f.name), f.metadata
+            low, high = (limit[k] if limit[k] is not None else value for k in ("low", "high"))
+            if not (low <= value <= high or limit["off"] and value == 0):
+                limits = f"at least {low:g}" if limit["high"] is None else f"from {low:g} to {high:g}"
+                raise UserError(f"{flag(f.name)} is {value} but must be {'0 or ' * limit['off']}{limits}")
+    if config.sample.bars and config.sample.seconds:
+        raise UserError("--bars and --seconds both set the same length: pass one of them")
+    batch_size, accumulate = config.train.batch_size, config.train.accumulate
+    if batch_size % (PROCESSES * accumulate):
+        raise UserError(f"--batch-size {batch_size} must be a multiple of {PROCESSES} processes x "
+                        f"--accumulate {accumulate}")
     n_embd, n_head = config.model.n_embd, config.model.n_head
     if n_embd % (2 * n_head):
         raise UserError(f"--n-embd {n_embd} must be a multiple of 2 x --n-head {n_head}")
@@ -286,7 +287,7 @@ def repair_overlaps(notes):
 
 
 def make_piano(score, fold):
-    """A score as one piano track, and {change: how many}. Raises Unusable."""
+    """A score as one piano track, and {change: how many}. Raises UserError."""
     tracks = [t for t in score.tracks if not t.is_drum]  # one without notes may still carry the pedal
     hands, too_long = [], 0
     for program in dict.fromkeys(t.program for t in tracks):  # tracks of one instrument share its pedal
@@ -296,7 +297,7 @@ def make_piano(score, fold):
             too_long += fold_pedal(parts, [t.controls.numpy() for t in same], score.tpq)
         hands += parts
     if not hands:
-        raise Unusable("only drums" if score.note_num() else "no notes")
+        raise UserError("only drums" if score.note_num() else "no notes")
     notes = {key: np.concatenate([hand[key] for hand in hands]) for key in hands[0]}
     struck, notes = len(notes["time"]), repair_overlaps(notes)
     piano, track = Score(score.tpq), Track(name="Piano", program=0)
@@ -309,27 +310,23 @@ def make_piano(score, fold):
                    "pedals held too long for a pianist ignored": too_long}
 
 
-def find_chords(notes, beats, tpq):
+def find_chords(track, beats, tpq):
     """The harmony of each of n beats as an index in CHORDS; beats: n + 1 ticks.
 
     A beat is a vector: the square root of how long each pitch class sounds. A chord fits by its cosine with
     it, plus ROOT_IN_BASS if its root is lowest, minus SEVENTH if it has four notes; "N.C." by NO_CHORD. A
     sequence fits by the sum over its quarter notes, minus CHORD_CHANGE per change; Viterbi finds the best.
     """
-    start, end, pitch, n = notes["time"], notes["time"] + notes["duration"], notes["pitch"], len(beats) - 1
-    first, last = np.searchsorted(beats, [start, end - 1], side="right") - 1
-    note = np.repeat(np.arange(len(start)), last - first + 1)  # a row for each beat of each note
-    beat = np.arange(len(note)) - np.searchsorted(note, note) + first[note]
-    sounding, bass = np.zeros((n, 12)), np.full(n, 127)
-    overlap = np.minimum(end[note], beats[beat + 1]) - np.maximum(start[note], beats[beat])
-    np.add.at(sounding, (beat, pitch[note] % 12), overlap)
-    np.minimum.at(bass, beat, pitch[note])
+    roll = track.pianoroll(modes=["frame"], encode_velocity=False)[0]  # (128, ticks): keys that are down
+    classes = roll[:120].reshape(10, 12, -1).sum(0, dtype=np.uint8)  # (12, ticks): over all octaves
+    sounding = np.add.reduceat(classes, beats[:-1], axis=1, dtype=int).T  # (n, 12)
+    bass = np.maximum.reduceat(roll, beats[:-1], axis=1).argmax(0)
     chords = np.array([np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
                        for _, above in QUALITIES.values() for root in range(12)])
     fits = np.sqrt(sounding / np.maximum(1, sounding.sum(1, keepdims=True))) @ chords.T  # (n, chords)
     fits += ROOT_IN_BASS * (np.arange(len(chords)) % 12 == bass[:, None] % 12)
     fits -= SEVENTH * ((chords > 0).sum(1) == 4)
-    fits = np.c_[fits, np.full(n, NO_CHORD)] * sounding.any(1)[:, None]  # silence fits every chord
+    fits = np.c_[fits, np.full(len(fits), NO_CHORD)] * sounding.any(1)[:, None]  # silence fits every chord
     fits *= np.diff(beats)[:, None] / tpq
     before, total = np.zeros(fits.shape, int), np.zeros(len(CHORDS))
     for i, fit in enumerate(fits):
@@ -364,11 +361,11 @@ class Tokenizer(miditok.REMI):
             track, ticks_per_beat, time_division, ticks_bars, ticks_beats, *rest)
         if not self.finds_chords:
             return events
-        notes, words = track.notes.numpy(), self._create_chords_tokens()
+        words = self._create_chords_tokens()
         beats = np.r_[np.array(ticks_beats)[np.array(ticks_beats) < track.end()], track.end()]
-        onsets = np.unique(notes["time"])
+        onsets = np.unique(track.notes.numpy()["time"])
         bar, beat = (np.searchsorted(ticks, onsets, side="right") - 1 for ticks in (ticks_bars, beats))
-        chord = find_chords(notes, beats, time_division)[beat]
+        chord = find_chords(track, beats, time_division)[beat]
         new = np.r_[True, (np.diff(bar) > 0) | (np.diff(chord) != 0)]
         found = [miditok.Event("Chord", words[i][6:], tick) for i, tick in zip(chord[new], onsets[new])]
         return found + events
@@ -432,17 +429,13 @@ class Vocabulary:
         self.chords = range(chord, chord and chord + len(CHORDS) - 1)  # twelve roots of each quality
         assert self.pad == 0 and pitches == list(self.pitches), pitches
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
-        kind, position, pitch = self.says[[KIND, POSITION, PITCH]]
+        kind = self.says[KIND]
         follows = torch.tensor([[after in FOLLOWS[before].split() for after in KINDS] for before in KINDS])
         self.follows = follows[:, kind.long()]  # (kinds, V)
         first = ids["Position_0"]
         self.follows[:, first] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
-        # Limits for `legal`, by id; inf and -1 always pass
-        is_position = kind == KINDS.index("Position")
-        self.ahead, self.inside = position.where(is_position, math.inf), position.where(is_position, -1)
-        self.ahead[first] = math.inf
-        self.is_note = kind == KINDS.index("Pitch")
-        self.height = pitch.where(self.is_note, math.inf)
+        self.is_position, self.is_note = (kind == KINDS.index(name) for name in ("Position", "Pitch"))
+        self.is_position[first] = False
 
     def to(self, device):
         """This vocabulary with its tables on a device."""
@@ -474,11 +467,13 @@ class Vocabulary:
         wanted, ids (B,), they are written before the next note, and no others.
         """
         kind, position, length, _, _, pitch, chord = now[:, :, None].unbind()  # (B, 1) each
-        legal = self.follows.index_select(0, kind[:, 0].long()) & (self.ahead > position)
-        legal &= (self.inside < length) & (self.height > pitch * (kind == DURATION))
+        at, height, said = self.says[[POSITION, PITCH, CHORD]]
+        legal = self.follows.index_select(0, kind[:, 0].long())
+        legal &= ~self.is_position | (at > position) & (at < length)
+        legal &= ~self.is_note | (height > pitch * (kind == DURATION))
         if wanted is None:
             return legal
-        due, said = chord != wanted[:, None], self.says[CHORD]
+        due = chord != wanted[:, None]
         return legal & torch.where(said > 0, due & (said == wanted[:, None]), ~(due & self.is_note))
 
     def tempo_id(self, tempo):
@@ -503,10 +498,10 @@ class Vocabulary:
         return at[:-1], quarters[at] - quarters[at[0]], seconds[at] - seconds[at[0]]
 
     def quantize(self, piano):
-        """A one-track score on the grid, as the tokens can represent it. Raises Unusable."""
+        """A one-track score on the grid, as the tokens can represent it. Raises UserError."""
         piano = self.tokenizer.preprocess_score(piano)
         if not piano.tracks:
-            raise Unusable("no notes within the range of a piano")
+            raise UserError("no notes within the range of a piano")
         notes = merge_unisons(piano.tracks[0].notes.numpy())  # the grid can merge two strikes of one key
         notes = take(notes, np.lexsort((notes["pitch"], notes["time"])))  # MidiTok orders a chord by length
         piano.tracks[0].notes = Note.from_numpy(**notes)
@@ -605,23 +600,14 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B * T, C)
 
-    def feed_forward(self, x):
-        """x (B T, C) -> the hidden layer, (B T, 8/3 C)."""
-        hidden, gate = F.linear(x, self.expand).chunk(2, -1)
-        return hidden * F.silu(gate)
-
-    def add(self, x, y, weight):
-        """The residual connection: x plus y times a matrix."""
-        if self.training:
-            return x + F.dropout(F.linear(y, weight), self.dropout)
-        return torch.addmm(x, y, weight.mT)  # the same, faster
-
     def forward(self, x, cos, sin, past=None, start=0):
         """x (B T, C) -> (B T, C); past (2, B, nh, block, hs): keys, values of `start` tokens, to extend."""
         y = torch.layer_norm(x, x.shape[-1:], self.norm_1)
-        x = self.add(x, self.attention(y, cos, sin, past, start), self.proj)
-        y = torch.layer_norm(x, x.shape[-1:], self.norm_2)
-        return self.add(x, self.feed_forward(y), self.contract)
+        y = F.linear(self.attention(y, cos, sin, past, start), self.proj)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = F.linear(torch.layer_norm(x, x.shape[-1:], self.norm_2), self.expand)
+        hidden, gate = y.chunk(2, -1)  # each (B T, 8/3 C)
+        return x + F.dropout(F.linear(hidden * F.silu(gate), self.contract), self.dropout, self.training)
 
 
 class PianoGPT(nn.Module):
@@ -695,7 +681,7 @@ class Cache:
 # ---------- 4. Learning: batch number i, transposition, learning rates, the trainer ----------
 
 LR_WIDTH = 1024  # fan-in at which a matrix learns at --lr
-EMBEDDING_RATE, REST_RATE, MUON_RATE = 80, 30, 64  # x --lr: embedding; norms, recent; blocks under Muon
+EMBEDDING_RATE, REST_RATE = 80, 30  # x --lr: the embedding; norms and recent
 
 
 def transpose_ids(ids, shifts, vocab):
@@ -737,27 +723,19 @@ def learning_rate(step, config):
     return min((step + 1) / max(1, config.warmup), 1 - fallen)
 
 
-def make_optimizers(model, config):
-    """AdamW, or Muon for the block matrices and AdamW for the rest; a group has a "peak" learning rate.
+def make_optimizer(model, config):
+    """AdamW, with a group for each parameter, and in it a "peak" learning rate.
 
     AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
-    with the fan-in (Yang et al.), and one --lr fits every width. By default, at width 128: 3e-4 x 1024 / 128
-    = 2.4e-3 for qkv, proj, expand and the head, 9.1e-4 for contract, 2.4e-2 for the embedding, 9e-3 for norms
-    and recent.
+    with the fan-in (Yang et al.), and one --lr fits every width. By default: 3e-4 x 1024 / 128 = 2.4e-3 for
+    matrices that read 128 numbers, 9.1e-4 for contract, 2.4e-2 for the embedding, 9e-3 for norms and recent.
     """
-    def group(params, peak, weight_decay=0.0):
-        return {"params": params, "peak": config.lr * peak, "weight_decay": weight_decay}
-
-    inside, muon = [p for p in model.blocks.parameters() if p.dim() == 2], config.optimizer == "muon"
-    matrices = [model.head] if muon else [*inside, model.head]
-    vectors = [model.recent, *(p for p in model.parameters() if p.dim() == 1)]
-    groups = [group([p for p in matrices if p.size(1) == fan_in], LR_WIDTH / fan_in, config.weight_decay)
-              for fan_in in sorted({p.size(1) for p in matrices})]
-    groups += [group([model.embedding], EMBEDDING_RATE), group(vectors, REST_RATE)]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
-    if muon:
-        optimizers.append(torch.optim.Muon([group(inside, MUON_RATE, config.weight_decay)]))
-    return optimizers
+    groups = []
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() == 2 and name not in ("embedding", "recent")
+        peak = LR_WIDTH / p.size(1) if is_matrix else EMBEDDING_RATE if name == "embedding" else REST_RATE
+        groups.append(dict(params=[p], peak=config.lr * peak, weight_decay=config.weight_decay * is_matrix))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
@@ -785,7 +763,7 @@ class Trainer:
         self.model, self.config, self.bfloat16, self.device = model, config, bfloat16, model.head.device
         # Only this is compiled. The backward pass of a compiled embedding is not deterministic.
         self.loss = torch.compile(model.loss) if compiled else model.loss
-        self.optimizers = make_optimizers(model, config)
+        self.optimizer = make_optimizer(model, config)
         self.step, self.seconds, self.best = 0, 0.0, {}  # the weights that validated best
         self.history, self.losses = [], []  # a row for each validation; the losses since the last
 
@@ -795,16 +773,15 @@ class Trainer:
 
     def state(self):
         """All of the trainer but its settings, for load_state."""
-        weights, optimizers = self.weights(), [o.state_dict() for o in self.optimizers]
-        state = {k: vars(self)[k] for k in self.KEPT} | {"weights": weights, "optimizers": optimizers}
+        weights, optimizer = self.weights(), self.optimizer.state_dict()["state"]
+        state = {k: vars(self)[k] for k in self.KEPT} | {"weights": weights, "optimizer": optimizer}
         return state if self.history else state | {"best": weights}
 
     def load_state(self, state):
         """Continue where another trainer's state() was taken, with the same bits."""
         vars(self).update({k: state[k] for k in self.KEPT})
         self.model.load_state_dict(state["weights"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
 
     def add_gradients(self, idx, targets):
         """Put the gradient of a batch (B, T) into .grad; its mean loss, over all processes."""
@@ -827,33 +804,30 @@ class Trainer:
         return average_over_processes(total).item()
 
     def train_step(self, idx, targets, rank=0):
-        """Learn from one batch (B, T); the mean loss in nats."""
+        """Learn from one batch (B, T); the mean loss in nats. Raises FloatingPointError."""
         torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)  # for dropout
         loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
-        if self.config.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * fraction
-            optimizer.step()
-            optimizer.zero_grad()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(f"the loss became {loss} after {self.step} steps")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * fraction
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
-        if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} at step {self.step}: train with a smaller --lr")
         self.losses.append(loss)
         return loss
 
     def best_row(self):
         """The row of the best validation; where nothing is held out, the last row."""
-        return min(self.history, key=lambda row: row["val_loss"] or 1e9 - row["step"])
+        return min(self.history, key=lambda row: row.get("val_loss", 1e9 - row["step"]))
 
     def validate(self, windows, batches):
         """Add a row to the history; keep the weights if they are the best so far."""
         row = {"step": self.step, "seconds": self.seconds,
                "tokens": self.step * self.config.batch_size * self.model.config.block_size,
                "lr": self.config.lr * learning_rate(self.step - 1, self.config),
-               "train_loss": sum(self.losses) / max(1, len(self.losses)),
-               "val_loss": None, "val_nats_per_note": None}
+               "train_loss": sum(self.losses) / max(1, len(self.losses))}
         text, self.losses = f"training loss {row['train_loss']:.4f}", []
         if len(windows[0]):
             total, targets = evaluate(self.model, windows), windows[1]
@@ -865,8 +839,8 @@ class Trainer:
             self.best = self.weights()
         say(f"step {self.step} of {self.config.steps}: {text}, {self.seconds:.0f} seconds")
 
-    def run(self, batches, windows, stopped, save, sample):
-        """Train to the last step or until stopped(); save() and sample() are called periodically."""
+    def run(self, batches, windows, stopped, save):
+        """Train to the last step or until stopped(); save() is called periodically."""
         bar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step", position=0)
         every, clock = self.config.save_every, time.monotonic()
         saved = clock
@@ -883,8 +857,6 @@ class Trainer:
             if self.step % every == 0 if every else clock - saved > 120:  # seconds
                 save()
                 saved = clock
-            if self.config.sample_every and self.step % self.config.sample_every == 0:
-                sample()
         bar.close()
 
 
@@ -956,24 +928,24 @@ def find_end(ids, vocab, config):
     return ends[0] if ends else None
 
 
-def generate(model, vocab, config, seed, prompt):
-    """config.num_samples pieces, drawn together: lists of ids, which begin with the prompt."""
+def generate(model, vocab, config, seed, prompt, stopped=bool):
+    """config.num_samples pieces, or if stopped() the finished ones: lists of ids, the prompt first."""
     old_bars, open_end = prompt.count(vocab.bar), not (config.bars or config.seconds)
     if open_end:
         config = replace(config, bars=old_bars + MOST_BARS)
     start = [vocab.bos, *prompt] + [vocab.bar] * bool(prompt)  # the continuation begins with a bar line
     ids = torch.tensor([start] * config.num_samples, device=model.head.device)
     hold = torch.full((len(ids),), -math.inf, device=ids.device)
-    stream, ends = draw_tokens(model.eval(), vocab, config, ids, seed, hold), [None]
+    stream, pieces, ends = draw_tokens(model.eval(), vocab, config, ids, seed, hold), ids, [None] * len(ids)
     with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False, position=0) as bar:
-        while None in ends:
+        while None in ends and not stopped():
             ids = torch.cat([ids, torch.stack(list(itertools.islice(stream, CHECK_EVERY)), 1)], 1)
             pieces = ids[:, 1:].cpu()
             ends = [find_end(piece, vocab, config) for piece in pieces]
             if open_end:  # a piece with a given length ends there, not before
                 hold[(ids == vocab.bar).sum(1) >= old_bars + LEAST_BARS] = 0
             bar.update(CHECK_EVERY)
-    return [piece[:end].tolist() for piece, end in zip(pieces, ends)]
+    return [piece[:end].tolist() for piece, end in zip(pieces, ends) if end]
 
 
 # ========== You may stop here. Part II: the machinery ==========
@@ -986,8 +958,6 @@ PIECE_END = 255  # ends the intervals of a piece
 SUFFIXES = ".mid", ".midi", ".kar", ".rmi"
 NEW_SONG = bytes.fromhex("00ff510307a120 00ff580404021808")  # MIDI's defaults, 120 bpm and 4/4, as events
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
-MAESTRO = "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
-MAESTRO_SHA256 = "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c"
 
 
 @dataclass
@@ -998,6 +968,7 @@ class Piece:
     seconds: float = 0.0
     changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
     problem: str = ""
+    content: str = ""  # hash of the bytes that were read; none where another try may end otherwise
     path: str = ""  # relative to the folder, with forward slashes
     work: str = ""  # of which this is one recording
     split: str = ""  # train, validation or test
@@ -1013,9 +984,10 @@ def write_atomically(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except BaseException:
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
+    finally:
         new.unlink(missing_ok=True)
-        raise
 
 
 def one_track(data, events):
@@ -1023,13 +995,22 @@ def one_track(data, events):
     return b"MThd\0\0\0\6\0\0\0\1" + data[12:14] + b"MTrk" + len(events).to_bytes(4, "big") + events
 
 
+def read_bytes(path):
+    """The bytes of a file of at most FILE_MEGABYTES. Raises UserError."""
+    if not path.is_file():  # such as a pipe
+        raise UserError("not a file")
+    if path.stat().st_size > FILE_MEGABYTES * 2**20:
+        raise UserError(f"larger than {FILE_MEGABYTES} MB")
+    return path.read_bytes()
+
+
 def parse_midi(data):
-    """The bytes of a MIDI file as a score; of format 2, its songs one after another. Raises Unusable."""
+    """The bytes of a MIDI file as a score; of format 2, its songs one after another. Raises UserError."""
     if data[:4] == b"RIFF":  # .rmi: a MIDI file in a chunk, which begins with its length
         at = max(4, data.find(b"MThd"))
         data = data[at : at + int.from_bytes(data[at - 4 : at], "little")]
     if data[:4] != b"MThd" or len(data) < 14:
-        raise Unusable("not a MIDI file")
+        raise UserError("not a MIDI file")
     tracks, at = {}, 8 + int.from_bytes(data[4:8], "big")
     while at + 8 <= len(data):
         end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
@@ -1044,7 +1025,7 @@ def parse_midi(data):
             score = Score.from_midi(part)
         except SCORE_LOADING_EXCEPTION as e:
             problem = (str(e) or type(e).__name__).splitlines()[0]
-            raise Unusable(f"damaged at byte {min(at, len(data))}: {problem}") from None
+            raise UserError(f"damaged at byte {min(at, len(data))}: {problem}") from None
     return score
 
 
@@ -1074,21 +1055,30 @@ def count_changes(piano, quantized):
 
 def read_piece(path, vocab):
     """One file as a piece, without a path."""
+    content = ""
     try:
-        score = parse_midi(path.read_bytes())
+        data = read_bytes(path)
+        content = hashlib.sha256(data).hexdigest()
+        score = parse_midi(data)
         if score.tpq < 1:
-            raise Unusable("no ticks in a quarter note")
+            raise UserError("no ticks in a quarter note")
         piano, changes = make_piano(score, vocab.music.pedal == "fold")
         seconds = float(piano.to("second").end())
-        if not seconds < DAY:
-            raise Unusable("longer than a day")
+        if not (seconds < DAY and piano.end() < DAY * piano.tpq):
+            raise UserError(f"longer than a day, or {DAY:,} quarter notes")
         quantized = vocab.quantize(piano)
         ids = np.array(vocab.encode(quantized), np.int16)
-    except Unusable as e:
-        return Piece(problem=str(e))
-    except (*SCORE_LOADING_EXCEPTION, LookupError, ZeroDivisionError, TypeError, MemoryError) as e:
-        return Piece(problem=f"unreadable: {(str(e) or type(e).__name__).splitlines()[0]}")
-    return Piece(ids, quantized.note_num(), seconds, changes | count_changes(piano, quantized))
+        if 8 * (ids == vocab.bar).sum() > 3 * len(ids):  # a bar is two tokens
+            raise UserError("notes so far apart that most tokens are bars")
+        changes |= count_changes(piano, quantized)
+        return Piece(ids, quantized.note_num(), seconds, changes, content=content)
+    except UserError as e:
+        problem = str(e)
+    except (OSError, MemoryError) as e:  # perhaps not the next time
+        problem, content = getattr(e, "strerror", "") or "not enough memory", ""
+    except (*SCORE_LOADING_EXCEPTION, LookupError, ZeroDivisionError, TypeError) as e:
+        problem = f"unreadable: {(str(e) or type(e).__name__).splitlines()[0]}"
+    return Piece(problem=problem, content=content)
 
 
 def start_worker(vocab):
@@ -1112,10 +1102,9 @@ def read_in_worker(path):
     return piece
 
 
-def read_in_workers(paths, vocab):
+def read_in_workers(paths, vocab, alone=False):
     """Yield (path, Piece) as they get ready; a file that crashes or hangs the parser has a problem."""
-    # A forked worker starts in milliseconds, but forks are safe on Linux only.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork is fast
     cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
     pool = ProcessPoolExecutor(min(len(cores), len(paths)), context, start_worker, (vocab,))
     unread = []
@@ -1124,51 +1113,56 @@ def read_in_workers(paths, vocab):
         for job in as_completed(jobs):
             try:
                 yield jobs[job], job.result()
-            except BrokenProcessPool:
+            except BrokenExecutor:
                 unread.append(jobs[job])
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    if unread and len(paths) == 1:
+    if unread and alone:
         yield paths[0], Piece(problem="crashed or hung the MIDI parser")
     elif unread:
         # A crash breaks a pool. New pools read half of what is left each, until the culprit is alone.
         for half in filter(None, (unread[::2], unread[1::2])):
-            yield from read_in_workers(half, vocab)
+            yield from read_in_workers(half, vocab, alone=len(half) == 1)
+
+
+def find_files(folder):
+    """{path: "size name"} of the MIDI files under folder, in order. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: make it, or name another")
+    names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))}
+    found = {path: f"{path.stat().st_size if path.is_file() else 0} {name}" for path, name in names.items()
+             if path.suffix.lower() in SUFFIXES and "/." not in f"/{name}"}
+    if not found:
+        raise UserError(f"no MIDI file under {folder}: put some there, or name another folder")
+    return found
 
 
 def read_folder(folder, vocab, cache_dir):
     """Every MIDI file under folder as a piece, in the order of their paths; cached by content."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: make it, or pass --midi-dir")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    if not paths:
-        raise UserError(f"no MIDI file under {folder}: put some there, or pass --midi-dir")
+    paths, pieces = find_files(folder), {}
     # All that decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 4))
-    settings, cached, pieces = hashlib.sha256(settings.encode()).hexdigest()[:16], {}, {}
+    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 5))
+    cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
     for path in paths:
         try:
-            if not path.is_file():  # a folder, a pipe or a broken link
-                raise Unusable("not a file")
-            if path.stat().st_size > FILE_MEGABYTES * 2**20:
-                raise Unusable(f"larger than {FILE_MEGABYTES} MB")
-            content = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-            cached[path] = Path(cache_dir, settings, content)  # a line of JSON, then the ids
-            head, ids = cached[path].read_bytes().split(b"\n", 1)
-            pieces[path] = Piece(**json.loads(head) | {"ids": np.frombuffer(ids, "<i2")})
-        except Unusable as e:
+            content = hashlib.sha256(read_bytes(path)).hexdigest()
+            with np.load(cache / f"{content}.npz") as entry:  # a zip file, with checksums
+                piece = Piece(**json.loads(str(entry["piece"])) | {"ids": entry["ids"]})
+            if piece.content == content:
+                pieces[path] = piece
+        except UserError as e:
             pieces[path] = Piece(problem=str(e))
-        except (OSError, ValueError, TypeError):
-            pass  # not in the cache, or not as this version writes it
+        except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile):
+            pass  # not in the cache, damaged there, or not as this version writes it
     new = [path for path in paths if path not in pieces]
     found = read_in_workers(new, vocab) if new else []
     for path, piece in progress(found, total=len(new), desc="reading", unit="file"):
         pieces[path] = piece
-        if cache_dir and path in cached:
+        if cache_dir and piece.content:
             try:
-                head = json.dumps(vars(piece) | {"ids": None}).encode()
-                write_atomically(cached[path], head + b"\n" + piece.ids.astype("<i2").tobytes())
+                entry, head = io.BytesIO(), json.dumps(vars(piece) | {"ids": None})
+                np.savez(entry, ids=piece.ids, piece=head)
+                write_atomically(cache / f"{piece.content}.npz", entry.getvalue())
             except OSError as e:
                 say(f"cannot write to the cache {cache_dir} ({e.strerror}), so files will be read again")
                 cache_dir = ""
@@ -1177,31 +1171,16 @@ def read_folder(folder, vocab, cache_dir):
     return [pieces[path] for path in paths]
 
 
-def download_maestro(folder):
-    """Download MAESTRO into folder, unless it is there."""
-    inside = "maestro-v3.0.0"
-    if not (folder / inside).is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as work:
-            try:
-                torch.hub.download_url_to_file(MAESTRO, f"{work}/zip", MAESTRO_SHA256, sys.stderr.isatty())
-            except (OSError, RuntimeError) as e:  # no network; another hash
-                raise UserError(f"cannot download {MAESTRO} ({e}): try again later") from None
-            zipfile.ZipFile(f"{work}/zip").extractall(work)
-            Path(work, inside).replace(folder / inside)
-    say(f"MAESTRO: {folder / inside}, licensed CC BY-NC-SA 4.0")
-
-
 def read_split_tables(folder):
-    """The split of each file that a csv like MAESTRO's names (columns split, midi_filename)."""
+    """{path: split} of the files that tables like MAESTRO's name (columns split, midi_filename)."""
     table = {}
     for path in sorted(folder.rglob("*.csv")):
         try:
-            for row in csv.DictReader(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+            for row in csv.DictReader(read_bytes(path).decode(errors="replace").splitlines()):
                 if row.get("split") in SPLITS and row.get("midi_filename"):
                     name = Path(os.path.relpath(path.parent / row["midi_filename"], folder))
                     table[name.as_posix()] = row["split"]
-        except (OSError, csv.Error) as e:
+        except (OSError, csv.Error, UserError) as e:
             say(f"{path} cannot be read as a table ({e}), so no split is taken from it")
     return table
 
@@ -1214,71 +1193,55 @@ def pitch_intervals(ids, pitches):
 
 def join_recordings(pieces, pitches):
     """Give recordings of the same music, in any key, the same work."""
-    names, work = np.unique([p.work for p in pieces], return_inverse=True)
-    parts = [pitch_intervals(p.ids, pitches) for p in pieces]
-    owner = np.repeat(np.arange(len(pieces)), [len(part) for part in parts])
-    intervals = np.frombuffer(b"".join(parts) + bytes([PIECE_END] * SAME_MUSIC), np.uint8)
-    windows = np.lib.stride_tricks.sliding_window_view(intervals, SAME_MUSIC)[: len(owner)]
-    columns = np.ascontiguousarray(windows).view(np.uint64).T  # (SAME_MUSIC / 8, windows)
-    order = np.lexsort(columns)  # equal windows become neighbors
-    same = (columns[:, order[1:]] == columns[:, order[:-1]]).all(0)
-    here, there = order[:-1][same], order[1:][same]
-    apart = owner[here] != owner[there]
-    shared = np.sort(windows[here[apart]], 1)
-    # Scales and trills prove nothing, and no window may reach into the next piece.
-    telling = (shared[:, -1] < PIECE_END) & (1 + (np.diff(shared) > 0).sum(1) >= SAME_KINDS)
-    for x, y in np.unique(np.c_[owner[here], owner[there]][apart][telling], axis=0):
-        work[work == max(work[x], work[y])] = min(work[x], work[y])
-    for piece, number in zip(pieces, work):
-        piece.work = str(names[number])
-
-
-def name_hash(work):
-    """A number from 0 to 1 that depends on a name alone: a new work moves no old one."""
-    return int(hashlib.sha256(work.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) / 2**32
+    found_in = {}  # {passage: the piece where it stood first}
+    for piece in pieces:
+        intervals = pitch_intervals(piece.ids, pitches)
+        for at in range(len(intervals) - SAME_MUSIC):
+            passage = intervals[at : at + SAME_MUSIC]
+            if len(set(passage)) >= SAME_KINDS:  # scales and trills prove nothing
+                works = {piece.work, found_in.setdefault(passage, piece).work}
+                for other in pieces if len(works) > 1 else ():
+                    other.work = min(works) if other.work in works else other.work
 
 
 def split_pieces(pieces, folder, data, pitches):
-    """Set each piece's split: by csv or folder, else as the rest of its work, else by hash."""
-    table = read_split_tables(folder)
+    """Set each piece's split: its work's, by csv or folder, else by hash."""
+    table, named = read_split_tables(folder), collections.defaultdict(set)
     for piece in pieces:
         piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
-        named = ["", *(part for part in Path(piece.path).parts[:-1] if part in SPLITS)]
-        piece.split = table.get(piece.path) or named[-1]
     join_recordings(pieces, pitches)
-    validation_is_given = any(p.split == "validation" for p in pieces)
-    undecided = ("",) if validation_is_given else ("", "train")
-    # A work assigned to both sides is held out entirely.
-    train_first = sorted(pieces, key=lambda p: p.split != "train")
-    given = {p.work: p.split for p in train_first if p.split not in undecided}
     for piece in pieces:
-        piece.split = piece.split or given.get(piece.work, "")
-    rest = [p for p in pieces if p.split in undecided]
-    works = {p.work for p in rest}
-    held_out = {work for work in works if name_hash(work) < data.val_percent / 100}
-    if data.val_percent and not validation_is_given and not held_out and len(works) > 1:
-        held_out = {min(works, key=name_hash)}
-    if held_out and len(held_out) == len(works):
-        held_out.remove(max(works, key=name_hash))  # something must be left to train on
-    for piece in rest:
-        piece.split = "validation" if piece.work in held_out else "train"
+        folders = [part for part in Path(piece.path).parts[:-1] if part in SPLITS]
+        named[piece.work].add(table.get(piece.path) or ["", *folders][-1])
+    # A work assigned to both sides is held out entirely.
+    splits = {work: max(names, key=("", *SPLITS).index) for work, names in named.items()}
+    if "validation" not in splits.values():
+        # By a hash of its name alone: a new work moves no old one.
+        rest = sorted((hashlib.sha256(os.fsencode(work)).hexdigest(), work) for work, split in splits.items()
+                      if split in ("", "train"))
+        count = sum(int(number[:8], 16) < 2**32 * data.val_percent / 100 for number, _ in rest)
+        count = min(max(count, data.val_percent > 0), len(rest) - 1)  # something must be left to train on
+        splits |= {work: "validation" for _, work in rest[:count]}
+    for piece in pieces:
+        piece.split = splits[piece.work] or "train"
 
 
 def make_windows(ids, block_size, stride, limit=10**9):
     """Inputs and targets (W, T) that score each token but the first once; evenly spread if limited."""
-    count = 1 + max(0, -(-(len(ids) - 1 - block_size) // stride)) if len(ids) > 1 else 0
-    padded = np.full(max(0, count - 1) * stride + block_size + 1, IGNORE, np.int64)
-    padded[: len(ids)] = ids
-    at = np.arange(count)[:, None] * stride + np.arange(block_size)
-    x, y = np.maximum(padded[at], 0), padded[at + 1]
+    ids, missing = torch.from_numpy(ids.astype(np.int64)), block_size + 1 - len(ids)
+    padded = F.pad(ids, (0, max(missing, missing % stride)), value=IGNORE)
+    windows = padded.unfold(0, block_size + 1, stride)
+    x, y = windows[:, :-1].clamp(min=0), windows[:, 1:].clone()
     y[1:, : block_size - stride] = IGNORE  # the window before scores these
-    chosen = np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))
-    return torch.from_numpy(x[chosen]), torch.from_numpy(y[chosen])
+    count = len(x) if len(ids) > 1 else 0
+    chosen = torch.linspace(0, count - 1, min(count, limit)).round().long().unique()
+    return x[chosen], y[chosen]
 
 
 # ---------- 7. Files: the checkpoint, its log, its lock, names that are free ----------
 
-FORMAT = "pianogpt 5"
+FORMAT = "pianogpt 6"
+STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
 
 
 def save_checkpoint(path, content):
@@ -1289,16 +1252,18 @@ def save_checkpoint(path, content):
     writer = csv.DictWriter(log, (history or [{}])[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_atomically(path.with_suffix(".csv"), log.getvalue().encode())
+    write_atomically(Path(f"{path}.csv"), log.getvalue().encode())
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU; nothing in the file can run. Raises UserError."""
+    """What save_checkpoint wrote, on the CPU; nothing in the file can run or grow. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint")
     try:
-        with zipfile.ZipFile(path):  # torch.load would warn of other files
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint") from None
+        with zipfile.ZipFile(path) as file:
+            if sum(part.file_size for part in file.infolist()) > path.stat().st_size or file.testzip():
+                raise ValueError("its parts do not fit")
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # of many kinds
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({type(e).__name__})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -1307,14 +1272,14 @@ def load_checkpoint(path):
 
 
 def lock_checkpoint(path):
-    """Hold a checkpoint for this run alone, until the process ends at the latest."""
-    lock = FileLock(f"{path}.lock")
+    """Hold a checkpoint for this run alone, until the lock is released; raises UserError."""
+    lock = FileLock(f"{path}.lock", timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        for file in (path, path.with_suffix(".csv")):
-            for stale in path.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
-                stale.unlink()  # of a killed run
+        lock.acquire()
+        for file in path.parent.iterdir():
+            if file.name.startswith(f"{path.name}.") and file.suffix == ".tmp":  # of a killed run
+                file.unlink()
         return lock
     except Timeout:
         raise UserError(f"another run is training {path}: wait, or pass another --checkpoint") from None
@@ -1322,15 +1287,21 @@ def lock_checkpoint(path):
         raise UserError(f"cannot write beside {path} ({e.strerror}): pass a --checkpoint elsewhere") from None
 
 
-def free_path(folder, stem, suffix):
-    """A new file folder/stem-001.suffix, or the first number without a file of any suffix."""
+def write_new(folder, stem, suffix, data):
+    """Write data to folder/stem-001.suffix, or the first number without a file of any suffix; its path."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
-        if not any(folder.glob(f"{glob.escape(path.stem)}.*")):
+        if all(old.stem != path.stem for old in folder.iterdir()):
             with contextlib.suppress(FileExistsError):
                 path.touch(exist_ok=False)  # so that no other run gets it
-                return path
+                break
+    try:
+        write_atomically(path, data)
+    except OSError:
+        path.unlink()
+        raise
+    return path
 
 
 def add_texts(data, texts):
@@ -1344,18 +1315,18 @@ def add_texts(data, texts):
 # ---------- 8. Copies and figures ----------
 
 # How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
+KEY_NAMES = "C Db D Eb E F F# G Ab A Bb B".split(), "C C# D Eb E F F# G G# A Bb B".split()
 KEY_PROFILES = ((6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
                 (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17))
 
 
-def longest_known_run(intervals, music):
-    """How many notes in a row also stand in the music, in any key; and in which file."""
-    corpus, length, found = b"".join(music.values()), 0, 0
+def longest_known_run(intervals, names, corpus):
+    """How many notes in a row also stand in the corpus, the intervals of pieces, in any key; and in which."""
+    length, found = 0, 0
     for start in range(len(intervals)):
         while (end := start + length + 1) < len(intervals) and (at := corpus.find(intervals[start:end])) >= 0:
             length, found = length + 1, at
-    ends = np.cumsum([len(part) for part in music.values()])
-    return (length + 1, list(music)[np.searchsorted(ends, found, side="right")]) if length else (0, "")
+    return (length + 1, names[corpus[:found].count(PIECE_END)]) if length else (0, "")
 
 
 def chord_symbols(ids, vocab):
@@ -1372,25 +1343,12 @@ def find_key(score):
     keys = [np.roll(profile, tonic) for profile in KEY_PROFILES for tonic in range(12)]
     minor, tonic = divmod(int(np.argmax([np.corrcoef(sounding, key)[0, 1] for key in keys])), 12)
     sharps = (7 * (tonic + 3 * minor) + 5 + minor) % 12 - 5 - minor  # flats are negative
-    sign, letter = divmod(sharps + 3 * minor + 1, 7)
-    name = "FCGDAEB"[letter] + ("#" if sign > 0 else "b") * abs(sign)
-    return KeySignature(0, sharps, minor), f"{name} {('major', 'minor')[minor]}"
-
-
-def describe(score):
-    """The figures of a piece that has notes: density, range, silence."""
-    notes = score.to("second").tracks[0].notes.numpy()  # by time
-    start, end, pitch = notes["time"], notes["time"] + notes["duration"], notes["pitch"]
-    sounded = np.maximum.accumulate(np.r_[0.0, end[:-1]])
-    seconds, silence = float(end.max()), float(np.maximum(0, start - sounded).sum())
-    return {"notes": len(start), "seconds": seconds, "notes_per_second": len(start) / seconds,
-            "lowest": pitch.min(), "highest": pitch.max(), "silence_percent": 100 * silence / seconds}
+    return KeySignature(0, sharps, minor), f"{KEY_NAMES[minor][tonic]} {('major', 'minor')[minor]}"
 
 
 # ---------- 9. Command line: parse, choose the device, call, print ----------
 
 COMPILE_STEPS = 3000  # from here on compiling pays
-STORED = ("data", "music", "model", "train")  # groups of settings in a checkpoint
 
 
 def refuse(message):
@@ -1402,20 +1360,36 @@ def make_parser():
     """A flag for each setting; those not given leave no trace."""
     parser = argparse.ArgumentParser(
         usage="python pianogpt.py [flags]", description=__doc__.split("\nThe idea:")[0], allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 32, width=110))
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 32))
     parser.error = refuse
     for group in fields(Config):
         settings = group.default_factory()
         section = parser.add_argument_group(f"{group.name}: {settings.__doc__.rstrip('.').lower()}")
         for f in fields(settings):
-            kind, text, choices = type(f.default), f.metadata["help"], f.metadata["choices"]
+            kind, text, choices = type(f.default), f.metadata["text"], f.metadata["choices"]
             options = {"action": "store_true"}
             if kind is not bool:
                 text += f" (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
-                name = "|".join(choices).lstrip("|") if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+                name = "|".join(choices) if choices else {int: "N", float: "X", str: "TEXT"}[kind]
                 options = {"type": kind, "choices": choices, "metavar": name}
             section.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **options)
     return parser
+
+
+def parse(argv):
+    """{setting: value} as a command line gives them. Raises UserError."""
+    parser = make_parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser.format_help().split(), cutoff=0)[0]
+        refuse(f"unrecognized arguments: {' '.join(unknown)}; do you mean {near}?")
+    for name in vars(given):
+        needed = "prompt" if name in ("prompt_bars", "continuation_only") else "generate"
+        if name in vars(SampleConfig()) and needed not in given:
+            refuse(f"{flag(name)} does nothing without {flag(needed)}")
+    if "evaluate" in given and "generate" in given:
+        refuse("--evaluate and --generate cannot be done at once")
+    return vars(given)
 
 
 def make_config(given, checkpoint, training):
@@ -1434,27 +1408,12 @@ def make_config(given, checkpoint, training):
     return config
 
 
-def wants_training(given, run, checkpoint):
-    """Whether this command trains. --fresh renames an existing checkpoint, which counts as none.
-
-                               no checkpoint   checkpoint unfinished   finished
-        no mode                train           continue to the end     say so
-        --generate             train, write    write                   write
-        --generate --steps N   train, write    continue to N, write    continue to N if it is larger, write
-        --evaluate             error           evaluate                evaluate
-    """
-    if run.evaluate or not checkpoint:
-        return not run.evaluate
-    goal = given.get("steps", checkpoint["config"]["train"]["steps"])
-    return checkpoint["trainer"]["step"] < goal and (not run.generate or "steps" in given)
-
-
 def choose_device(name):
-    """The device of a --device flag; auto is CUDA, then Apple's MPS, then the CPU."""
-    if name == "auto":
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device of a --device flag; auto is the GPU if there is one, else the CPU."""
     try:
+        if name == "auto":
+            gpu = torch.accelerator.current_accelerator(check_available=True)
+            name = f"{gpu}:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
@@ -1473,18 +1432,17 @@ def choose_speed(run, device, steps):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Within it Ctrl-C and SIGTERM only join a list; Ctrl-C as a second signal interrupts."""
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list."""
     def catch(number, frame):
         caught.append(number)
-        if caught[1:] and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        signal.signal(number, old[number])  # a second one ends the program
 
-    caught = []
-    old = [(number, signal.signal(number, catch)) for number in (signal.SIGINT, signal.SIGTERM)]
+    caught, signals = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    old = {number: signal.signal(number, catch) for number in signals}
     try:
         yield caught
     finally:
-        for number, handler in old:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -1520,20 +1478,40 @@ def usable_pieces(folder, vocab, cache_dir):
     return pieces
 
 
-def prepare_data(config, vocab, device):
-    """Training batches, validation windows (W, T), and what the checkpoint keeps of the music."""
-    data, train, block_size = config.data, config.train, config.model.block_size
-    if train.batch_size % (PROCESSES * train.accumulate):
-        raise UserError(f"--batch-size {train.batch_size} must be a multiple of {PROCESSES} processes x "
-                        f"--accumulate {train.accumulate}")
-    if RANK:
-        dist.barrier()  # the others find what rank 0 read in the cache
-    elif config.run.download:
-        download_maestro(Path(data.midi_dir))
-    pieces = usable_pieces(data.midi_dir, vocab, data.cache_dir)
-    if PROCESSES > 1 and not RANK:
-        dist.barrier()
-    split_pieces(pieces, Path(data.midi_dir), data, vocab.pitches)
+def compare_music(run, given, checkpoint, training):
+    """Say how the folder differs from the one that a checkpoint learned. Raises UserError if by mistake."""
+    folder, learned, named = run.midi_dir, checkpoint["folder"], "midi_dir" in given
+    if not (training or named or folder == learned and Path(folder).is_dir()):
+        return  # it is not in use
+    now, then = set(find_files(Path(folder)).values()), set(checkpoint["files"])
+    if now == then:
+        return
+    what = (f"{run.checkpoint} learned from {learned}; {folder} has {len(now - then)} files that it does not "
+            f"know and lacks {len(then - now)}")
+    raised = given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
+    if not raised and (folder != learned if training else named):
+        raise UserError(f"{what}: pass another --midi-dir or --checkpoint, more --steps, or --fresh")
+    say(what + (": training goes on with these" if training else ": more --steps or --fresh would use them"))
+
+
+def from_rank_0(call):
+    """What call() gives on rank 0, for every rank; its UserError ends them all."""
+    try:
+        result = [RANK or call()]
+    except UserError as e:
+        result = [e]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def prepare_data(config, vocab):
+    """Training ids (N,), validation windows (W, T), and what the checkpoint keeps of the music."""
+    folder, block_size = Path(config.run.midi_dir), config.model.block_size
+    pieces = usable_pieces(folder, vocab, config.run.cache_dir)
+    split_pieces(pieces, folder, config.data, vocab.pitches)
     works = [f"{len({p.work for p in pieces if p.split == split})} {split}" for split in SPLITS]
     say(f"split: {len({p.work for p in pieces})} works ({', '.join(works)})")
     ids = {}
@@ -1541,33 +1519,30 @@ def prepare_data(config, vocab, device):
         parts = [part for p in pieces if p.split == split for part in ([vocab.bos], p.ids, [vocab.eos])]
         ids[split] = np.concatenate([[], *parts]).astype(np.int16)
     if not len(ids["train"]):
-        raise UserError(f"no piece under {data.midi_dir} is left to train on: see which are held out above")
+        raise UserError(f"no piece under {folder} is left to train on: see which are held out above")
     if not len(ids["validation"]):
         say("no piece is held out: there is no validation loss, and the last weights are used")
-    known = {p.path: pitch_intervals(p.ids, vocab.pitches) for p in pieces if p.split == "train"}
-    music = {"corpus": hashlib.sha256(ids["train"].tobytes()).hexdigest(),
-             "intervals": {name: intervals.decode("latin-1") for name, intervals in known.items()}}
-    batches = Batches(torch.from_numpy(ids["train"]).to(device), vocab, config, RANK, PROCESSES)
-    windows = make_windows(ids["validation"], block_size, block_size, limit=0 if RANK else 128)
-    return batches, windows, music
+    seen = [p for p in pieces if p.split == "train"]
+    intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
+    music = {"folder": str(folder), "files": [*find_files(folder).values()], "pieces": [p.path for p in seen],
+             "intervals": torch.frombuffer(bytearray(intervals), dtype=torch.uint8)}
+    return torch.from_numpy(ids["train"]), make_windows(ids["validation"], block_size, block_size, 128), music
 
 
 def read_prompt(settings, vocab):
     """The ids of the prompt up to a bar line, where sounding notes end; a vocabulary with its tempos."""
     path = Path(settings.prompt)
-    if not path.is_file():
-        raise UserError(f"there is no MIDI file {path}: pass another --prompt")
-    if (piece := read_piece(path, vocab)).problem:
+    [(_, piece)] = read_in_workers([path], vocab)
+    if piece.problem:
         raise UserError(f"{path} cannot be continued ({piece.problem}): pass another --prompt")
     ids, vocab = piece.ids.tolist(), copy.copy(vocab)
     vocab.says = vocab.says.clone()
     for tempo in parse_midi(path.read_bytes()).tempos:  # a continuation keeps them exactly
         vocab.says[TEMPO, vocab.tempo_id(tempo.qpm)] = tempo.qpm
-    at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
-    if settings.prompt_bars > len(at) or settings.prompt_seconds > seconds[-1]:
-        raise UserError(f"{path} is only {len(at)} bars, {seconds[-1]:.1f} seconds long: ask for less of it")
-    most = settings.prompt_seconds or math.inf
-    bars = settings.prompt_bars or max(1, sum(end <= most for end in seconds[1:]))
+    at = vocab.bar_lines(torch.tensor(ids))[0].tolist()
+    bars = settings.prompt_bars or len(at)
+    if bars > len(at):
+        raise UserError(f"{path} is only {len(at)} bars long: ask for less of it")
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
         raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
@@ -1580,41 +1555,43 @@ def read_prompt(settings, vocab):
     return ids, vocab
 
 
-def write_samples(config, checkpoint, vocab, device, prompt):
-    """Write new pieces, with their origin, key, chords and the prompt's end; how many had no notes."""
+def write_samples(config, checkpoint, vocab, device, prompt, stopped):
+    """Write new pieces, with their origin, key, chords and the prompt's end; how many were written."""
     model, settings, seed = load_model(checkpoint, vocab, device), config.sample, config.train.seed
-    music = {name: text.encode("latin-1") for name, text in checkpoint["intervals"].items()}
+    names, corpus = checkpoint["pieces"], checkpoint["intervals"].numpy().tobytes()
     origin = asdict(settings) | {"samples_dir": "", "prompt": Path(settings.prompt).name, "seed": seed}
-    origin["step"], silent, old = checkpoint["trainer"]["step"], 0, len(prompt)
+    origin["step"], written, old = checkpoint["trainer"]["step"], 0, len(prompt)
     prompt_end = vocab.bar_lines(torch.tensor(prompt))[1][-1].item() if prompt else 0
-    for number, ids in enumerate(generate(model, vocab, settings, seed, prompt), 1):
-        written = ids[old:] if settings.continuation_only else ids
-        score = vocab.decode(written, settings.tempo)
+    pieces = generate(model, vocab, settings, seed, prompt, stopped)
+    for number, ids in enumerate(pieces, 1):
+        shown = ids[old:] if settings.continuation_only else ids
+        score = vocab.decode(shown, settings.tempo)
         if not score.note_num():
-            silent += 1
             continue
-        run = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), music)
         signature, key = find_key(score)
         score.key_signatures.append(signature)
         if prompt and not settings.continuation_only:
             score.markers.append(TextMeta(round(prompt_end * score.tpq), "end of prompt"))
-        path = free_path(Path(settings.samples_dir), "sample", ".mid")
         texts = [(0, f"PianoGPT {json.dumps(origin | {'piece': number, 'key': key})}")]
-        texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(written, vocab)]
-        path.write_bytes(add_texts(score.dumps_midi(), texts))
-        say("sample: {bars} bars, {key}, {notes} notes, {seconds:.1f} seconds, {notes_per_second:.1f} "
-            "notes/s, pitches {lowest}-{highest}, {silence_percent:.0f}% silence, longest known run {} notes "
-            "({}), {}".format(*run, path, bars=written.count(vocab.bar), key=key, **describe(score)))
-    return silent
+        texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
+        data = add_texts(score.dumps_midi(), texts)
+        path, written = write_new(Path(settings.samples_dir), "sample", ".mid", data), written + 1
+        run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), names, corpus)
+        bars, seconds = shown.count(vocab.bar), score.to("second").end()
+        say(f"sample: {bars} bar{'s' * (bars > 1)}, {key}, {score.note_num()} notes, {seconds:.1f} seconds, "
+            f"longest known run {run} notes{f' ({name})' * bool(name)}, {path}")
+    if empty := len(pieces) - written:
+        say(f"{empty} of {len(pieces)} pieces had no notes: train longer, or try another --seed")
+    return written
 
 
 def save(path, content, last=False):
-    """Save a checkpoint; the last one in the temporary folder if nowhere else."""
+    """Save a checkpoint and its log; the last checkpoint in the temporary folder if nowhere else."""
     try:
         save_checkpoint(path, content)
     except OSError as e:
-        if not last:
-            return say(f"cannot save {path} ({e.strerror}): training continues and tries again")
+        if not last or e.filename != str(path):
+            return say(f"cannot save {e.filename} ({e.strerror}): training continues and tries again")
         elsewhere = Path(tempfile.mkdtemp(prefix="pianogpt-"), path.name)
         save_checkpoint(elsewhere, content)
         raise UserError(f"cannot write {path} ({e.strerror}); the model is in {elsewhere}: move it") from None
@@ -1623,7 +1600,8 @@ def save(path, content, last=False):
 def run_training(config, checkpoint, vocab, device):
     """The new checkpoint, and 0 or 128 + the signal that stopped it."""
     path, train = Path(config.run.checkpoint), config.train
-    batches, windows, music = prepare_data(config, vocab, device)
+    ids, windows, music = from_rank_0(lambda: prepare_data(config, vocab))
+    batches = Batches(ids.to(device), vocab, config, RANK, PROCESSES)
     torch.manual_seed(train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
     # By the steps of the whole run: a resumed run must compute what the uninterrupted one would.
@@ -1631,11 +1609,11 @@ def run_training(config, checkpoint, vocab, device):
     trainer = Trainer(model, train, bfloat16, compiled)
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
-        if checkpoint["corpus"] != music["corpus"]:
-            say(f"the training music under {config.data.midi_dir} has changed since the last run")
+        if checkpoint["files"] != music["files"]:
+            trainer.history, trainer.losses = [], []  # of other music
     elif path.exists() and not RANK:  # --fresh
-        old = free_path(path.parent, f"{path.stem}-old", path.suffix)
-        path.replace(old)
+        old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
+        path.unlink()
         say(f"kept the old checkpoint as {old}")
     parameters, step = sum(p.numel() for p in model.parameters()), trainer.step
     say(f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled} "
@@ -1643,82 +1621,118 @@ def run_training(config, checkpoint, vocab, device):
         f"width {LR_WIDTH}, scaled by fan-in{f', from step {step} on' * (step > 0)}; Ctrl-C saves and stops")
     stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED}}
 
-    def content():
-        return stored | {"trainer": trainer.state()}
-    short = replace(config, sample=replace(config.sample, num_samples=1, bars=8, seconds=0.0, prompt=""))
+    def store(last=False):
+        content = stored | {"trainer": trainer.state()}
+        RANK or save(path, content, last)
+        return content
+
     with catch_signals() as caught:
-        trainer.run(batches, windows, stopped=lambda: bool(caught),
-                    save=lambda: RANK or save(path, content()),
-                    sample=lambda: RANK or write_samples(short, content(), vocab, device, []))
-        checkpoint = content()
-        if not RANK:
-            save(path, checkpoint, last=True)
+        try:
+            trainer.run(batches, [w[:0] for w in windows] if RANK else windows, lambda: bool(caught), store)
+        except FloatingPointError as e:
+            last = f"continue from the last {path}" if path.exists() else "start again"
+            raise UserError(f"{e}: {last} with a smaller --lr") from None
+        except Exception:
+            store(last=True)
+            raise
+        checkpoint = store(last=True)
     if trainer.step < train.steps:
         say(f"stopped at step {trainer.step}, saved {path}: the same command continues, without --generate")
         return checkpoint, 128 + (caught or [signal.SIGTERM])[0]
     row, best = trainer.history[-1], trainer.best_row()
     print_block({"steps": trainer.step, "tokens": row["tokens"], "seconds": row["seconds"],
                  "tokens_per_second": round(row["tokens"] / row["seconds"]), "train_loss": row["train_loss"],
-                 "val_loss": best["val_loss"], "val_nats_per_note": best["val_nats_per_note"],
+                 **{key: best[key] for key in ("val_loss", "val_nats_per_note") if key in best},
                  "parameters": parameters, "checkpoint": path})
     return checkpoint, 0
 
 
 def run_evaluation(config, checkpoint, vocab, device):
-    """Print the loss of a checkpoint on a folder."""
+    """Print the loss of a checkpoint on a folder; 0."""
     model, block_size = load_model(checkpoint, vocab, device), config.model.block_size
-    pieces = usable_pieces(config.run.evaluate, vocab, config.data.cache_dir)
+    pieces = usable_pieces(config.run.evaluate, vocab, config.run.cache_dir)
     loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)
     for piece in progress(pieces, desc="evaluating", unit="piece"):
         ids = np.r_[vocab.bos, piece.ids, vocab.eos]
         loss += evaluate(model, make_windows(ids, block_size, stride=block_size // 2))
     print_block({"pieces": len(pieces), "tokens": tokens, "notes": notes, "nats_per_token": loss / tokens,
                  "nats_per_note": loss / notes, "perplexity": math.exp(loss / tokens)})
+    return 0
 
 
-def run(argv):
-    """Do what the command line asks; the exit code."""
-    given = vars(make_parser().parse_args(argv))
+def open_checkpoint(path, given, run, stack):
+    """The checkpoint, None for a new one, and whether to train it; then the stack holds its lock.
+
+    A run trains to the end, but --evaluate never, and --generate only a new checkpoint, or with --steps.
+    --fresh renames an existing checkpoint, which counts as none. Raises UserError.
+    """
+    if run.generate and "checkpoint" in given and not (path.exists() or {"steps", "midi_dir"} & given.keys()):
+        raise UserError(f"there is no checkpoint {path}: name another, or add --steps N to train it first")
+    if run.evaluate or run.generate and path.exists() and not (run.fresh or "steps" in given):
+        return load_checkpoint(path), False
+    stack.callback(lock_checkpoint(path).release)
+    if run.fresh or not path.exists():
+        return None, True
+    checkpoint = load_checkpoint(path)
+    steps = given.get("steps", checkpoint["config"]["train"]["steps"])
+    return checkpoint, checkpoint["trainer"]["step"] < steps
+
+
+def run(argv, stack):
+    """Do what the command line asks; the exit code. The stack holds the lock."""
+    given = parse(argv)
     asked = make_config(given, None, training=False).run
     path, device = Path(asked.checkpoint), choose_device(asked.device)
+    path = path.resolve() if path.is_symlink() else path  # lock and save the file itself
     if PROCESSES > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    checkpoint = load_checkpoint(path) if asked.evaluate or path.exists() and not asked.fresh else None
-    training = wants_training(given, asked, checkpoint)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, asked, stack))
     config = make_config(given, checkpoint, training)
-    vocab = Vocabulary(config.music)
+    vocab, sample, config.run.checkpoint = Vocabulary(config.music), config.sample, str(path)
     if checkpoint and checkpoint["vocabulary"] != vocab.words:
         raise UserError("the checkpoint's vocabulary is not this MidiTok's: install requirements.txt")
     if asked.evaluate:
-        run_evaluation(config, checkpoint, vocab, device)
-        return 0
-    parse_chords(config.sample.chords)
-    if config.sample.chords and not config.music.chord_tokens:
+        return run_evaluation(config, checkpoint, vocab, device)
+    if checkpoint:
+        from_rank_0(lambda: compare_music(config.run, given, checkpoint, training))
+    parse_chords(sample.chords)
+    if sample.chords and not config.music.chord_tokens:
         raise UserError("--chords needs a model that was trained with --chord-tokens 1")
-    prompt, vocab = read_prompt(config.sample, vocab) if config.sample.prompt else ([], vocab)
+    prompt, vocab = read_prompt(sample, vocab) if sample.prompt else ([], vocab)
+    if asked.generate:
+        Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=sample.samples_dir).close()  # or raise OSError
     if training:
-        with contextlib.nullcontext() if RANK else lock_checkpoint(path):
-            checkpoint, code = run_training(config, checkpoint, vocab, device)
+        checkpoint, code = run_training(config, checkpoint, vocab, device)
         if code:
             return code
     elif not asked.generate:
         say(f"{path} is finished: pass a larger --steps to train on, or --fresh to start over")
-    if asked.generate and not RANK:
-        step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
-        if step < steps:
-            say(f"{path} is trained for {step} of {steps} steps: python pianogpt.py would finish it")
-        if silent := write_samples(config, checkpoint, vocab, device, prompt):
-            raise UserError(f"{silent} pieces had no notes: train longer, or try another --seed")
-    return 0
+    if not asked.generate or RANK:
+        return 0
+    step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
+    if step < steps:
+        say(f"{path} is trained for {step} of {steps} steps: train on with --midi-dir {checkpoint['folder']}")
+    if "seed" not in given:
+        config.train.seed = int(np.random.default_rng().integers(10**6))
+        say(f"seed: {config.train.seed}; the same --seed writes the same pieces")
+    with catch_signals() as caught:
+        written = write_samples(config, checkpoint, vocab, device, prompt, lambda: bool(caught))
+    if caught:
+        say(f"stopped: {written} of {sample.num_samples} pieces were finished")
+    elif not written:
+        raise UserError("no piece has notes: train longer, or try another --seed")
+    return 128 + caught[0] if caught else 0
 
 
 def main(argv=None):
     """The program; 0, or 2 for what the user can mend, or 128 + a signal's number."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # the name of a file may not be text
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # if it cannot show all letters
     try:
-        return run(argv)
+        with contextlib.ExitStack() as stack:
+            return run(argv, stack)
     except UserError as e:
         problem, code = str(e), 2
     except OSError as e:
@@ -1728,7 +1742,7 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    RANK or print(f"pianogpt: {problem}", file=sys.stderr)
+    say(f"pianogpt: {problem}", "stderr")
     return code
 
 

@@ -2,7 +2,7 @@
 
 python samples/listen.py                                       draw every .mid file in this script's folder
 python samples/listen.py --soundfont piano.sf2 samples/a.mid   write samples/a.wav and samples/a.png
-python samples/listen.py pianogpt.csv                          draw the losses of a training run: pianogpt.png
+python samples/listen.py pianogpt.pt.csv                       draw the losses of a training run: pianogpt.pt.png
 
 Pictures need `pip install matplotlib`, sound needs `pip install --no-deps tinysoundfont`. No pedal is played.
 """
@@ -166,8 +166,8 @@ def draw_losses(log: Path) -> None:
     try:
         rows = list(csv.DictReader(log.read_text(encoding="utf-8").splitlines()))
         for column in ("train_loss", "val_loss"):
-            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-            if points or column == "train_loss":  # val_loss is empty in a run without validation
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+            if points or column == "train_loss":  # there is no val_loss in a run without validation
                 axes.plot(*zip(*points), marker=".", label=f"{column}: {points[-1][1]:.3f}")
     except (OSError, LookupError, TypeError, ValueError, csv.Error):
         raise UserError(f"{log} is no training log: it needs rows of step, train_loss and val_loss") from None

@@ -250,15 +250,16 @@ def train_for(minutes, trainer, batches, windows, falling):
     return trainer.history[-1]["val_nats_per_note"], trainer.step
 
 
-def measure_recipe(vocab, folder, minutes, optimizer, device):
+def measure_recipe(vocab, folder, minutes, device):
     """Held-out nats per note after the same minutes by the plain recipe and by ours."""
-    config = pg.Config(data=pg.DataConfig(midi_dir=folder, piece_is_folder=True))
-    config.train.optimizer, speed = optimizer, pg.choose_speed(config.run, device, steps=10**6)
-    batches, windows, _ = pg.prepare_data(config, vocab, device)
+    config = pg.Config(run=pg.RunConfig(midi_dir=folder), data=pg.DataConfig(piece_is_folder=True))
+    speed = pg.choose_speed(config.run, device, steps=10**6)
+    ids, windows, _ = pg.prepare_data(config, vocab)
+    batches = pg.Batches(ids.to(device), vocab, config)
     torch.manual_seed(0)
     model = PlainRecipe(config.model, vocab.says).to(device)
     plain = pg.Trainer(model, pg.TrainConfig(steps=10**9, warmup=0), *speed)  # so early in its fall, lr is constant
-    plain.optimizers = [torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-4}], lr=3e-4, fused=True)]
+    plain.optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-4}], lr=3e-4, fused=True)
     untransposed = replace(batches, config=replace(config, data=replace(config.data, transpose=0)))
     plain_loss, plain_steps = train_for(minutes, plain, untransposed, windows, falling=False)
     torch.manual_seed(0)
@@ -284,12 +285,11 @@ def main():
     parser.add_argument("--device", default="auto", help="as of pianogpt.py")
     parser.add_argument("--recipe", metavar="DIR", help="train both ways on this folder, where each folder is a work")
     parser.add_argument("--minutes", type=float, default=10, help="of training for each of the two")
-    parser.add_argument("--optimizer", default="adamw", help="of ours: adamw or muon")
     args = parser.parse_args()
     device, vocab, rounds = pg.choose_device(args.device), pg.Vocabulary(pg.MusicConfig()), 3 if args.quick else 9
     pg.print_block(machine(device))
     if args.recipe:
-        return pg.print_block(measure_recipe(vocab, args.recipe, args.minutes, args.optimizer, device))
+        return pg.print_block(measure_recipe(vocab, args.recipe, args.minutes, device))
     pg.print_block(measure_training(vocab, device, rounds))
     pg.print_block(measure_generation(vocab, device, rounds))
     pg.print_block(measure_reading(vocab, 100 if args.quick else 1000))

@@ -75,6 +75,11 @@ def flipped_header(rng, good):
     return bytes(data)
 
 
+def relabelled(rng, good, sizes):
+    """A file whose first track claims one of these lengths."""
+    return good[:18] + struct.pack(">I", rng.choice(sizes)) + good[22:]
+
+
 KINDS = {
     "truncated": truncated,
     "flipped": flipped,
@@ -92,6 +97,15 @@ KINDS = {
     "zero length": lambda rng, good: midi([e for _ in range(30) for e in note(60 + rng.randrange(5), 0, rest=100)]),
     "never released": lambda rng, good: midi([(10, bytes((0x90, 30 + i, 80))) for i in range(60)]),
     "one note far away": lambda rng, good: midi(note(60, 100, rest=rng.choice((2**21, 2**27, 2**28 - 1)))),
+    "stray far note": lambda rng, good: midi(
+        [*melody(rng), *note(60, 100, rest=rng.choice((2**21, 2**24, 2**28 - 1)))], ticks=rng.choice((24, 480))),
+    "longest rests": lambda rng, good: midi([e for _ in range(40) for e in note(60, 2**28 - 1, rest=2**28 - 1)]),
+    "absurd track length": lambda rng, good: relabelled(rng, good, (0, 1, 7, 2**16, 2**31, 2**32 - 1)),
+    "no status": lambda rng, good: midi([(0, b"\x3c\x50"), (9, b"\x3c\0"), *melody(rng)]),
+    "running status": lambda rng, good: midi([(0, b"\x90\x3c\x50"), *[(60, bytes((60, 80 * (i % 2)))) for i in range(60)]]),
+    "frames a second": lambda rng, good: midi(melody(rng), ticks=rng.choice((0xE728, 0xE804, 0xE300, 0xE250, 0x8000))),
+    "65,535 tracks": lambda rng, good: good[:10] + b"\xff\xff" + good[12:],
+    "a thousand tracks": lambda rng, good: midi(*[note(rng.randrange(128), 100)] * 1000),
     "outside the piano": lambda rng, good: midi(
         [e for _ in range(20) for e in note(rng.choice((0, 5, 120, 127)), 100)]),
     "pedal never lifted": lambda rng, good: midi([(0, b"\xb0\x40\x7f"), *melody(rng)]),

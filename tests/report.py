@@ -31,18 +31,28 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=layout)
     parser.error = refuse
     for f in [f for group in fields(pg.Config) for f in fields(group.default_factory) if f.name in FLAGS]:
-        text = f.metadata["help"].replace("%", "%%")
+        text = f.metadata["text"].replace("%", "%%")
         parser.add_argument(pg.flag(f.name), type=type(f.default), default=argparse.SUPPRESS, help=text)
     parser.set_defaults(num_samples=50)
     return vars(parser.parse_args(argv))
 
 
+def describe(score):
+    """The figures of a piece that has notes: density, range, silence."""
+    notes = score.to("second").tracks[0].notes.numpy()  # by time
+    start, end, pitch = notes["time"], notes["time"] + notes["duration"], notes["pitch"]
+    sounded = np.maximum.accumulate(np.r_[0.0, end[:-1]])
+    seconds, silence = float(end.max()), float(np.maximum(0, start - sounded).sum())
+    return {"notes": len(start), "seconds": seconds, "notes_per_second": len(start) / seconds,
+            "lowest": pitch.min(), "highest": pitch.max(), "silence_percent": 100 * silence / seconds}
+
+
 def figures(ids, vocab, known):
-    """The figures of a piece, none if it has no notes; known: {name: intervals} of training music, or {}."""
+    """The figures of a piece, none if it has no notes; known: names and intervals of training music, or ()."""
     score = vocab.decode(ids)
     if not score.note_num():
         return {}
-    basic, parts = pg.describe(score), [track.notes.numpy() for track in score.to("second").tracks]
+    basic, parts = describe(score), [track.notes.numpy() for track in score.to("second").tracks]
     length, pitch, loud = (np.concatenate([p[k] for p in parts]) for k in ("duration", "pitch", "velocity"))
     sounding = basic["seconds"] * (1 - basic["silence_percent"] / 100)  # seconds in which anything sounds
     classes = np.unique(pitch % 12, return_counts=True)[1] / len(pitch)
@@ -58,7 +68,7 @@ def figures(ids, vocab, known):
            "empty_bars_percent": 100 * bars.count(()) / len(bars), "repeated_bars_percent": 100 * repeated}
     if known:
         intervals = pg.pitch_intervals(np.array(ids), vocab.pitches)
-        row["known_run_notes"] = pg.longest_known_run(intervals, known)[0]
+        row["known_run_notes"] = pg.longest_known_run(intervals, *known)[0]
     return row
 
 
@@ -95,19 +105,19 @@ def run(argv):
     given = parse(argv)
     checkpoint = pg.load_checkpoint(Path(given.get("checkpoint", pg.RunConfig.checkpoint)))
     config = pg.make_config(given, checkpoint, training=False)
-    data, vocab, device = config.data, pg.Vocabulary(config.music), pg.choose_device(config.run.device)
+    run, vocab, device = config.run, pg.Vocabulary(config.music), pg.choose_device(config.run.device)
     if checkpoint["vocabulary"] != vocab.words:
         raise pg.UserError("the checkpoint's vocabulary is not this MidiTok's: install requirements.txt")
-    pieces = pg.usable_pieces(data.midi_dir, vocab, data.cache_dir if Path(data.cache_dir).is_dir() else "")
-    pg.split_pieces(pieces, Path(data.midi_dir), data, vocab.pitches)
-    known = {p.path: pg.pitch_intervals(p.ids, vocab.pitches) for p in pieces if p.split == "train"}
+    pieces = pg.usable_pieces(run.midi_dir, vocab, run.cache_dir if Path(run.cache_dir).is_dir() else "")
+    pg.split_pieces(pieces, Path(run.midi_dir), config.data, vocab.pitches)
+    known = checkpoint["pieces"], checkpoint["intervals"].numpy().tobytes()
     model = pg.load_model(checkpoint, vocab, device)
     samples = pg.generate(model, vocab, config.sample, config.train.seed, [])
     length, columns = int(np.median([len(ids) for ids in samples])), {}
     for name in ("samples", "train", "validation"):
         found = samples if name == "samples" else list(openings(pieces, name, length, vocab))
         bar = pg.progress(found, desc=name, unit="piece", leave=False)
-        rows = [figures(ids, vocab, {} if name == "train" else known) for ids in bar]
+        rows = [figures(ids, vocab, () if name == "train" else known) for ids in bar]
         columns[name] = [row for row in rows if row]
         if {} in rows:
             pg.say(f"left out: {rows.count({})} {name} without notes")

@@ -1,5 +1,6 @@
 """Room 9: the command line, run in-process in a temporary folder."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -41,7 +42,7 @@ def train(line=""):
 def generate(line=""):
     """The scores of the files that a --generate with these flags wrote."""
     before = set(Path("samples").glob("*"))
-    assert pianogpt(f"--generate {line}") == 0
+    assert pianogpt(f"--generate --seed 1 {line}") == 0
     return [Score(p) for p in sorted(set(Path("samples").glob("*")) - before)]
 
 
@@ -60,7 +61,7 @@ def state(path="pianogpt.pt"):
 def same_run(*paths):
     """Whether two runs ended with the same weights, bit for bit, and the same log but for the seconds."""
     a, b = map(state, paths)
-    one, two = (re.sub(r"(?m)^(\w+),[^,]+", r"\1", Path(p).with_suffix(".csv").read_text()) for p in paths)
+    one, two = (re.sub(r"(?m)^(\w+),[^,]+", r"\1", Path(f"{p}.csv").read_text()) for p in paths)
     return one == two and all(torch.equal(a[which][k], b[which][k]) for which in ("weights", "best") for k in a[which])
 
 
@@ -72,6 +73,21 @@ def trained_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert train() == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def mistaken(trained_once, tmp_path_factory):
+    """A folder with a checkpoint and what may be taken for one, or for music."""
+    root = shutil.copytree(trained_once, tmp_path_factory.mktemp("mistaken") / "here")
+    (root / "empty").mkdir()
+    (root / "bad").mkdir()
+    (root / "bad" / "page.mid").write_text("<html>")
+    shifted, plain = (pg.load_checkpoint(root / "pianogpt.pt") for _ in range(2))
+    shifted["vocabulary"] = shifted["vocabulary"][1:] + shifted["vocabulary"][:1]  # as many words, in another order
+    pg.save_checkpoint(root / "shifted.pt", shifted)
+    plain["config"]["music"]["chord_tokens"], plain["vocabulary"] = 0, NO_CHORDS
+    pg.save_checkpoint(root / "plain.pt", plain)
     return root
 
 
@@ -119,9 +135,11 @@ def test_run_says_in_six_lines_at_most_what_it_does(folder, here, capsys):
 def test_one_file_trains_without_validation_and_another_is_skipped_by_a_name_that_prints(here, capsys):
     write_midi(here / "midi" / "a.mid", [[(i, 1, 60 + i % 12, 80) for i in range(64)]])
     Path(os.fsdecode(b"midi/caf\xe9.mid")).write_text("no music")
+    Path("midi/x\nval_loss: 0\x1b[2J.mid").write_text("no music")
     assert train() == 0
     out = capsys.readouterr().out
     assert "no piece is held out" in out and "caf\\udce9.mid (not a MIDI file" in out
+    assert "x\\nval_loss: 0\\x1b[2J.mid (not a MIDI file" in out and "\nval_" not in out
 
 
 def test_compiler_that_fails_is_said_and_training_continues(folder, here, monkeypatch, capsys):
@@ -136,20 +154,7 @@ def test_compiler_that_fails_is_said_and_training_continues(folder, here, monkey
 def test_resumed_run_decides_on_speed_as_the_uninterrupted_did(trained, monkeypatch):
     seen = []  # by all steps of the run, never by those that are left: a compiled step has other bits
     monkeypatch.setattr(pg, "choose_speed", lambda run, device, steps: seen.append(steps) or (False, False))
-    assert pianogpt("--steps 34") == 0 and seen == [34]
-
-
-def test_two_processes_train_as_one_and_their_run_resumes_with_one(folder, here):
-    assert train("--eval-every 1 --precision float32 --checkpoint one.pt") == 0
-    command = f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone {pg.__file__} {SHORT}"
-    command = shlex.split(f"{command} --eval-every 1 --precision float32 --checkpoint two.pt")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("music: ") == 1 and "on cpu in 2 processes" in done.stdout
-    for key in ("train_loss", "val_loss"):
-        one, two = ([row[key] for row in state(path)["history"]] for path in ("one.pt", "two.pt"))
-        assert len(one) == 30 and one == pytest.approx(two, abs=1e-3)
-    assert pianogpt("--checkpoint two.pt --steps 35") == 0 and state("two.pt")["step"] == 35
+    assert pianogpt("--midi-dir midi --steps 34") == 0 and seen == [34]
 
 
 def interrupt_at_ten(monkeypatch, line=""):
@@ -163,17 +168,42 @@ def interrupt_at_ten(monkeypatch, line=""):
         return train(line)
 
 
-def test_interrupted_run_that_writes_pieces_equals_the_uninterrupted_that_writes_none(trained, monkeypatch, capsys):
+def test_interrupted_run_equals_the_uninterrupted(trained, monkeypatch, capsys):
     assert interrupt_at_ten(monkeypatch, "--checkpoint b.pt") == 130
     assert re.search("stopped at step 10, saved b.pt: the same command continues", capsys.readouterr().out)
-    assert pianogpt("--checkpoint b.pt --device cpu --sample-every 9") == 0, "the checkpoint says all the rest"
+    assert pianogpt("--midi-dir midi --checkpoint b.pt --device cpu") == 0, "the checkpoint says all the rest"
     assert "from step 10" in capsys.readouterr().out and same_run("pianogpt.pt", "b.pt")
-    assert [origin(path)["step"] for path in sorted(Path("samples").iterdir())] == [18, 27]
+
+
+def test_two_machines_with_the_music_on_one_train_as_one_process_does_and_say_a_mistake_once(trained, monkeypatch):
+    assert train("--eval-every 1 --precision float32 --checkpoint one.pt") == 0
+    Path("rank0").mkdir()
+    Path("rank1").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir("rank0")
+        shutil.copytree("../midi", "midi")
+        patch.setattr(pg.Trainer, "validate", lambda self, *args, real=pg.Trainer.validate: (
+            real(self, *args), self.step == 10 and signal.raise_signal(signal.SIGINT)))
+        assert train("--eval-every 1 --precision float32 --checkpoint two.pt") == 130 and state("two.pt")["step"] == 10
+    Path("apart.py").write_text(f"import os, runpy\nos.chdir('rank' + os.environ['RANK'])\n"
+                                f"runpy.run_path({pg.__file__!r}, run_name='__main__')")
+    command = f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone apart.py {SHORT}"
+    lines = f"{command} --eval-every 1 --precision float32 --checkpoint two.pt", f"{command} --midi-dir nowhere"
+    runs = [subprocess.Popen(shlex.split(line), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in lines]
+    (out, err), (_, mistake) = (process.communicate(timeout=120) for process in runs)
+    assert runs[0].returncode == 0, err[-2000:]
+    assert out.count("music: ") == 1 and "on cpu in 2 processes" in out and "from step 10 on" in out
+    assert runs[1].returncode != 0 and mistake.count("pianogpt: there is no folder nowhere") == 1
+    assert "RuntimeError" not in mistake and os.listdir("rank1") == []
+    for key in ("train_loss", "val_loss"):
+        one, two = ([row[key] for row in state(path)["history"]] for path in ("one.pt", "rank0/two.pt"))
+        assert len(one) == 30 and one == pytest.approx(two, abs=1e-3)
+    assert pianogpt("--midi-dir midi --checkpoint rank0/two.pt --steps 35") == 0 and state("rank0/two.pt")["step"] == 35
 
 
 def test_signal_saves_says_how_to_continue_and_exits_with_128_and_its_number(folder, here):
     started = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         command = shlex.split(f"{sys.executable} {pg.__file__} {SHORT} --steps 2000 --checkpoint {number}.pt")
         started[number] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for number, process in started.items():
@@ -225,7 +255,7 @@ def test_run_killed_while_it_writes_loses_nothing(write, step, trained):
 def test_two_runs_on_one_checkpoint_the_second_is_refused(trained, capsys):
     before = Path("pianogpt.pt").read_bytes()
     with pg.lock_checkpoint(Path("pianogpt.pt")):
-        assert pianogpt("--steps 50") == 2 and len(generate("--bars 2")) == 3
+        assert pianogpt("--midi-dir midi --steps 50") == 2 and len(generate("--bars 2")) == 3
     assert "another run is training pianogpt.pt" in capsys.readouterr().err
     assert Path("pianogpt.pt").read_bytes() == before
 
@@ -233,7 +263,7 @@ def test_two_runs_on_one_checkpoint_the_second_is_refused(trained, capsys):
 def test_full_disk_is_said_training_continues_and_the_last_model_is_saved_elsewhere(folder, here, monkeypatch, capsys):
     def write(path, data, real=pg.write_atomically, times=itertools.count(1)):
         if path == Path("pianogpt.pt") and next(times) in (1, 2, 5):  # at steps 7, 14 and 30
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device", str(path))
         real(path, data)
 
     monkeypatch.setattr(pg, "write_atomically", write)
@@ -245,9 +275,96 @@ def test_full_disk_is_said_training_continues_and_the_last_model_is_saved_elsewh
     shutil.rmtree(elsewhere.parent)
 
 
+@pytest.mark.parametrize("stream", ["full", "gone", "closed"])
+def test_output_that_nobody_can_take_does_not_stop_training(stream, folder, here, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"full": lambda: open("/dev/full", "w"), "gone": lambda: open(writer, "w"), "closed": lambda: None}
+    monkeypatch.setattr(sys, "stdout", streams[stream]())
+    monkeypatch.setattr(sys, "stderr", streams["closed"]())
+    assert train("--generate --bars 2") == 0 and state()["step"] == 30 and len([*Path("samples").iterdir()]) == 3
+
+
+def test_reader_that_stops_early_leaves_no_message_and_a_trained_model(trained):
+    command = f"{sys.executable} {pg.__file__} {SHORT} --checkpoint gone.pt 2>&1 | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr, done.stdout.count("\n"), state("gone.pt")["step"]) == (0, "", 1, 30)
+
+
+def test_missing_package_is_one_sentence_that_says_what_to_do():
+    code = f"import runpy, sys; sys.modules['miditok'] = None; runpy.run_path({pg.__file__!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "miditok" in done.stderr and "pip install -r requirements.txt, with Python 3.10 or newer" in done.stderr
+
+
+def test_link_to_a_checkpoint_shares_its_lock_and_stays_a_link(trained, capsys):
+    Path("link.pt").symlink_to("pianogpt.pt")
+    with pg.lock_checkpoint(Path("pianogpt.pt").resolve()):
+        assert pianogpt("--midi-dir midi --checkpoint link.pt --steps 35") == 2
+    assert "another run is training" in capsys.readouterr().err
+    assert pianogpt("--midi-dir midi --checkpoint link.pt --steps 35") == 0
+    assert Path("link.pt").is_symlink() and state("pianogpt.pt")["step"] == 35
+
+
+def test_run_that_fails_is_saved_first(folder, here, monkeypatch):
+    def evaluate(*args, real=pg.evaluate, calls=itertools.count(1)):
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(pg, "evaluate", evaluate)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train()
+    assert state()["step"] == 20
+
+
+def test_loss_that_is_no_number_says_how_to_continue_and_a_smaller_rate_does(folder, here, monkeypatch, capsys):
+    def add_gradients(self, *args, real=pg.Trainer.add_gradients):
+        return math.nan if self.step == 12 else real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pg.Trainer, "add_gradients", add_gradients)
+        assert train() == 2
+        assert "the loss became nan after 12 steps: start again with a smaller --lr" in capsys.readouterr().err
+        assert not Path("pianogpt.pt").exists() and train("--save-every 5") == 2
+        assert "continue from the last pianogpt.pt with a smaller --lr" in capsys.readouterr().err and state()["step"] == 10
+    assert train("--save-every 5 --lr 1e-4") == 0 and state()["step"] == 30
+    assert state()["history"][-1]["lr"] < 1e-4
+
+
+def test_few_pieces_without_notes_are_counted_and_none_with_notes_is_an_error(trained, monkeypatch, capsys):
+    good, empty = pg.generate, [3, pg.Vocabulary(pg.MusicConfig()).words.index("TimeSig_4/4")]
+    monkeypatch.setattr(pg, "generate", lambda *args: [*good(*args), empty])
+    assert pianogpt("--generate --bars 1 --num-samples 2 --seed 1") == 0
+    out = capsys.readouterr().out
+    assert "1 of 3 pieces had no notes" in out and "sample: 1 bar, " in out and len([*Path("samples").iterdir()]) == 2
+    monkeypatch.setattr(pg, "generate", lambda *args: [empty] * 2)
+    assert pianogpt("--generate") == 2 and "no piece has notes" in capsys.readouterr().err
+
+
+def test_piece_that_cannot_be_written_is_named_and_leaves_no_file(trained, monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert pianogpt("--generate --bars 2") == 2 and not [*Path("samples").iterdir()]
+    assert capsys.readouterr().err == "pianogpt: samples/sample-001.mid cannot be used: No space left on device\n"
+
+
 def test_ctrl_c_outside_of_training_is_no_traceback(trained, monkeypatch, capsys):
-    monkeypatch.setattr(pg, "generate", lambda *args: signal.raise_signal(signal.SIGINT))
-    assert pianogpt("--generate") == 130 and capsys.readouterr().err == "pianogpt: stopped\n"
+    monkeypatch.setattr(pg, "usable_pieces", lambda *args: signal.raise_signal(signal.SIGINT))
+    assert pianogpt("--evaluate midi") == 130 and capsys.readouterr().err == "pianogpt: stopped\n"
+
+
+def test_ctrl_c_while_writing_keeps_the_finished_pieces(trained, monkeypatch, capsys):
+    def find_end(*args, real=pg.find_end, calls=itertools.count()):
+        end = real(*args)
+        if end and next(calls) == 0:
+            signal.raise_signal(signal.SIGINT)
+        return end
+
+    monkeypatch.setattr(pg, "find_end", find_end)
+    assert pianogpt("--generate --bars 12 --num-samples 8 --seed 1") == 130
+    kept, (out, err) = len([*Path("samples").iterdir()]), capsys.readouterr()
+    assert 0 < kept < 8 and f"stopped: {kept} of 8 pieces were finished" in out and err == ""
 
 
 @pytest.mark.parametrize("given, trains", [  # without a checkpoint; with one at step 10 of 30; with a finished one
@@ -257,20 +374,32 @@ def test_ctrl_c_outside_of_training_is_no_traceback(trained, monkeypatch, capsys
     ({"generate": True}, [True, False, False]),
     ({"generate": True, "steps": 40}, [True, True, True]),
     ({"generate": True, "steps": 20}, [True, True, False]),
-    ({"evaluate": "midi"}, [False, False, False]),
+    ({"evaluate": "midi"}, [None, False, False]),
+    ({"fresh": True}, [True, True, True]),
 ])
-def test_table_of_modes_says_when_to_train(given, trains):
-    checkpoints = [None, *({"config": {"train": {"steps": 30}}, "trainer": {"step": step}} for step in (10, 30))]
-    run = pg.make_config(given, None, False).run
-    assert [pg.wants_training(given, run, checkpoint) for checkpoint in checkpoints] == trains
+def test_mode_and_steps_decide_whether_to_train(given, trains, here):
+    run, found = pg.make_config(given, None, False).run, []
+    for step in (None, 10, 30):
+        if step:
+            content = {"config": {"train": {"steps": 30}}, "trainer": {"step": step, "history": []}}
+            pg.save_checkpoint(Path("m.pt"), content)
+        with contextlib.ExitStack() as stack:
+            try:
+                checkpoint, training = pg.open_checkpoint(Path("m.pt"), given, run, stack)
+                assert (checkpoint is None) == (step is None or run.fresh)
+            except pg.UserError as e:
+                assert "there is no checkpoint" in str(e)
+                training = None
+        found.append(training)
+    assert found == trains
 
 
 def test_generating_leaves_an_unfinished_run_as_it_is_unless_steps_are_given(folder, here, monkeypatch, capsys):
     assert interrupt_at_ten(monkeypatch) == 130
     assert len(generate("--bars 2")) == 3 and state()["step"] == 10
-    assert "pianogpt.pt is trained for 10 of 30 steps" in capsys.readouterr().out
-    assert len(generate("--bars 2 --steps 20 --sample-every 0")) == 3 and state()["step"] == 20
-    assert len(generate("--bars 2 --steps 15")) == 3 and state()["step"] == 20
+    assert "pianogpt.pt is trained for 10 of 30 steps: train on with --midi-dir midi" in capsys.readouterr().out
+    assert len(generate("--bars 2 --steps 20 --midi-dir midi")) == 3 and state()["step"] == 20
+    assert len(generate("--bars 2 --steps 15 --midi-dir midi")) == 3 and state()["step"] == 20
 
 
 def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsys):
@@ -281,10 +410,33 @@ def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsy
 
 
 def test_larger_steps_train_a_finished_model_further_and_changed_music_is_said(trained, capsys):
-    assert pianogpt("--steps 35") == 0 and "has changed" not in capsys.readouterr().out
+    assert pianogpt("--midi-dir midi --steps 35") == 0 and "does not know" not in capsys.readouterr().out
     write_midi(Path("midi/new.mid"), scale(99))
-    assert pianogpt("--steps 40") == 0 and state()["step"] == 40
-    assert "the training music under midi has changed" in capsys.readouterr().out
+    Path("midi/piece00.mid").unlink()
+    assert pianogpt("--midi-dir midi --steps 40") == 0 and state()["step"] == 40
+    assert "midi has 1 files that it does not know and lacks 1: training goes on" in capsys.readouterr().out
+    assert [row["step"] for row in state()["history"]] == [40], "losses on other music do not compare"
+
+
+def test_music_that_the_model_never_saw_is_never_passed_over_in_silence(trained, monkeypatch, capsys):
+    write_midi(Path("my_midis/a.mid"), scale(50))
+    write_midi(Path("my_midis/b.mid"), scale(51))
+    assert train("--midi-dir my_midis --checkpoint m.pt") == 0 and len(generate("--checkpoint m.pt --bars 2")) == 3
+    assert "does not know" not in capsys.readouterr().out
+    write_midi(Path("my_midis/new.mid"), scale(52))
+    assert len(generate("--checkpoint m.pt --bars 2")) == 3
+    assert "my_midis has 1 files that it does not know" in capsys.readouterr().out
+    assert pianogpt("--checkpoint m.pt") == 0 and "1 files that it does not know" in capsys.readouterr().out
+    assert len(generate("--bars 2")) == 3, "of midi, whatever lies in my_midis"
+    before = Path("pianogpt.pt").read_bytes()
+    for line, sentence in (("--midi-dir my_midis --generate", "learned from midi; my_midis has 3 files"),
+                           ("--midi-dir nowhere --generate", "there is no folder nowhere"),
+                           ("--midi-dir my_midis", "learned from midi; my_midis has 3 files")):
+        assert pianogpt(line) == 2 and sentence in capsys.readouterr().err
+    interrupt_at_ten(monkeypatch, "--checkpoint u.pt")
+    assert pianogpt("--checkpoint u.pt") == 2 and "pass another --midi-dir" in capsys.readouterr().err, "of another folder"
+    assert Path("pianogpt.pt").read_bytes() == before and state("u.pt")["step"] == 10
+    assert pianogpt("--midi-dir my_midis --steps 40") == 0 and "training goes on with these" in capsys.readouterr().out
 
 
 def test_fresh_starts_over_and_keeps_the_old_file(trained):
@@ -297,7 +449,7 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     content = pg.load_checkpoint(Path("pianogpt.pt"))
     content["trainer"]["weights"] = {}
     pg.save_checkpoint(Path("pianogpt.pt"), content)
-    assert pianogpt("--evaluate midi --batch-size 5") == 0
+    assert pianogpt("--evaluate midi") == 0
     keys, numbers = zip(*re.findall(r"^(\w+): ([\d.]+)$", capsys.readouterr().out, re.M))
     assert keys == ("pieces", "tokens", "notes", "nats_per_token", "nats_per_note", "perplexity")
     tokens = sum(len(piece.ids) + 1 for piece in pg.read_folder(Path("midi"), vocab, ""))
@@ -311,44 +463,60 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     (f"{SHORT} --checkpoint new.pt --midi-dir empty", "no MIDI file under empty"),
     (f"{SHORT} --checkpoint new.pt --midi-dir bad", "none of the 1 MIDI files under bad"),
     (f"{SHORT} --checkpoint new.pt --accumulate 3", "--batch-size 4 must be a multiple of 1 processes x --acc"),
-    (f"{SHORT} --checkpoint new.pt --generate --prompt none.mid", "there is no MIDI file none.mid"),
+    (f"{SHORT} --checkpoint new.pt --generate --prompt none.mid", "none.mid cannot be continued (not a file): pass another --prompt"),
     (f"{SHORT} --checkpoint bad/page.mid/x.pt", "pass a --checkpoint elsewhere"),
     ("--checkpoint bad/page.mid", "bad/page.mid is damaged or not a PianoGPT checkpoint"),
     ("--evaluate midi --checkpoint new.pt", "there is no checkpoint new.pt: train one first"),
     ("--generate --checkpoint shifted.pt", "vocabulary"),
-    ("--n-layers 3", "unrecognized arguments: --n-layers 3; python pianogpt.py --help"),
+    ("--n-layers 3", "unrecognized arguments: --n-layers 3; do you mean --n-layer?; python pianogpt.py --help"),
+    ("--smaples-dir=x", "do you mean --samples-dir?"),
+    ("--bars 8", "--bars does nothing without --generate"),
+    ("--generate --prompt-bars 8", "--prompt-bars does nothing without --prompt"),
+    ("--generate --evaluate midi", "--evaluate and --generate cannot be done at once"),
+    ("--generate --checkpoint typo.pt", "there is no checkpoint typo.pt: name another, or add --steps N"),
+    (f"{SHORT} --checkpoint new.pt --generate --samples-dir bad/page.mid", "bad/page.mid cannot be used: File exists"),
+    (f"{SHORT} --checkpoint new.pt --generate --chords H", 'cannot read "H"'),
+    ("--generate --tempo 3.5", "--tempo is 3.5 but must be 0 or from 4 to 1000"),
+    ("--generate --temperature 1e-300", "--temperature is 1e-300 but must be 0 or from 0.01 to 10"),
     ("--steps many", "--steps"),
     ("--steps -5", "--steps is -5 but must be at least 1"),
     ("--n-embd 100 --n-head 3", "--n-embd 100 must be a multiple of 2 x --n-head 3"),
     ("--device tpu9", "there is no device tpu9"),
-    ("--temperature -1", "--temperature is -1.0 but must be from 0 to 10"),
+    ("--generate --temperature -1", "--temperature is -1.0 but must be 0 or from 0.01 to 10"),
     ("--weight-decay nan", "--weight-decay is nan"),
     ("--generate --n-embd 64", "--n-embd is 64, but the checkpoint has 32"),
     ("--grid 4", "--grid is 4, but the checkpoint has 24"),
-    ("--steps 99 --batch-size 9", "--batch-size is 9, but the checkpoint has 4"),
+    ("--midi-dir midi --steps 99 --batch-size 9", "--batch-size is 9, but the checkpoint has 4"),
     ("--generate --prompt bad/page.mid", "bad/page.mid cannot be continued (not a MIDI file"),
     ("--generate --prompt midi/piece00.mid --prompt-bars 99", "midi/piece00.mid is only 8 bars"),
     ("--generate --prompt midi/piece00.mid --bars 5", "the prompt alone is 8 bars"),
     ("--generate --chords 'C Hm'", 'cannot read "Hm" in "Hm": write C, Am,'),
     ("--generate --chords C --checkpoint plain.pt", "--chords needs a model that was trained with --chord-tokens 1"),
     ("--generate --bars 5 --seconds 5", "--bars and --seconds both set the same length"),
-    ("--generate --prompt-bars 5 --prompt-seconds 5", "--prompt-bars and --prompt-seconds both set the same length"),
     ("--generate --bars 2 --samples-dir bad/page.mid", "bad/page.mid cannot be used: File exists"),
 ])
-def test_mistake_is_one_sentence_and_exit_code_2_and_changes_nothing(line, sentence, trained, capsys):
-    Path("empty").mkdir()
-    Path("bad").mkdir()
-    Path("bad/page.mid").write_text("<html>")
-    before, shifted = Path("pianogpt.pt").read_bytes(), pg.load_checkpoint(Path("pianogpt.pt"))
-    shifted["vocabulary"] = shifted["vocabulary"][1:] + shifted["vocabulary"][:1]  # as many words, in another order
-    pg.save_checkpoint(Path("shifted.pt"), shifted)
-    plain = pg.load_checkpoint(Path("pianogpt.pt"))
-    plain["config"]["music"]["chord_tokens"], plain["vocabulary"] = 0, NO_CHORDS
-    pg.save_checkpoint(Path("plain.pt"), plain)
+def test_mistake_is_one_sentence_and_exit_code_2_and_changes_nothing(line, sentence, mistaken, here, capsys):
+    shutil.copytree(mistaken, here, dirs_exist_ok=True)
+    before = Path("pianogpt.pt").read_bytes()
     assert pianogpt(line) == 2
     out, err = capsys.readouterr()
     assert err.startswith("pianogpt: ") and sentence in err and err.count("\n") == 1 and "step " not in out
     assert Path("pianogpt.pt").read_bytes() == before and not Path("new.pt").exists() and not Path("samples").exists()
+
+
+def test_every_command_of_readme_and_help_runs_in_their_order_in_one_folder(here, monkeypatch, capsys):
+    write_folder(here / "my_midis")
+    write_folder(here / "X")
+    write_midi(here / "X.mid", scale(40))
+    blocks = re.findall(r"```\n(.*?)```", Path(pg.__file__).with_name("README.md").read_text(), re.S)
+    lines = [line for block in blocks for line in block.splitlines()] + pg.__doc__.splitlines()
+    commands = [re.split(r" {2,}|#", line.strip())[0] for line in lines if re.match(r" *(python|torchrun .*) pianogpt.py", line)]
+    assert len(commands) == 14
+    for command in commands:
+        flags = re.sub(r"~/Music/midi|\bDIR\b", "X", command.split("pianogpt.py")[1]).replace("song.mid", "X.mid")
+        tiny = " ".join(TINY) + " --steps 3 --warmup 1" + " --bars 12 --num-samples 1" * ("--generate" in flags)
+        assert pianogpt(f"{flags} {tiny}") == 0, command
+    assert {path.name for path in here.glob("*.pt")} == {f"{name}.pt" for name in ("pianogpt", "mine", "large", "two", "many")}
 
 
 def test_help_shows_every_setting_with_its_default(capsys):
@@ -359,7 +527,7 @@ def test_help_shows_every_setting_with_its_default(capsys):
     text = " ".join(out.split())
     for f in (f for group in vars(pg.Config()).values() for f in pg.fields(group)):
         default = "" if isinstance(f.default, bool) else f" (default: {f.default if f.default != '' else 'none'})"
-        assert f"{pg.flag(f.name)} " in text and f"{f.metadata['help']}{default}" in text
+        assert f"{pg.flag(f.name)} " in text and f"{f.metadata['text']}{default}" in text
 
 
 def test_checkpoint_alone_is_enough_to_generate_and_to_name_the_longest_known_runs(trained, monkeypatch, capsys):
@@ -368,16 +536,21 @@ def test_checkpoint_alone_is_enough_to_generate_and_to_name_the_longest_known_ru
     shutil.copy("../pianogpt.pt", "x.pt")
     assert len(generate("--checkpoint x.pt --bars 6")) == 3
     lines = re.findall(
-        r"^sample: 6 bars, [A-G][b#]? m[aj|in]+or, (\d+) notes, [\d.]+ seconds, [\d.]+ notes/s, pitches \d+-\d+, \d+% silence, "
+        r"^sample: 6 bars, [A-G][b#]? m[aj|in]+or, (\d+) notes, [\d.]+ seconds, "
         r"longest known run (\d+) notes \(piece\d\d\.mid\), samples/sample-00\d\.mid$", capsys.readouterr().out, re.M)
     assert len(lines) == 3 and all(0 < int(run) <= int(notes) for notes, run in lines)
 
 
-def test_same_seed_and_checkpoint_write_the_same_bytes_into_new_files(trained):
-    for line in ("--samples-dir a", "--samples-dir a", "--samples-dir b", "--samples-dir c --seed 8"):
+def test_same_seed_and_checkpoint_write_the_same_bytes_into_new_files_and_no_seed_writes_others(trained, capsys):
+    lines = "--samples-dir a --seed 0", "--samples-dir a --seed 0", "--samples-dir b --seed 0", "--samples-dir c", "--samples-dir d"
+    for line in lines:
         assert pianogpt(f"--generate --bars 3 --num-samples 2 {line}") == 0
-    a, b, c = ([p.read_bytes() for p in sorted(Path(name).iterdir())] for name in "abc")
-    assert a == b * 2 and b[0] != b[1] and c[0] != b[0]
+    a, b, c, d = ([p.read_bytes() for p in sorted(Path(name).iterdir())] for name in "abcd")
+    assert a == b * 2 and b[0] != b[1] and len({b[0], c[0], d[0]}) == 3
+    seeds = re.findall(r"^seed: (\d+)", capsys.readouterr().out, re.M)
+    assert seeds == [str(origin(Path(name, "sample-001.mid"))["seed"]) for name in "cd"]
+    assert pianogpt(f"--generate --bars 3 --num-samples 2 --samples-dir e --seed {seeds[1]}") == 0
+    assert [p.read_bytes() for p in sorted(Path("e").iterdir())] == d
 
 
 def test_length_is_in_bars_or_in_seconds_and_the_tempo_the_one_that_is_asked_for(trained, capsys):
@@ -396,7 +569,7 @@ def test_every_filter_and_the_seed_change_what_is_drawn(trained):
 
 
 def test_prompt_itself_does_not_count_as_known_nor_do_pieces_that_are_held_out(trained, capsys):
-    known = pg.load_checkpoint(Path("pianogpt.pt"))["intervals"]
+    known = pg.load_checkpoint(Path("pianogpt.pt"))["pieces"]
     assert len(known) == 10, "of twelve"
     generate(f"--prompt midi/{min(known)} --bars 11 --num-samples 1")
     line = re.search(r"(\d+) notes, .*longest known run (\d+) notes", capsys.readouterr().out)

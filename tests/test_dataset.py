@@ -1,19 +1,15 @@
 """Folder: MIDI files become pieces, pieces a split, ids become windows and batches."""
 
-import hashlib
-import http.server
 import os
 import signal
 import sys
-import threading
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, pg, scale, write_midi
+from conftest import pg, scale, write_midi
 from fuzz_midi import check, metre, midi, note, tempo
 
 KINDS = SimpleNamespace(pitches=range(4, 92), chords=range(200, 224))  # 88 keys; two qualities of chord
@@ -69,7 +65,7 @@ def test_midi_in_a_riff_file_is_read(tmp_path, vocab):
     chunks = b"RMID" + b"LIST" + (4).to_bytes(4, "little") + b"INFO" + b"data" + len(good).to_bytes(4, "little") + good
     chunks += b"LIST" + (4).to_bytes(4, "little") + b"INFO"
     (tmp_path / "a.rmi").write_bytes(b"RIFF" + len(chunks).to_bytes(4, "little") + chunks)
-    one, two = (plain(pg.read_piece(tmp_path / name, vocab)) for name in ("a.mid", "a.rmi"))
+    one, two = (plain(pg.read_piece(tmp_path / name, vocab), content="") for name in ("a.mid", "a.rmi"))
     assert one == two and one["notes"] == 80
 
 
@@ -115,7 +111,53 @@ def test_file_that_needs_too_much_memory_costs_only_itself(folder, vocab, monkey
     real, greedy = pg.parse_midi, (folder / "piece03.mid").read_bytes()
     monkeypatch.setattr(pg, "WORKER_GIGABYTES", 1)
     monkeypatch.setattr(pg, "parse_midi", lambda data: real(data * 3_000_000 if data == greedy else data))
-    assert problems(folder, vocab) == {"piece03.mid": "unreadable: MemoryError"}
+    assert problems(folder, vocab) == {"piece03.mid": "not enough memory"}
+
+
+def test_failure_that_passes_is_tried_again_and_never_kept(folder, tmp_path, vocab, monkeypatch):
+    real, marks = pg.read_piece, tmp_path / "marks"
+    marks.mkdir()
+
+    def read_piece(path, vocab):
+        if path.name == "piece03.mid" and not (marks / "killed").exists():
+            (marks / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)  # once, as the system does when memory is short
+        return real(path, vocab)
+
+    monkeypatch.setattr(pg, "read_piece", read_piece)
+    assert not any(p["problem"] for p in read(folder, vocab)), "tried once more"
+    read_bytes, broken = pg.read_bytes, {folder / "piece05.mid"}
+
+    def fail(path):
+        if path in broken and "worker" in marks.name:
+            raise OSError(5, "Input/output error")
+        return read_bytes(path)
+
+    marks, cache = tmp_path / "worker", tmp_path / "cache"
+    monkeypatch.setattr(pg, "read_piece", real)
+    monkeypatch.setattr(pg, "read_bytes", fail)
+    found = {p["path"]: p["problem"] for p in read(folder, vocab, cache) if p["problem"]}
+    assert found == {"piece05.mid": "Input/output error"}
+    broken.clear()
+    assert not any(p["problem"] for p in read(folder, vocab, cache))
+
+
+def test_lone_file_whose_worker_is_killed_is_tried_again(folder, tmp_path, vocab, monkeypatch):
+    real, mark = pg.read_piece, tmp_path / "mark"
+    once = lambda path, vocab: mark.exists() or (mark.touch(), os.kill(os.getpid(), signal.SIGKILL))  # noqa: E731
+    monkeypatch.setattr(pg, "read_piece", lambda path, vocab: once(path, vocab) and real(path, vocab))
+    assert [piece.problem for _, piece in pg.read_in_workers([folder / "piece00.mid"], vocab)] == [""]
+
+
+def test_stray_note_or_absurd_tempo_does_not_flood_the_corpus(tmp_path, vocab):
+    notes = [(i / 2, 0.5, 60 + i % 12, 80) for i in range(25)]
+    write_midi(tmp_path / "stray.mid", [[*notes, (20 * 3600 * 2 / 4, 1, 60, 80)]])
+    write_midi(tmp_path / "far.mid", [[*notes, (1e6, 1, 60, 80)]])
+    (tmp_path / "fast.mid").write_bytes(midi([tempo(1)], [*note(60, 480), *note(62, 480, rest=2**28 - 1)]))
+    write_midi(tmp_path / "slow.mid", [[(4 * i, 4, 60 + i, 80) for i in range(20)]])
+    found = problems(tmp_path, vocab)
+    assert found.pop("stray.mid") == "notes so far apart that most tokens are bars"
+    assert {*found} == {"far.mid", "fast.mid"} and all("longer than a day" in p for p in found.values())
 
 
 def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used():
@@ -142,8 +184,14 @@ def test_cache_saves_reading_and_notices_changed_content_and_settings(folder, tm
     for kept in filter(Path.is_file, cache.rglob("*")):
         kept.write_bytes(b"damaged")
     assert read(folder, vocab, cache) == pieces and new == [13, 1, 13]
+    one, other, *_ = sorted(cache.rglob("*.npz"))
+    damaged = bytearray(one.read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    one.write_bytes(damaged)
+    other.write_bytes(sorted(cache.rglob("*.npz"))[2].read_bytes())  # what another file gave
+    assert read(folder, vocab, cache) == pieces and new == [13, 1, 13, 2]
     read(folder, pg.Vocabulary(pg.MusicConfig(pedal="ignore")), cache)  # the same words
-    assert new == [13, 1, 13, 13]
+    assert new == [13, 1, 13, 2, 13]
 
 
 def test_cache_that_cannot_be_written_is_said_once(folder, tmp_path, vocab, capsys):
@@ -169,11 +217,13 @@ def test_folders_named_train_validation_and_test_are_honoured(tmp_path):
 def test_csv_is_honoured_and_one_that_is_none_or_points_elsewhere_stops_nothing(tmp_path, capsys):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "m" / "pipe.csv")
     rows = ["2004/0.mid,train", "2004/1.mid,validation", "2004/2.mid,test", "/etc/a.mid,test", "../../b.mid,test"]
     (tmp_path / "m" / "maestro.csv").write_text("\n".join(["midi_filename,split", *rows, "2004/3.mid,train"]))
     sides = split([f"m/2004/{i}.mid" for i in range(4)], tmp_path)
     assert list(sides.values()) == ["train", "validation", "test", "train"]
-    assert "folder.csv cannot be read as a table" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "folder.csv cannot be read as a table" in out and "pipe.csv cannot be read as a table" in out
 
 
 def test_files_of_one_folder_are_one_work_if_asked(tmp_path):
@@ -296,50 +346,21 @@ def test_windows_score_every_token_once_after_the_overlap_and_are_spread_evenly_
     assert few[:, 0].tolist() == [0, 48, 96, 144] and not len(pg.make_windows(np.arange(161), 16, 16, limit=0)[0])
 
 
+def test_work_that_is_given_to_both_sides_is_held_out(tmp_path):
+    music = np.random.default_rng(7).integers(20, 80, 60)
+    takes = [piece("train/a.mid", music), piece("validation/b.mid", music + 1), piece("train/c.mid", music[::-1])]
+    pg.split_pieces(takes, tmp_path, pg.DataConfig(), range(128))
+    assert [p.split for p in takes] == ["validation", "validation", "train"]
+
+
 def test_pieces_are_joined_between_bos_and_eos_and_held_out_music_is_validated_but_not_known(folder, vocab):
-    config = pg.Config(data=pg.DataConfig(midi_dir=str(folder), cache_dir=""))
-    batches, (_, targets), music = pg.prepare_data(config, vocab, torch.device("cpu"))
+    config = pg.Config(run=pg.RunConfig(midi_dir=str(folder), cache_dir=""))
+    train, (_, targets), music = pg.prepare_data(config, vocab)
     pieces, ids = pg.read_folder(folder, vocab, ""), {"train": [], "validation": []}
     pg.split_pieces(pieces, folder, config.data, vocab.pitches)
     for p in pieces:
         ids[p.split] += [vocab.bos, *p.ids.tolist(), vocab.eos]
-    assert batches.ids.tolist() == ids["train"]
+    assert train.tolist() == ids["train"]
     assert targets[targets != pg.IGNORE].tolist() == ids["validation"][1:] != []
-    assert list(music["intervals"]) == [p.path for p in pieces if p.split == "train"]
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """The zip of three pieces on a server of this machine that stands for MAESTRO's."""
-    path = tmp_path / "web" / "maestro-v3.0.0-midi.zip"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as file:
-        for i in range(3):
-            file.write(write_midi(tmp_path / "source" / f"{i}.mid", scale(i)), f"maestro-v3.0.0/2004/{i}.midi")
-        rows = (f"2004/{i}.midi,{side}\n" for i, side in enumerate(pg.SPLITS))
-        file.writestr("maestro-v3.0.0/table.csv", "midi_filename,split\n" + "".join(rows))
-    handler = lambda *args: http.server.SimpleHTTPRequestHandler(*args, directory=path.parent)  # noqa: E731
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        monkeypatch.setattr(pg, "MAESTRO", f"http://127.0.0.1:{server.server_port}/{path.name}")
-        monkeypatch.setattr(pg, "MAESTRO_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-        yield path
-        server.shutdown()
-
-
-def test_maestro_is_downloaded_once_and_before_the_training_that_asks_for_it(served, here, capsys):
-    argv = ["--download", "maestro", "--midi-dir", "midi", *TINY, "--steps", "1"]
-    assert pg.main(argv) == 0
-    served.unlink()
-    assert pg.main([*argv, "--steps", "2"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("licensed CC BY-NC-SA 4.0") == out.count("(1 train, 1 validation, 1 test)") == 2
-    assert os.listdir("midi") == ["maestro-v3.0.0"], "nothing else is left behind"
-
-
-@pytest.mark.parametrize("damage", ["another hash", "no such file"])
-def test_download_that_fails_is_a_sentence_and_leaves_nothing_behind(damage, served, tmp_path):
-    served.write_bytes(served.read_bytes() + b"x") if damage == "another hash" else served.unlink()
-    with pytest.raises(pg.UserError, match="cannot download"):
-        pg.download_maestro(tmp_path / "midi")
-    assert os.listdir(tmp_path / "midi") == []
+    assert music["pieces"] == [p.path for p in pieces if p.split == "train"]
+    assert music["files"] == [f"{(folder / p.path).stat().st_size} {p.path}" for p in pieces]

@@ -13,6 +13,14 @@ def figures(path, notes, vocab, bpm=120.0, known=()):
     return report.figures(pg.read_piece(write_midi(path, [notes], bpm=bpm), vocab).ids.tolist(), vocab, known)
 
 
+def test_density_range_and_silence_are_what_one_counts_by_hand(tmp_path, vocab):
+    notes = [(0, 6, 60, 60), (0, 2, 64, 80), (4, 1, 72, 100), (12, 2, 60, 60), (12, 2, 64, 80), (15, 1, 60, 60)]
+    ids = pg.read_piece(write_midi(tmp_path / "a.mid", [notes], bpm=60), vocab).ids.tolist()
+    assert report.describe(vocab.decode(ids)) == pytest.approx({
+        "notes": 6, "seconds": 16, "notes_per_second": 6 / 16, "lowest": 60, "highest": 72,
+        "silence_percent": 100 * 7 / 16})
+
+
 def test_figures_of_a_piece_are_what_one_counts_by_hand(tmp_path, vocab):
     chord = [(0, 2, 60, 60), (0, 2, 64, 80)]
     notes = [*chord, (4, 1, 72, 100), *((start + 12, *rest) for start, *rest in chord), (15, 1, 60, 60)]
@@ -30,9 +38,9 @@ def test_repeated_bars_are_counted(tmp_path, vocab):
 
 def test_known_run_counts_notes_in_any_key_and_a_piece_without_notes_has_no_figures(tmp_path, vocab):
     notes = [(i, 1, pitch, 80) for i, pitch in enumerate((50, 60, 62, 66, 64, 40))]
-    known = {"x": bytes(128 + step for step in (7, 2, 4, -2, 9)) + bytes([pg.PIECE_END])}
+    known = ["x"], bytes(128 + step for step in (7, 2, 4, -2, 9)) + bytes([pg.PIECE_END])
     assert figures(tmp_path / "a.mid", notes, vocab, known=known)["known_run_notes"] == 4
-    assert report.figures([vocab.bar, vocab.words.index("TimeSig_4/4")], vocab, {}) == {}
+    assert report.figures([vocab.bar, vocab.words.index("TimeSig_4/4")], vocab, ()) == {}
 
 
 def test_openings_end_at_the_last_bar_line_within_the_length(vocab):
@@ -55,7 +63,7 @@ def test_report_shows_samples_beside_music_but_no_distance_from_a_single_piece(h
     assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "5"]) == 0
     before = sorted(here.rglob("*"))
     assert report.parse([]) == {"num_samples": 50}
-    assert report.main("--num-samples 3 --bars 6 --device cpu".split()) == 0
+    assert report.main("--midi-dir midi --num-samples 3 --bars 6 --device cpu".split()) == 0
     header, *table = capsys.readouterr().out.split("mean of")[1].splitlines()
     assert header.split()[:2] == ["3", "samples"] and header.split()[3::2] == ["train", "validation"]
     rows = {line.split()[0]: line.split()[1:] for line in table}

@@ -22,9 +22,9 @@ def make_parts(**train):
     return trainer, batches, pg.make_windows(IDS[:100], 32, 32)
 
 
-def run(trainer, batches, windows, until=None, save=lambda: None, sample=lambda: None):
+def run(trainer, batches, windows, until=None, save=lambda: None):
     """Train to the end or until a step."""
-    trainer.run(batches, windows, lambda: trainer.step == until, save, sample)
+    trainer.run(batches, windows, lambda: trainer.step == until, save)
     return trainer
 
 
@@ -33,20 +33,18 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("optimizer, steps", [("adamw", 120), ("muon", 60)])
-def test_one_batch_can_be_overfitted(optimizer, steps):
-    trainer, batches, _ = make_parts(steps=steps, lr=2e-3, optimizer=optimizer)
-    losses = [trainer.train_step(*batches[0]) for _ in range(steps)]
+def test_one_batch_can_be_overfitted():
+    trainer, batches, _ = make_parts(steps=120, lr=2e-3)
+    losses = [trainer.train_step(*batches[0]) for _ in range(120)]
     assert losses[0] > 5.5 and losses[-1] < 0.1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(optimizer, tmp_path):
-    whole = run(*make_parts(optimizer=optimizer))
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
+    whole = run(*make_parts())
     for stop in (1, 8, 13):
-        first = run(*make_parts(optimizer=optimizer), until=stop)
+        first = run(*make_parts(), until=stop)
         pg.save_checkpoint(tmp_path / "m.pt", {"trainer": first.state()})
-        second, *data = make_parts(optimizer=optimizer)
+        second, *data = make_parts()
         second.load_state(pg.load_checkpoint(tmp_path / "m.pt")["trainer"])
         assert second.step == stop and same(second.state()["best"], first.state()["best"])
         run(second, *data)
@@ -71,12 +69,12 @@ def test_batch_split_in_parts_leaves_the_gradient_of_the_whole():
     assert gradients[0].any() and torch.allclose(*gradients, atol=1e-6)
 
 
-def test_run_takes_every_batch_and_writes_checkpoints_and_samples_as_often_as_asked(monkeypatch):
-    saved, sampled, drawn, (trainer, *data) = [], [], [], make_parts(save_every=7, sample_every=10)
+def test_run_takes_every_batch_and_writes_checkpoints_as_often_as_asked(monkeypatch):
+    saved, drawn, (trainer, *data) = [], [], make_parts(save_every=7)
     get_batch = pg.Batches.__getitem__
     monkeypatch.setattr(pg.Batches, "__getitem__", lambda self, i: drawn.append(i) or get_batch(self, i))
-    run(trainer, *data, save=lambda: saved.append(trainer.step), sample=lambda: sampled.append(trainer.step))
-    assert saved == [7, 14, 21] and sampled == [10, 20] and drawn == [*range(24)]
+    run(trainer, *data, save=lambda: saved.append(trainer.step))
+    assert saved == [7, 14, 21] and drawn == [*range(24)]
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
@@ -89,22 +87,21 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
 def test_step_takes_the_scheduled_rate_and_clips_the_gradient():
     trainer, batches, _ = make_parts(grad_clip=1e-3)
     norms, parameters = [], [*trainer.model.parameters()]
-    trainer.optimizers[0].step = lambda: norms.append(sum(p.grad.square().sum() for p in parameters).sqrt().item())
+    trainer.optimizer.step = lambda: norms.append(sum(p.grad.square().sum() for p in parameters).sqrt().item())
     trainer.train_step(*batches[0])
     assert norms == pytest.approx([1e-3], rel=1e-3)
-    assert all(g["lr"] == pytest.approx(g["peak"] / 5) for g in trainer.optimizers[0].param_groups)
+    assert all(g["lr"] == pytest.approx(g["peak"] / 5) for g in trainer.optimizer.param_groups)
 
 
-@pytest.mark.parametrize("n_embd, inner, optimizer", [(128, 336, "adamw"), (512, 1360, "adamw"), (128, 336, "muon")])
-def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner, optimizer):
+@pytest.mark.parametrize("n_embd, inner", [(128, 336), (512, 1360)])
+def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner):
     model = pg.PianoGPT(pg.ModelConfig(n_layer=1, n_embd=n_embd), VOCAB.says)
-    optimizers = pg.make_optimizers(model, pg.TrainConfig(optimizer=optimizer, lr=1.0))
-    found = {p: (type(o).__name__, group["peak"], group["weight_decay"])
-             for o in optimizers for group in o.param_groups for p in group["params"]}
-    expected = {"head": ("AdamW", 1024 / n_embd, 0.1), "embedding": ("AdamW", 80, 0)}
-    expected |= dict.fromkeys(("recent", "norm", "norm_1", "norm_2"), ("AdamW", 30, 0))
+    optimizer = pg.make_optimizer(model, pg.TrainConfig(lr=1.0))
+    found = {p: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    expected = {"head": (1024 / n_embd, 0.1), "embedding": (80, 0)}
+    expected |= dict.fromkeys(("recent", "norm", "norm_1", "norm_2"), (30, 0))
     for name, fan_in in (("qkv", n_embd), ("proj", n_embd), ("expand", n_embd), ("contract", inner)):
-        expected[name] = ("Muon", 64, 0.1) if optimizer == "muon" else ("AdamW", 1024 / fan_in, 0.1)
+        expected[name] = (1024 / fan_in, 0.1)
     assert {name.split(".")[-1]: found[p] for name, p in model.named_parameters()} == expected
 
 
@@ -120,7 +117,7 @@ def test_best_validation_weights_are_kept():
 def test_run_without_validation_keeps_the_last_weights():
     trainer = run(*make_parts(steps=12)[:2], pg.make_windows(IDS[:0], 32, 32))
     assert same(trainer.best, trainer.weights()) and trainer.best_row() is trainer.history[-1]
-    assert [row["val_loss"] for row in trainer.history] == [None, None]
+    assert ["val_loss" in row for row in trainer.history] == [False, False]
 
 
 def test_validation_is_not_compiled_and_gives_the_loss_per_token_and_per_note():
@@ -133,12 +130,13 @@ def test_validation_is_not_compiled_and_gives_the_loss_per_token_and_per_note():
     assert row["val_nats_per_note"] == pytest.approx(total / notes, rel=1e-5)
 
 
-def test_loss_that_is_no_number_stops_the_run_before_it_is_saved():
+def test_loss_that_is_no_number_stops_the_run_before_it_is_saved_or_learned():
     (trainer, *data), saved = make_parts(save_every=1), []
     torch.nn.init.constant_(trainer.model.head, math.inf)
-    with pytest.raises(pg.UserError, match="smaller --lr"):
+    before = trainer.weights()
+    with pytest.raises(FloatingPointError, match="the loss became nan after 0 steps"):
         run(trainer, *data, save=lambda: saved.append(1))
-    assert not saved
+    assert not saved and same(trainer.weights(), before)
 
 
 def test_weights_before_the_first_validation_are_the_best_so_far():
@@ -152,7 +150,7 @@ def test_weights_before_the_first_validation_are_the_best_so_far():
 
 def test_validation_beats_any_row_without_one():
     trainer, *_ = make_parts()
-    trainer.history = [{"step": 8, "val_loss": None}, {"step": 16, "val_loss": None}]
+    trainer.history = [{"step": 8}, {"step": 16}]
     assert trainer.best_row()["step"] == 16
     trainer.history.append({"step": 24, "val_loss": 9.0})
     assert trainer.best_row()["step"] == 24
