@@ -6,7 +6,7 @@
     python pianogpt.py --evaluate DIR       loss of the trained model on every MIDI file in DIR
 
 In:   a folder of MIDI files, each read as one piano: drums dropped, tracks merged, the pedal folded in.
-Out:  pianogpt.pt (the model), pianogpt.csv (its log), samples/*.mid, .pianogpt-cache/.
+Out:  pianogpt.pt (the model), pianogpt.pt.csv (its log), samples/*.mid, .pianogpt-cache/.
 
 The idea: music is written as tokens (REMI, made by MidiTok), a causal Transformer learns to predict the next
 token, and drawing one token after another writes new music. This bar has 16 tokens:
@@ -84,7 +84,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 class UserError(Exception):
-    """A mistake, in one sentence that says what to do, or why a file is skipped, in a few words."""
+    """A mistake, in a sentence that says what to do, or why a file is skipped, in a few words."""
 
 
 def say(text, stream="stdout"):
@@ -94,7 +94,7 @@ def say(text, stream="stdout"):
         if RANK == 0:
             tqdm.write(text, file=getattr(sys, stream))
             getattr(sys, stream).flush()
-    except OSError:  # the reader is gone, or the disk is full: go on
+    except OSError:  # nobody reads it, or the disk is full
         setattr(sys, stream, open(os.devnull, "w"))
 
 
@@ -842,8 +842,7 @@ class Trainer:
     def run(self, batches, windows, stopped, save):
         """Train to the last step or until stopped(); save() is called periodically."""
         bar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step", position=0)
-        every, clock = self.config.save_every, time.monotonic()
-        saved = clock
+        every, saved, clock = self.config.save_every, time.monotonic(), time.monotonic()
         while self.step < self.config.steps:
             if average_over_processes(torch.tensor(float(stopped()), device=self.device)):
                 break
@@ -968,7 +967,7 @@ class Piece:
     seconds: float = 0.0
     changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
     problem: str = ""
-    content: str = ""  # hash of the bytes that were read; none where another try may end otherwise
+    content: str = ""  # hash of the bytes that were read; none if the problem may pass
     path: str = ""  # relative to the folder, with forward slashes
     work: str = ""  # of which this is one recording
     split: str = ""  # train, validation or test
@@ -997,7 +996,7 @@ def one_track(data, events):
 
 def read_bytes(path):
     """The bytes of a file of at most FILE_MEGABYTES. Raises UserError."""
-    if not path.is_file():  # such as a pipe
+    if not path.is_file():
         raise UserError("not a file")
     if path.stat().st_size > FILE_MEGABYTES * 2**20:
         raise UserError(f"larger than {FILE_MEGABYTES} MB")
@@ -1074,7 +1073,7 @@ def read_piece(path, vocab):
         return Piece(ids, quantized.note_num(), seconds, changes, content=content)
     except UserError as e:
         problem = str(e)
-    except (OSError, MemoryError) as e:  # perhaps not the next time
+    except (OSError, MemoryError) as e:  # may pass
         problem, content = getattr(e, "strerror", "") or "not enough memory", ""
     except (*SCORE_LOADING_EXCEPTION, LookupError, ZeroDivisionError, TypeError) as e:
         problem = f"unreadable: {(str(e) or type(e).__name__).splitlines()[0]}"
@@ -1104,7 +1103,7 @@ def read_in_worker(path):
 
 def read_in_workers(paths, vocab, alone=False):
     """Yield (path, Piece) as they get ready; a file that crashes or hangs the parser has a problem."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork is fast
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
     pool = ProcessPoolExecutor(min(len(cores), len(paths)), context, start_worker, (vocab,))
     unread = []
@@ -1126,14 +1125,14 @@ def read_in_workers(paths, vocab, alone=False):
 
 
 def find_files(folder):
-    """{path: "size name"} of the MIDI files under folder, in order. Raises UserError."""
+    """{path: "size name"} of the MIDI files under folder. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: make it, or name another")
     names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))}
     found = {path: f"{path.stat().st_size if path.is_file() else 0} {name}" for path, name in names.items()
              if path.suffix.lower() in SUFFIXES and "/." not in f"/{name}"}
     if not found:
-        raise UserError(f"no MIDI file under {folder}: put some there, or name another folder")
+        raise UserError(f"no MIDI file under {folder}: put some there, or name another")
     return found
 
 
@@ -1153,7 +1152,7 @@ def read_folder(folder, vocab, cache_dir):
         except UserError as e:
             pieces[path] = Piece(problem=str(e))
         except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile):
-            pass  # not in the cache, damaged there, or not as this version writes it
+            pass  # not in the cache, damaged, or of another version
     new = [path for path in paths if path not in pieces]
     found = read_in_workers(new, vocab) if new else []
     for path, piece in progress(found, total=len(new), desc="reading", unit="file"):
@@ -1249,7 +1248,7 @@ def save_checkpoint(path, content):
     file, log, history = io.BytesIO(), io.StringIO(), content["trainer"]["history"]
     torch.save({"format": FORMAT, **content}, file)
     write_atomically(path, file.getvalue())
-    writer = csv.DictWriter(log, (history or [{}])[0], lineterminator="\n")
+    writer = csv.DictWriter(log, (history or [{}])[-1], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     write_atomically(Path(f"{path}.csv"), log.getvalue().encode())
@@ -1264,15 +1263,15 @@ def load_checkpoint(path):
             if sum(part.file_size for part in file.infolist()) > path.stat().st_size or file.testzip():
                 raise ValueError("its parts do not fit")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("not of this version")
+        return content
     except Exception as e:  # of many kinds
-        raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({type(e).__name__})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not of this version of PianoGPT: pass another --checkpoint, or retrain")
-    return content
+        raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({str(e)[:60]})") from None
 
 
 def lock_checkpoint(path):
-    """Hold a checkpoint for this run alone, until the lock is released; raises UserError."""
+    """The lock that holds a checkpoint for this run alone. Raises UserError."""
     lock = FileLock(f"{path}.lock", timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1369,7 +1368,7 @@ def make_parser():
             kind, text, choices = type(f.default), f.metadata["text"], f.metadata["choices"]
             options = {"action": "store_true"}
             if kind is not bool:
-                text += f" (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
+                text += f" (default: {f.default if f.default != '' else 'none'})"
                 name = "|".join(choices) if choices else {int: "N", float: "X", str: "TEXT"}[kind]
                 options = {"type": kind, "choices": choices, "metavar": name}
             section.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **options)
@@ -1377,7 +1376,7 @@ def make_parser():
 
 
 def parse(argv):
-    """{setting: value} as a command line gives them. Raises UserError."""
+    """{setting: value} of a command line. Raises UserError."""
     parser = make_parser()
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -1423,8 +1422,7 @@ def choose_speed(run, device, steps):
     """Whether to train in bfloat16, and whether to compile."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu":  # without instructions for it bfloat16 is slow
-        names = "avx512_bf16", "amx_tile"
-        fast = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
+        fast = any(getattr(torch.cpu, f"_is_{n}_supported", bool)() for n in ("avx512_bf16", "amx_tile"))
     bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
     pays = steps >= COMPILE_STEPS and device.type in ("cuda", "cpu")
     return bfloat16, {"auto": pays, "on": True, "off": False}[run.compile]
@@ -1481,17 +1479,16 @@ def usable_pieces(folder, vocab, cache_dir):
 def compare_music(run, given, checkpoint, training):
     """Say how the folder differs from the one that a checkpoint learned. Raises UserError if by mistake."""
     folder, learned, named = run.midi_dir, checkpoint["folder"], "midi_dir" in given
-    if not (training or named or folder == learned and Path(folder).is_dir()):
-        return  # it is not in use
-    now, then = set(find_files(Path(folder)).values()), set(checkpoint["files"])
-    if now == then:
-        return
-    what = (f"{run.checkpoint} learned from {learned}; {folder} has {len(now - then)} files that it does not "
-            f"know and lacks {len(then - now)}")
-    raised = given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
-    if not raised and (folder != learned if training else named):
-        raise UserError(f"{what}: pass another --midi-dir or --checkpoint, more --steps, or --fresh")
-    say(what + (": training goes on with these" if training else ": more --steps or --fresh would use them"))
+    now = then = set(checkpoint["files"])
+    if training or named or folder == learned and Path(folder).is_dir():
+        now = set(find_files(Path(folder)).values())
+    if now != then:
+        new, gone = len(now - then), len(then - now)
+        what = f"{run.checkpoint} learned from {learned}; in {folder} {new} files are new and {gone} gone"
+        raised = given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
+        if folder != learned and not (raised and named) if training else named:
+            raise UserError(f"{what}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
+        say(what + (": training goes on" if training else ": more --steps or --fresh would use these"))
 
 
 def from_rank_0(call):
@@ -1521,7 +1518,7 @@ def prepare_data(config, vocab):
     if not len(ids["train"]):
         raise UserError(f"no piece under {folder} is left to train on: see which are held out above")
     if not len(ids["validation"]):
-        say("no piece is held out: there is no validation loss, and the last weights are used")
+        say("no piece is held out: no validation loss, and the last weights count")
     seen = [p for p in pieces if p.split == "train"]
     intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
     music = {"folder": str(folder), "files": [*find_files(folder).values()], "pieces": [p.path for p in seen],
@@ -1609,12 +1606,15 @@ def run_training(config, checkpoint, vocab, device):
     trainer = Trainer(model, train, bfloat16, compiled)
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
-        if checkpoint["files"] != music["files"]:
-            trainer.history, trainer.losses = [], []  # of other music
+        if checkpoint["files"] != music["files"]:  # its losses do not compare
+            trainer.history = [{k: v for k, v in row.items() if "val" not in k} for row in trainer.history]
+            music["pieces"] += checkpoint["pieces"]
+            music["intervals"] = torch.cat([music["intervals"], checkpoint["intervals"]])
     elif path.exists() and not RANK:  # --fresh
         old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
         path.unlink()
-        say(f"kept the old checkpoint as {old}")
+        os.path.exists(f"{path}.csv") and os.replace(f"{path}.csv", f"{old}.csv")
+        say(f"kept the old checkpoint as {old}; without --fresh this run can go on")
     parameters, step = sum(p.numel() for p in model.parameters()), trainer.step
     say(f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled} "
         f"on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}, peak learning rate {train.lr:g} at "
@@ -1661,10 +1661,9 @@ def run_evaluation(config, checkpoint, vocab, device):
 
 
 def open_checkpoint(path, given, run, stack):
-    """The checkpoint, None for a new one, and whether to train it; then the stack holds its lock.
+    """The checkpoint, if there is one, and whether to train; then the stack holds its lock.
 
     A run trains to the end, but --evaluate never, and --generate only a new checkpoint, or with --steps.
-    --fresh renames an existing checkpoint, which counts as none. Raises UserError.
     """
     if run.generate and "checkpoint" in given and not (path.exists() or {"steps", "midi_dir"} & given.keys()):
         raise UserError(f"there is no checkpoint {path}: name another, or add --steps N to train it first")
@@ -1712,10 +1711,10 @@ def run(argv, stack):
         return 0
     step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
     if step < steps:
-        say(f"{path} is trained for {step} of {steps} steps: train on with --midi-dir {checkpoint['folder']}")
+        say(f"{path} is trained for {step} of {steps} steps, on {checkpoint['folder']}, and writes as it is")
     if "seed" not in given:
         config.train.seed = int(np.random.default_rng().integers(10**6))
-        say(f"seed: {config.train.seed}; the same --seed writes the same pieces")
+        say(f"seed: {config.train.seed}; with this --seed the pieces come again")
     with catch_signals() as caught:
         written = write_samples(config, checkpoint, vocab, device, prompt, lambda: bool(caught))
     if caught:
@@ -1729,7 +1728,7 @@ def main(argv=None):
     """The program; 0, or 2 for what the user can mend, or 128 + a signal's number."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # if it cannot show all letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with contextlib.ExitStack() as stack:
             return run(argv, stack)
@@ -1743,6 +1742,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     say(f"pianogpt: {problem}", "stderr")
+    time.sleep(2 * bool(RANK))  # torchrun would end rank 0
     return code
 
 

@@ -397,7 +397,7 @@ def test_mode_and_steps_decide_whether_to_train(given, trains, here):
 def test_generating_leaves_an_unfinished_run_as_it_is_unless_steps_are_given(folder, here, monkeypatch, capsys):
     assert interrupt_at_ten(monkeypatch) == 130
     assert len(generate("--bars 2")) == 3 and state()["step"] == 10
-    assert "pianogpt.pt is trained for 10 of 30 steps: train on with --midi-dir midi" in capsys.readouterr().out
+    assert "pianogpt.pt is trained for 10 of 30 steps, on midi, and writes as it is" in capsys.readouterr().out
     assert len(generate("--bars 2 --steps 20 --midi-dir midi")) == 3 and state()["step"] == 20
     assert len(generate("--bars 2 --steps 15 --midi-dir midi")) == 3 and state()["step"] == 20
 
@@ -410,38 +410,43 @@ def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsy
 
 
 def test_larger_steps_train_a_finished_model_further_and_changed_music_is_said(trained, capsys):
-    assert pianogpt("--midi-dir midi --steps 35") == 0 and "does not know" not in capsys.readouterr().out
+    assert pianogpt("--midi-dir midi --steps 35") == 0 and "are new" not in capsys.readouterr().out
     write_midi(Path("midi/new.mid"), scale(99))
     Path("midi/piece00.mid").unlink()
     assert pianogpt("--midi-dir midi --steps 40") == 0 and state()["step"] == 40
-    assert "midi has 1 files that it does not know and lacks 1: training goes on" in capsys.readouterr().out
-    assert [row["step"] for row in state()["history"]] == [40], "losses on other music do not compare"
+    assert "learned from midi; in midi 1 files are new and 1 gone: training goes on" in capsys.readouterr().out
+    history, known = state()["history"], pg.load_checkpoint(Path("pianogpt.pt"))
+    assert [(row["step"], "val_loss" in row) for row in history] == [(10, False), (20, False), (30, False), (35, False), (40, True)]
+    assert Path("pianogpt.pt.csv").read_text().count("\n") == 6, "the log goes on, but losses on other music do not compare"
+    assert known["intervals"].tolist().count(pg.PIECE_END) == len(known["pieces"]) == 10 + 11
 
 
 def test_music_that_the_model_never_saw_is_never_passed_over_in_silence(trained, monkeypatch, capsys):
     write_midi(Path("my_midis/a.mid"), scale(50))
     write_midi(Path("my_midis/b.mid"), scale(51))
     assert train("--midi-dir my_midis --checkpoint m.pt") == 0 and len(generate("--checkpoint m.pt --bars 2")) == 3
-    assert "does not know" not in capsys.readouterr().out
+    assert "are new" not in capsys.readouterr().out
     write_midi(Path("my_midis/new.mid"), scale(52))
     assert len(generate("--checkpoint m.pt --bars 2")) == 3
-    assert "my_midis has 1 files that it does not know" in capsys.readouterr().out
-    assert pianogpt("--checkpoint m.pt") == 0 and "1 files that it does not know" in capsys.readouterr().out
+    assert "learned from my_midis; in my_midis 1 files are new and 0 gone: more --steps" in capsys.readouterr().out
+    assert pianogpt("--checkpoint m.pt") == 0 and "1 files are new" in capsys.readouterr().out
     assert len(generate("--bars 2")) == 3, "of midi, whatever lies in my_midis"
     before = Path("pianogpt.pt").read_bytes()
-    for line, sentence in (("--midi-dir my_midis --generate", "learned from midi; my_midis has 3 files"),
+    for line, sentence in (("--midi-dir my_midis --generate", "learned from midi; in my_midis 3 files are new and 12 gone"),
                            ("--midi-dir nowhere --generate", "there is no folder nowhere"),
-                           ("--midi-dir my_midis", "learned from midi; my_midis has 3 files")):
+                           ("--midi-dir my_midis", "in my_midis 3 files are new and 12 gone: pass --midi-dir midi"),
+                           ("--steps 40", "in my_midis 3 files are new and 12 gone: pass --midi-dir midi")):
         assert pianogpt(line) == 2 and sentence in capsys.readouterr().err
     interrupt_at_ten(monkeypatch, "--checkpoint u.pt")
-    assert pianogpt("--checkpoint u.pt") == 2 and "pass another --midi-dir" in capsys.readouterr().err, "of another folder"
+    assert pianogpt("--checkpoint u.pt") == 2 and "pass --midi-dir midi" in capsys.readouterr().err, "of another folder"
     assert Path("pianogpt.pt").read_bytes() == before and state("u.pt")["step"] == 10
-    assert pianogpt("--midi-dir my_midis --steps 40") == 0 and "training goes on with these" in capsys.readouterr().out
+    assert pianogpt("--midi-dir my_midis --steps 40") == 0 and "12 gone: training goes on" in capsys.readouterr().out
 
 
 def test_fresh_starts_over_and_keeps_the_old_file(trained):
-    before = Path("pianogpt.pt").read_bytes()
-    assert train("--fresh --n-embd 16") == 0 and Path("pianogpt-old-001.pt").read_bytes() == before
+    before = [Path(f"pianogpt.pt{suffix}").read_bytes() for suffix in ("", ".csv")]
+    assert train("--fresh --n-embd 16") == 0
+    assert [Path(f"pianogpt-old-001.pt{suffix}").read_bytes() for suffix in ("", ".csv")] == before
     assert pg.load_checkpoint(Path("pianogpt.pt"))["config"]["model"]["n_embd"] == 16
 
 
