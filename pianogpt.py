@@ -389,8 +389,7 @@ def is_in(ids, span):
     return (ids >= span.start) & (ids < span.stop)
 
 
-# The state of the music: the rows of Vocabulary.says
-KIND, POSITION, BAR_LENGTH, UNIT, TEMPO, PITCH, CHORD = range(7)
+KIND, POSITION, BAR_LENGTH, UNIT, TEMPO, PITCH, CHORD = range(7)  # the rows of Vocabulary.says
 FOLLOWS = {  # the kinds of token that may follow a kind
     "PAD": "PAD", "BOS": "Bar", "EOS": "PAD", "Bar": "TimeSig", "TimeSig": "Position Bar",
     "Position": "Tempo Chord Pitch", "Tempo": "Chord Pitch Position Bar EOS", "Chord": "Pitch",
@@ -434,8 +433,8 @@ class Vocabulary:
         self.follows = follows[:, kind.long()]  # (kinds, V)
         first = ids["Position_0"]
         self.follows[:, first] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
-        self.is_position, self.is_note = (kind == KINDS.index(name) for name in ("Position", "Pitch"))
-        self.is_position[first] = False
+        self.no_position, self.no_note = (kind != KINDS.index(name) for name in ("Position", "Pitch"))
+        self.no_position[first] = True
 
     def to(self, device):
         """This vocabulary with its tables on a device."""
@@ -467,14 +466,14 @@ class Vocabulary:
         wanted, ids (B,), they are written before the next note, and no others.
         """
         kind, position, length, _, _, pitch, chord = now[:, :, None].unbind()  # (B, 1) each
-        at, height, said = self.says[[POSITION, PITCH, CHORD]]
+        _, at, _, _, _, height, said = self.says.unbind()
         legal = self.follows.index_select(0, kind[:, 0].long())
-        legal &= ~self.is_position | (at > position) & (at < length)
-        legal &= ~self.is_note | (height > pitch * (kind == DURATION))
+        legal &= self.no_position | (at > position) & (at < length)
+        legal &= self.no_note | (height > pitch * (kind == DURATION))
         if wanted is None:
             return legal
         due = chord != wanted[:, None]
-        return legal & torch.where(said > 0, due & (said == wanted[:, None]), ~(due & self.is_note))
+        return legal & torch.where(said > 0, due & (said == wanted[:, None]), ~due | self.no_note)
 
     def tempo_id(self, tempo):
         """The id of the Tempo token nearest to a tempo."""
@@ -558,11 +557,6 @@ def rotary_speeds(hs, grid):
     return torch.cat([-speeds, speeds], 1)
 
 
-def rotate(x, cos, sin):
-    """x (..., T, hs) rotated by the angles of its tokens."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
-
-
 def matrix(rows, columns, scale=1.0):
     """Random weights that keep the size of the vectors they multiply, times `scale`."""
     return nn.Parameter(torch.randn(rows, columns) * scale * columns**-0.5)
@@ -586,7 +580,8 @@ class Block(nn.Module):
         B, T, C = cos.size(0), cos.size(2), x.size(1)
         qkv = F.linear(x, self.qkv).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]  # each (B, nh, T, hs)
+        qk, v = qkv[:2], qkv[2]
+        q, k = torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, -1), sin)  # rotated; each (B, nh, T, hs)
         if self.training and self.dropout:  # drops a token's value from a head: fast
             v = v * F.dropout(v.new_ones(B, self.n_head, T, 1), self.dropout)
         if past is not None:
@@ -600,14 +595,19 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B * T, C)
 
+    def add(self, x, y, weight):
+        """The residual connection: x plus y times a matrix."""
+        if self.training:
+            return x + F.dropout(F.linear(y, weight), self.dropout)
+        return torch.addmm(x, y, weight.mT)  # the same, faster
+
     def forward(self, x, cos, sin, past=None, start=0):
         """x (B T, C) -> (B T, C); past (2, B, nh, block, hs): keys, values of `start` tokens, to extend."""
         y = torch.layer_norm(x, x.shape[-1:], self.norm_1)
-        y = F.linear(self.attention(y, cos, sin, past, start), self.proj)
-        x = x + F.dropout(y, self.dropout, self.training)
-        y = F.linear(torch.layer_norm(x, x.shape[-1:], self.norm_2), self.expand)
-        hidden, gate = y.chunk(2, -1)  # each (B T, 8/3 C)
-        return x + F.dropout(F.linear(hidden * F.silu(gate), self.contract), self.dropout, self.training)
+        x = self.add(x, self.attention(y, cos, sin, past, start), self.proj)
+        y = torch.layer_norm(x, x.shape[-1:], self.norm_2)
+        hidden, gate = F.linear(y, self.expand).chunk(2, -1)  # each (B T, 8/3 C)
+        return self.add(x, hidden * F.silu(gate), self.contract)
 
 
 class PianoGPT(nn.Module):
@@ -1578,7 +1578,7 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
         say(f"sample: {bars} bar{'s' * (bars > 1)}, {key}, {score.note_num()} notes, {seconds:.1f} seconds, "
             f"longest known run {run} notes{f' ({name})' * bool(name)}, {path}")
     if empty := len(pieces) - written:
-        say(f"{empty} of {len(pieces)} pieces had no notes: train longer, or try another --seed")
+        say(f"{empty} of {len(pieces)} pieces had no notes: train longer")
     return written
 
 
@@ -1720,7 +1720,7 @@ def run(argv, stack):
     if caught:
         say(f"stopped: {written} of {sample.num_samples} pieces were finished")
     elif not written:
-        raise UserError("no piece has notes: train longer, or try another --seed")
+        raise UserError("no piece has notes: train longer")
     return 128 + caught[0] if caught else 0
 
 
@@ -1742,7 +1742,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     say(f"pianogpt: {problem}", "stderr")
-    time.sleep(2 * bool(RANK))  # torchrun would end rank 0
+    time.sleep(2 * bool(RANK))  # rank 0 speaks first
     return code
 
 
