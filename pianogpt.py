@@ -108,9 +108,9 @@ def progress(*args, **options):
 # ---------- 1. Settings: flags, --help and checkpoints all read these fields ----------
 
 
-def option(default, text, low=None, high=None, choices=None, off=False, resumable=False):
-    """A field that becomes a flag; off: 0 is allowed too; resumable: it may change when a run continues."""
-    return field(default=default, metadata=locals())
+def option(default, text, low=None, high=None, **more):
+    """A field that becomes a flag; off: 0 is allowed; resumable: it may change when a run continues."""
+    return field(default=default, metadata=dict(text=text, low=low, high=high, **more))
 
 
 @dataclass
@@ -209,15 +209,14 @@ def check_options(config):
         for f in fields(settings):
             value, limit = getattr(settings, f.name), f.metadata
             low, high = (limit[k] if limit[k] is not None else value for k in ("low", "high"))
-            if not (low <= value <= high or limit["off"] and value == 0):
+            if not (low <= value <= high or limit.get("off") and value == 0):
                 limits = f"at least {low:g}" if limit["high"] is None else f"from {low:g} to {high:g}"
-                raise UserError(f"{flag(f.name)} is {value} but must be {'0 or ' * limit['off']}{limits}")
+                raise UserError(f"{flag(f.name)} is {value} but must be {'0 or ' * ('off' in limit)}{limits}")
     if config.sample.bars and config.sample.seconds:
         raise UserError("--bars and --seconds both set the same length: pass one of them")
-    batch_size, accumulate = config.train.batch_size, config.train.accumulate
-    if batch_size % (PROCESSES * accumulate):
-        raise UserError(f"--batch-size {batch_size} must be a multiple of {PROCESSES} processes x "
-                        f"--accumulate {accumulate}")
+    B = config.train.batch_size
+    if B % (PROCESSES * config.train.accumulate):
+        raise UserError(f"--batch-size {B} must be a multiple of {PROCESSES} processes x --accumulate")
     n_embd, n_head = config.model.n_embd, config.model.n_head
     if n_embd % (2 * n_head):
         raise UserError(f"--n-embd {n_embd} must be a multiple of 2 x --n-head {n_head}")
@@ -756,7 +755,6 @@ def average_over_processes(values):
 
 class Trainer:
     """A model in training: all that changes from step to step, and so all that a checkpoint must hold."""
-
     KEPT = ("step", "seconds", "history", "losses", "best")
 
     def __init__(self, model, config, bfloat16=False, compiled=False):
@@ -1125,7 +1123,7 @@ def read_in_workers(paths, vocab, alone=False):
 
 
 def find_files(folder):
-    """{path: "size name"} of the MIDI files under folder. Raises UserError."""
+    """{path: "size name"} of the MIDI files in a folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: make it, or name another")
     names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))}
@@ -1266,12 +1264,12 @@ def load_checkpoint(path):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("not of this version")
         return content
-    except Exception as e:  # of many kinds
+    except Exception as e:
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({str(e)[:60]})") from None
 
 
 def lock_checkpoint(path):
-    """The lock that holds a checkpoint for this run alone. Raises UserError."""
+    """The lock that holds a checkpoint for this run alone."""
     lock = FileLock(f"{path}.lock", timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1365,7 +1363,7 @@ def make_parser():
         settings = group.default_factory()
         section = parser.add_argument_group(f"{group.name}: {settings.__doc__.rstrip('.').lower()}")
         for f in fields(settings):
-            kind, text, choices = type(f.default), f.metadata["text"], f.metadata["choices"]
+            kind, text, choices = type(f.default), f.metadata["text"], f.metadata.get("choices")
             options = {"action": "store_true"}
             if kind is not bool:
                 text += f" (default: {f.default if f.default != '' else 'none'})"
@@ -1398,7 +1396,7 @@ def make_config(given, checkpoint, training):
         saved = checkpoint["config"][name] if checkpoint and name in STORED else {}
         for f in fields(settings):
             value = given.get(f.name, saved.get(f.name, f.default))
-            fixed = saved and not f.metadata["resumable"] and (training or name in ("music", "model"))
+            fixed = saved and not f.metadata.get("resumable") and (training or name in ("music", "model"))
             if fixed and value != saved[f.name]:
                 raise UserError(f"{flag(f.name)} is {value}, but the checkpoint has {saved[f.name]}: "
                                 "leave it out, pass another --checkpoint, or start over with --fresh")
@@ -1419,7 +1417,7 @@ def choose_device(name):
 
 
 def choose_speed(run, device, steps):
-    """Whether to train in bfloat16, and whether to compile."""
+    """Whether to train in bfloat16, and to compile; steps: all of them, so that resuming changes nothing."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu":  # without instructions for it bfloat16 is slow
         fast = any(getattr(torch.cpu, f"_is_{n}_supported", bool)() for n in ("avx512_bf16", "amx_tile"))
@@ -1434,7 +1432,6 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, old[number])  # a second one ends the program
-
     caught, signals = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     old = {number: signal.signal(number, catch) for number in signals}
     try:
@@ -1594,38 +1591,42 @@ def save(path, content, last=False):
         raise UserError(f"cannot write {path} ({e.strerror}); the model is in {elsewhere}: move it") from None
 
 
+def make_trainer(config, checkpoint, music, vocab, device):
+    """A new trainer, or one where a checkpoint left off; then music gets what was learned before."""
+    torch.manual_seed(config.train.seed)
+    model = PianoGPT(config.model, vocab.says).to(device)
+    trainer = Trainer(model, config.train, *choose_speed(config.run, device, config.train.steps))
+    if checkpoint:
+        trainer.load_state(checkpoint["trainer"])
+        if checkpoint["files"] != music["files"]:
+            trainer.history = [{k: v for k, v in row.items() if "val" not in k} for row in trainer.history]
+            music["pieces"] += checkpoint["pieces"]
+            music["intervals"] = torch.cat([music["intervals"], checkpoint["intervals"]])
+    return trainer
+
+
 def run_training(config, checkpoint, vocab, device):
     """The new checkpoint, and 0 or 128 + the signal that stopped it."""
     path, train = Path(config.run.checkpoint), config.train
     ids, windows, music = from_rank_0(lambda: prepare_data(config, vocab))
     batches = Batches(ids.to(device), vocab, config, RANK, PROCESSES)
-    torch.manual_seed(train.seed)
-    model = PianoGPT(config.model, vocab.says).to(device)
-    # By the steps of the whole run: a resumed run must compute what the uninterrupted one would.
-    bfloat16, compiled = choose_speed(config.run, device, train.steps)
-    trainer = Trainer(model, train, bfloat16, compiled)
-    if checkpoint:
-        trainer.load_state(checkpoint["trainer"])
-        if checkpoint["files"] != music["files"]:  # its losses do not compare
-            trainer.history = [{k: v for k, v in row.items() if "val" not in k} for row in trainer.history]
-            music["pieces"] += checkpoint["pieces"]
-            music["intervals"] = torch.cat([music["intervals"], checkpoint["intervals"]])
-    elif path.exists() and not RANK:  # --fresh
+    trainer = make_trainer(config, checkpoint, music, vocab, device)
+    if path.exists() and not (checkpoint or RANK):  # --fresh
         old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
         path.unlink()
         os.path.exists(f"{path}.csv") and os.replace(f"{path}.csv", f"{old}.csv")
-        say(f"kept the old checkpoint as {old}; without --fresh this run can go on")
-    parameters, step = sum(p.numel() for p in model.parameters()), trainer.step
-    say(f"model: {parameters:,} parameters, {'bfloat16' if bfloat16 else 'float32'}{', compiled' * compiled} "
-        f"on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}, peak learning rate {train.lr:g} at "
-        f"width {LR_WIDTH}, scaled by fan-in{f', from step {step} on' * (step > 0)}; Ctrl-C saves and stops")
+        say(f"kept the old checkpoint as {old}; to continue, leave out --fresh")
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * (trainer.loss != trainer.model.loss)
+    say(f"model: {parameters:,} parameters, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
+        f"{f', from step {trainer.step} on' * bool(checkpoint)}, peak learning rate {train.lr:g} at width "
+        f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
     stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED}}
 
     def store(last=False):
         content = stored | {"trainer": trainer.state()}
         RANK or save(path, content, last)
         return content
-
     with catch_signals() as caught:
         try:
             trainer.run(batches, [w[:0] for w in windows] if RANK else windows, lambda: bool(caught), store)
@@ -1742,7 +1743,6 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     say(f"pianogpt: {problem}", "stderr")
-    time.sleep(2 * bool(RANK))  # rank 0 speaks first
     return code
 
 
