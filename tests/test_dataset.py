@@ -107,11 +107,14 @@ def test_file_that_kills_or_hangs_its_worker_costs_only_itself(folder, vocab, mo
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
-def test_file_that_needs_too_much_memory_costs_only_itself(folder, vocab, monkeypatch):
+def test_file_that_needs_too_much_memory_costs_only_itself_and_is_tried_again(folder, tmp_path, vocab, monkeypatch):
     real, greedy = pg.parse_midi, (folder / "piece03.mid").read_bytes()
     monkeypatch.setattr(pg, "WORKER_GIGABYTES", 1)
     monkeypatch.setattr(pg, "parse_midi", lambda data: real(data * 3_000_000 if data == greedy else data))
-    assert problems(folder, vocab) == {"piece03.mid": "not enough memory"}
+    found = {p["path"]: p["problem"] for p in read(folder, vocab, tmp_path / "cache") if p["problem"]}
+    assert found == {"piece03.mid": "not enough memory"}
+    monkeypatch.setattr(pg, "parse_midi", real)
+    assert not any(p["problem"] for p in read(folder, vocab, tmp_path / "cache")), "another day there may be more"
 
 
 def test_failure_that_passes_is_tried_again_and_never_kept(folder, tmp_path, vocab, monkeypatch):
