@@ -1650,12 +1650,11 @@ def run_training(config, checkpoint, vocab, device):
 
 def run_evaluation(config, checkpoint, vocab, device):
     """Print the loss of a checkpoint on a folder; 0."""
-    model, block_size = load_model(checkpoint, vocab, device), config.model.block_size
+    model, T = load_model(checkpoint, vocab, device), config.model.block_size
     pieces = usable_pieces(config.run.evaluate, vocab, config.run.cache_dir)
     loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)
     for piece in progress(pieces, desc="evaluating", unit="piece"):
-        ids = np.r_[vocab.bos, piece.ids, vocab.eos]
-        loss += evaluate(model, make_windows(ids, block_size, stride=block_size // 2))
+        loss += evaluate(model, make_windows(np.r_[vocab.bos, piece.ids, vocab.eos], T, stride=T // 2))
     print_block({"pieces": len(pieces), "tokens": tokens, "notes": notes, "nats_per_token": loss / tokens,
                  "nats_per_note": loss / notes, "perplexity": math.exp(loss / tokens)})
     return 0
@@ -1683,7 +1682,7 @@ def run(argv, stack):
     given = parse(argv)
     asked = make_config(given, None, training=False).run
     path, device = Path(asked.checkpoint), choose_device(asked.device)
-    path = path.resolve() if path.is_symlink() else path  # lock and save the file itself
+    path = path.resolve() if path.is_symlink() else path
     if PROCESSES > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, asked, stack))
@@ -1743,6 +1742,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     say(f"pianogpt: {problem}", "stderr")
+    time.sleep(2 * bool(RANK))  # torchrun ends rank 0 when another ends
     return code
 
 
