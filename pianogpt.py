@@ -1474,7 +1474,7 @@ def usable_pieces(folder, vocab, cache_dir):
 
 
 def compare_music(run, given, checkpoint, training):
-    """Say how the folder differs from the one that a checkpoint learned. Raises UserError if by mistake."""
+    """Say how the folder differs from the one that a checkpoint learned. Raises UserError."""
     folder, learned, named = run.midi_dir, checkpoint["folder"], "midi_dir" in given
     now = then = set(checkpoint["files"])
     if training or named or folder == learned and Path(folder).is_dir():
@@ -1515,7 +1515,7 @@ def prepare_data(config, vocab):
     if not len(ids["train"]):
         raise UserError(f"no piece under {folder} is left to train on: see which are held out above")
     if not len(ids["validation"]):
-        say("no piece is held out: no validation loss, and the last weights count")
+        say("no piece is held out: no validation loss; the last weights count")
     seen = [p for p in pieces if p.split == "train"]
     intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
     music = {"folder": str(folder), "files": [*find_files(folder).values()], "pieces": [p.path for p in seen],
@@ -1697,7 +1697,7 @@ def run(argv, stack):
     parse_chords(sample.chords)
     if sample.chords and not config.music.chord_tokens:
         raise UserError("--chords needs a model that was trained with --chord-tokens 1")
-    prompt, vocab = read_prompt(sample, vocab) if sample.prompt else ([], vocab)
+    prompt, vocab = read_prompt(sample, vocab) if sample.prompt and not RANK else ([], vocab)
     if asked.generate:
         Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=sample.samples_dir).close()  # or raise OSError
