@@ -965,7 +965,7 @@ class Piece:
     seconds: float = 0.0
     changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
     problem: str = ""
-    content: str = ""  # hash of the bytes that were read; none if the problem may pass
+    content: str = ""  # hash of what was read; none if the problem may pass
     path: str = ""  # relative to the folder, with forward slashes
     work: str = ""  # of which this is one recording
     split: str = ""  # train, validation or test
@@ -1143,14 +1143,14 @@ def read_folder(folder, vocab, cache_dir):
     for path in paths:
         try:
             content = hashlib.sha256(read_bytes(path)).hexdigest()
-            with np.load(cache / f"{content}.npz") as entry:  # a zip file, with checksums
+            with np.load(cache / f"{content}.npz") as entry:  # zip: with checksums
                 piece = Piece(**json.loads(str(entry["piece"])) | {"ids": entry["ids"]})
             if piece.content == content:
                 pieces[path] = piece
         except UserError as e:
             pieces[path] = Piece(problem=str(e))
         except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile):
-            pass  # not in the cache, damaged, or of another version
+            pass  # not there, damaged, or of another version
     new = [path for path in paths if path not in pieces]
     found = read_in_workers(new, vocab) if new else []
     for path, piece in progress(found, total=len(new), desc="reading", unit="file"):
@@ -1226,8 +1226,7 @@ def split_pieces(pieces, folder, data, pitches):
 def make_windows(ids, block_size, stride, limit=10**9):
     """Inputs and targets (W, T) that score each token but the first once; evenly spread if limited."""
     ids, missing = torch.from_numpy(ids.astype(np.int64)), block_size + 1 - len(ids)
-    padded = F.pad(ids, (0, max(missing, missing % stride)), value=IGNORE)
-    windows = padded.unfold(0, block_size + 1, stride)
+    windows = F.pad(ids, (0, max(missing, missing % stride)), value=IGNORE).unfold(0, block_size + 1, stride)
     x, y = windows[:, :-1].clamp(min=0), windows[:, 1:].clone()
     y[1:, : block_size - stride] = IGNORE  # the window before scores these
     count = len(x) if len(ids) > 1 else 0
@@ -1295,7 +1294,7 @@ def write_new(folder, stem, suffix, data):
                 break
     try:
         write_atomically(path, data)
-    except OSError:
+    except BaseException:
         path.unlink()
         raise
     return path
@@ -1366,7 +1365,7 @@ def make_parser():
             kind, text, choices = type(f.default), f.metadata["text"], f.metadata.get("choices")
             options = {"action": "store_true"}
             if kind is not bool:
-                text += f" (default: {f.default if f.default != '' else 'none'})"
+                text += f" (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
                 name = "|".join(choices) if choices else {int: "N", float: "X", str: "TEXT"}[kind]
                 options = {"type": kind, "choices": choices, "metavar": name}
             section.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **options)
@@ -1503,7 +1502,8 @@ def from_rank_0(call):
 
 def prepare_data(config, vocab):
     """Training ids (N,), validation windows (W, T), and what the checkpoint keeps of the music."""
-    folder, block_size = Path(config.run.midi_dir), config.model.block_size
+    folder, T = Path(config.run.midi_dir), config.model.block_size
+    files = [*find_files(folder).values()]  # before reading
     pieces = usable_pieces(folder, vocab, config.run.cache_dir)
     split_pieces(pieces, folder, config.data, vocab.pitches)
     works = [f"{len({p.work for p in pieces if p.split == split})} {split}" for split in SPLITS]
@@ -1518,9 +1518,9 @@ def prepare_data(config, vocab):
         say("no piece is held out: no validation loss; the last weights count")
     seen = [p for p in pieces if p.split == "train"]
     intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
-    music = {"folder": str(folder), "files": [*find_files(folder).values()], "pieces": [p.path for p in seen],
+    music = {"folder": str(folder), "files": files, "pieces": [p.path for p in seen],
              "intervals": torch.frombuffer(bytearray(intervals), dtype=torch.uint8)}
-    return torch.from_numpy(ids["train"]), make_windows(ids["validation"], block_size, block_size, 128), music
+    return torch.from_numpy(ids["train"]), make_windows(ids["validation"], T, T, 128), music
 
 
 def read_prompt(settings, vocab):
@@ -1533,10 +1533,10 @@ def read_prompt(settings, vocab):
     vocab.says = vocab.says.clone()
     for tempo in parse_midi(path.read_bytes()).tempos:  # a continuation keeps them exactly
         vocab.says[TEMPO, vocab.tempo_id(tempo.qpm)] = tempo.qpm
-    at = vocab.bar_lines(torch.tensor(ids))[0].tolist()
+    at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
     bars = settings.prompt_bars or len(at)
     if bars > len(at):
-        raise UserError(f"{path} is only {len(at)} bars long: ask for less of it")
+        raise UserError(f"{path} is only {len(at)} bars, {seconds[-1]:.1f} seconds long: ask for less of it")
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
         raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
@@ -1700,7 +1700,7 @@ def run(argv, stack):
     prompt, vocab = read_prompt(sample, vocab) if sample.prompt and not RANK else ([], vocab)
     if asked.generate:
         Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=sample.samples_dir).close()  # or raise OSError
+        tempfile.TemporaryFile(dir=sample.samples_dir).close()
     if training:
         checkpoint, code = run_training(config, checkpoint, vocab, device)
         if code:
@@ -1742,7 +1742,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     say(f"pianogpt: {problem}", "stderr")
-    time.sleep(2 * bool(RANK))  # torchrun ends rank 0 when another ends
+    time.sleep(2 * bool(RANK))  # or torchrun ends rank 0
     return code
 
 

@@ -356,6 +356,17 @@ def test_work_that_is_given_to_both_sides_is_held_out(tmp_path):
     assert [p.split for p in takes] == ["validation", "validation", "train"]
 
 
+def test_file_that_comes_while_others_are_read_is_not_taken_for_known(folder, vocab, monkeypatch):
+    def usable_pieces(*args, real=pg.usable_pieces):
+        pieces = real(*args)
+        write_midi(folder / "late.mid", scale(70))
+        return pieces
+
+    monkeypatch.setattr(pg, "usable_pieces", usable_pieces)
+    _, _, music = pg.prepare_data(pg.Config(run=pg.RunConfig(midi_dir=str(folder), cache_dir="")), vocab)
+    assert len(music["files"]) == 12 and not any("late.mid" in file for file in music["files"])
+
+
 def test_pieces_are_joined_between_bos_and_eos_and_held_out_music_is_validated_but_not_known(folder, vocab):
     config = pg.Config(run=pg.RunConfig(midi_dir=str(folder), cache_dir=""))
     train, (_, targets), music = pg.prepare_data(config, vocab)

@@ -328,7 +328,7 @@ def test_prompt_of_exactly_the_seconds_asked_for_leaves_nothing_to_write(tmp_pat
 
 @pytest.mark.parametrize("name, sample, sentence", [
     ("none", {}, "cannot be continued .not a file"), ("page", {}, "cannot be continued"), ("late", {"prompt_bars": 2}, "hold no notes"),
-    ("scale", {"prompt_bars": 9}, "is only 8 bars long"),
+    ("scale", {"prompt_bars": 9}, "is only 8 bars, 16.0 seconds long"),
     ("scale", {"bars": 8}, "the prompt alone is 8 bars, 16.0 seconds"),
     ("scale", {"seconds": 16.0}, "the prompt alone is 8 bars, 16.0 seconds"),
     ("scale", {"seconds": 16.0, "tempo": 60.0}, "the prompt alone is 8 bars, 32.0 seconds")])
