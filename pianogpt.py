@@ -58,6 +58,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -78,6 +79,7 @@ except ImportError as e:
     print(f"pianogpt: {e}: pip install -r requirements.txt, with Python 3.10 or newer", file=sys.stderr)
     sys.exit(2)
 except KeyboardInterrupt:
+    print("pianogpt: stopped", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -96,6 +98,11 @@ def say(text, stream="stdout"):
             getattr(sys, stream).flush()
     except OSError:  # nobody reads it, or the disk is full
         setattr(sys, stream, open(os.devnull, "w"))
+
+
+def count(n, noun):
+    """A number of things in words: 1 file, 2 files."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def progress(*args, **options):
@@ -953,8 +960,8 @@ SPLITS = "train", "validation", "test"
 SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a row, of 8 kinds
 PIECE_END = 255  # ends the intervals of a piece
 SUFFIXES = ".mid", ".midi", ".kar", ".rmi"
-NEW_SONG = bytes.fromhex("00ff510307a120 00ff580404021808")  # MIDI's defaults, 120 bpm and 4/4, as events
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
+LONGEST_SILENCE = 4  # empty bars in a row
 
 
 @dataclass
@@ -987,9 +994,11 @@ def write_atomically(path, data):
         new.unlink(missing_ok=True)
 
 
-def one_track(data, events):
-    """The bytes of a MIDI file of one track, with the time division of data."""
-    return b"MThd\0\0\0\6\0\0\0\1" + data[12:14] + b"MTrk" + len(events).to_bytes(4, "big") + events
+def remove_unfinished(folder, name="", age=0):
+    """Remove what a killed run left in a folder: temporary files of a name, at least `age` seconds old."""
+    for file in folder.glob("*.tmp"):
+        if file.name.startswith(name) and time.time() - file.stat().st_mtime >= age:
+            file.unlink(missing_ok=True)
 
 
 def read_bytes(path):
@@ -1002,28 +1011,18 @@ def read_bytes(path):
 
 
 def parse_midi(data):
-    """The bytes of a MIDI file as a score; of format 2, its songs one after another. Raises UserError."""
+    """The bytes of a MIDI file as a score. Raises UserError."""
     if data[:4] == b"RIFF":  # .rmi: a MIDI file in a chunk, which begins with its length
         at = max(4, data.find(b"MThd"))
         data = data[at : at + int.from_bytes(data[at - 4 : at], "little")]
-    if data[:4] != b"MThd" or len(data) < 14:
+    if data[:4] != b"MThd":
         raise UserError("not a MIDI file")
-    tracks, at = {}, 8 + int.from_bytes(data[4:8], "big")
-    while at + 8 <= len(data):
-        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
-        if data[at : at + 4] == b"MTrk":
-            tracks[at] = data[at + 8 : end]
-        at = end
-    if data[8:10] == b"\0\2":  # each end of a track becomes an empty marker, which keeps its time
-        songs = b"".join(NEW_SONG + events[:-3] + b"\xff\6\0" for events in tracks.values())
-        data = one_track(data, songs + b"\0\xff\x2f\0")
-    for at, part in [*((i, one_track(data, events)) for i, events in tracks.items()), (at, data)]:
-        try:
-            score = Score.from_midi(part)
-        except SCORE_LOADING_EXCEPTION as e:
-            problem = (str(e) or type(e).__name__).splitlines()[0]
-            raise UserError(f"damaged at byte {min(at, len(data))}: {problem}") from None
-    return score
+    if data[8:10] == b"\0\2":
+        raise UserError("MIDI format 2, several songs in one file: save each as a file of its own")
+    try:
+        return Score.from_midi(data)
+    except SCORE_LOADING_EXCEPTION as e:
+        raise UserError(f"damaged: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 
 def count_changes(piano, quantized):
@@ -1050,6 +1049,14 @@ def count_changes(piano, quantized):
             "unsupported time signatures ignored": len(metres) - len(known)}
 
 
+def cut_silence(ids, bar):
+    """ids without the empty bars that follow LONGEST_SILENCE others, and how many those are."""
+    bars = np.split(ids, np.flatnonzero(ids == bar)[1:])
+    silence = itertools.accumulate(bars, lambda n, part: n + 1 if len(part) == 2 else 0, initial=0)
+    kept = [part for part, n in zip(bars, itertools.islice(silence, 1, None)) if n <= LONGEST_SILENCE]
+    return np.concatenate(kept), len(bars) - len(kept)
+
+
 def read_piece(path, vocab):
     """One file as a piece, without a path."""
     content = ""
@@ -1064,10 +1071,8 @@ def read_piece(path, vocab):
         if not (seconds < DAY and piano.end() < DAY * piano.tpq):
             raise UserError(f"longer than a day, or {DAY:,} quarter notes")
         quantized = vocab.quantize(piano)
-        ids = np.array(vocab.encode(quantized), np.int16)
-        if 8 * (ids == vocab.bar).sum() > 3 * len(ids):  # a bar is two tokens
-            raise UserError("notes so far apart that most tokens are bars")
-        changes |= count_changes(piano, quantized)
+        ids, cut = cut_silence(np.array(vocab.encode(quantized), np.int16), vocab.bar)
+        changes |= count_changes(piano, quantized) | {"bars of long silences cut": cut}
         return Piece(ids, quantized.note_num(), seconds, changes, content=content)
     except UserError as e:
         problem = str(e)
@@ -1126,7 +1131,9 @@ def find_files(folder):
     """{path: "size name"} of the MIDI files in a folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: make it, or name another")
-    names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))}
+    tree = os.walk(folder, onerror=lambda e: say(f"{e.filename} cannot be listed: {e.strerror}"))
+    paths = sorted(Path(root, name) for root, folders, names in tree for name in folders + names)
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
     found = {path: f"{path.stat().st_size if path.is_file() else 0} {name}" for path, name in names.items()
              if path.suffix.lower() in SUFFIXES and "/." not in f"/{name}"}
     if not found:
@@ -1138,8 +1145,9 @@ def read_folder(folder, vocab, cache_dir):
     """Every MIDI file under folder as a piece, in the order of their paths; cached by content."""
     paths, pieces = find_files(folder), {}
     # All that decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 5))
+    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 6))
     cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
+    remove_unfinished(cache, age=DAY)
     for path in paths:
         try:
             content = hashlib.sha256(read_bytes(path)).hexdigest()
@@ -1238,17 +1246,54 @@ def make_windows(ids, block_size, stride, limit=10**9):
 
 FORMAT = "pianogpt 6"
 STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
+ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "lr": 0.0, "train_loss": 0.0,  # of the history
+       "val_loss": 0.0, "val_nats_per_note": 0.0}  # these two only where something is held out
 
 
 def save_checkpoint(path, content):
     """Write a checkpoint, and beside it the whole training log."""
-    file, log, history = io.BytesIO(), io.StringIO(), content["trainer"]["history"]
+    file, log = io.BytesIO(), io.StringIO()
     torch.save({"format": FORMAT, **content}, file)
     write_atomically(path, file.getvalue())
-    writer = csv.DictWriter(log, (history or [{}])[-1], lineterminator="\n")
+    writer = csv.DictWriter(log, ROW, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(content["trainer"]["history"])
     write_atomically(Path(f"{path}.csv"), log.getvalue().encode())
+
+
+def is_like(value, model):
+    """Whether a value is built as a model of it: types, keys, shapes; its numbers are finite."""
+    if isinstance(model, dict):
+        return value.keys() == model.keys() and all(is_like(value[key], model[key]) for key in model)
+    if isinstance(model, list):
+        return isinstance(value, list) and all(is_like(part, model[0]) for part in value)
+    if isinstance(model, Tensor):
+        same = (value.shape, value.dtype, value.layout) == (model.shape, model.dtype, model.layout)
+        return same and bool(value.isfinite().all())
+    return type(value) is type(model) and (isinstance(model, str) or math.isfinite(value))
+
+
+def check_content(content):
+    """Raise an error unless the content of a checkpoint is built as a run with its settings builds it."""
+    config, intervals, trainer = Config(), content["intervals"], content["trainer"]
+    settings = {name: asdict(getattr(config, name)) for name in STORED}
+    for name in STORED:
+        vars(getattr(config, name)).update(content["config"][name])
+    check_options(config)
+    with torch.device("meta"):  # takes no memory
+        model = PianoGPT(config.model, torch.ones(7, len(content["vocabulary"]), device="cpu"))
+    weights, step = model.state_dict(), trainer["step"]
+    moments = {i: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w} for i, w in
+               enumerate(weights.values() if step else ())}
+    state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "best": weights,
+             "optimizer": moments, "history": [ROW]}
+    model = {"format": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""], "pieces": [""],
+             "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
+    whole = content | {"trainer": trainer | {"history": [ROW | row for row in trainer["history"]]}}
+    steps = [0, *(row["step"] for row in trainer["history"]), step + 1]
+    if (not is_like(whole, model) or (intervals == PIECE_END).sum() > len(content["pieces"])
+            or steps != sorted(set(steps))):
+        raise ValueError("its parts do not fit")
 
 
 def load_checkpoint(path):
@@ -1262,6 +1307,7 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("not of this version")
+        check_content(content)
         return content
     except Exception as e:
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({str(e)[:60]})") from None
@@ -1273,9 +1319,7 @@ def lock_checkpoint(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        for file in path.parent.iterdir():
-            if file.name.startswith(f"{path.name}.") and file.suffix == ".tmp":  # of a killed run
-                file.unlink()
+        remove_unfinished(path.parent, f"{path.name}.")
         return lock
     except Timeout:
         raise UserError(f"another run is training {path}: wait, or pass another --checkpoint") from None
@@ -1395,8 +1439,8 @@ def make_config(given, checkpoint, training):
         saved = checkpoint["config"][name] if checkpoint and name in STORED else {}
         for f in fields(settings):
             value = given.get(f.name, saved.get(f.name, f.default))
-            fixed = saved and not f.metadata.get("resumable") and (training or name in ("music", "model"))
-            if fixed and value != saved[f.name]:
+            free = f.metadata.get("resumable") if training else f.name in ("steps", "seed")
+            if saved and not free and value != saved[f.name]:
                 raise UserError(f"{flag(f.name)} is {value}, but the checkpoint has {saved[f.name]}: "
                                 "leave it out, pass another --checkpoint, or start over with --fresh")
             setattr(settings, f.name, value)
@@ -1417,10 +1461,15 @@ def choose_device(name):
 
 def choose_speed(run, device, steps):
     """Whether to train in bfloat16, and to compile; steps: all of them, so that resuming changes nothing."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if device.type == "cpu":  # without instructions for it bfloat16 is slow
-        fast = any(getattr(torch.cpu, f"_is_{n}_supported", bool)() for n in ("avx512_bf16", "amx_tile"))
-    bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
+    def seconds(dtype):
+        a = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=3, repeat=3))
+
+    if run.precision == "auto" and device.type == "cpu":  # whose instructions for bfloat16 may be slow
+        bfloat16 = seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
     pays = steps >= COMPILE_STEPS and device.type in ("cuda", "cpu")
     return bfloat16, {"auto": pays, "on": True, "off": False}[run.compile]
 
@@ -1458,12 +1507,14 @@ def usable_pieces(folder, vocab, cache_dir):
     found = read_folder(Path(folder), vocab, cache_dir)
     pieces, skipped = [p for p in found if not p.problem], [p for p in found if p.problem]
     if skipped:
-        say(f"skipped: {len(skipped)} files: {'; '.join(f'{p.path} ({p.problem})' for p in skipped)}")
+        names = "; ".join(f"{p.path} ({p.problem})" for p in skipped)
+        say(f"skipped: {count(len(skipped), 'file')}: {names}")
     if not pieces:
         raise UserError(f"none of the {len(found)} MIDI files under {folder} holds piano music: try another")
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
     tokens = sum(len(p.ids) for p in pieces)
-    say(f"music: {len(pieces)} files under {folder}, {hours:.1f} hours, {notes:,} notes, {tokens:,} tokens")
+    files = count(len(pieces), "file")
+    say(f"music: {files} under {folder}, {hours:.1f} hours, {notes:,} notes, {tokens:,} tokens")
     changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
     moved, shortened = (changes.pop(key, 0) / notes for key in ("moved", "shortened"))
     say(f"faithful: {notes:,} notes, {moved:.1%} of them moved by more than 20 ms, {shortened:.1%} shortened")
@@ -1507,7 +1558,7 @@ def prepare_data(config, vocab):
     pieces = usable_pieces(folder, vocab, config.run.cache_dir)
     split_pieces(pieces, folder, config.data, vocab.pitches)
     works = [f"{len({p.work for p in pieces if p.split == split})} {split}" for split in SPLITS]
-    say(f"split: {len({p.work for p in pieces})} works ({', '.join(works)})")
+    say(f"split: {count(len({p.work for p in pieces}), 'work')} ({', '.join(works)})")
     ids = {}
     for split in SPLITS:
         parts = [part for p in pieces if p.split == split for part in ([vocab.bos], p.ids, [vocab.eos])]
@@ -1536,16 +1587,16 @@ def read_prompt(settings, vocab):
     at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
     bars = settings.prompt_bars or len(at)
     if bars > len(at):
-        raise UserError(f"{path} is only {len(at)} bars, {seconds[-1]:.1f} seconds long: ask for less of it")
+        raise UserError(f"{path} is only {count(len(at), 'bar')}, {seconds[-1]:.1f} seconds: ask for less")
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
-        raise UserError(f"the first {bars} bars of {path} hold no notes: ask for more of it")
+        raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
     ids = vocab.encode(vocab.quantize(score))
     signature = next(i for i in reversed(ids) if vocab.words[i].startswith("TimeSig"))
     ids += [vocab.bar, signature] * (bars - ids.count(vocab.bar))  # silent bars count
     length = vocab.bar_lines(torch.tensor(ids), settings.tempo)[2][-1].item()
     if 0 < settings.bars <= bars or 0 < settings.seconds <= length:
-        raise UserError(f"the prompt alone is {bars} bars, {length:.1f} seconds: ask for a longer piece")
+        raise UserError(f"the prompt alone is {count(bars, 'bar')}, {length:.1f} seconds: ask for a longer piece")
     return ids, vocab
 
 
@@ -1572,8 +1623,8 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
         path, written = write_new(Path(settings.samples_dir), "sample", ".mid", data), written + 1
         run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), names, corpus)
         bars, seconds = shown.count(vocab.bar), score.to("second").end()
-        say(f"sample: {bars} bar{'s' * (bars > 1)}, {key}, {score.note_num()} notes, {seconds:.1f} seconds, "
-            f"longest known run {run} notes{f' ({name})' * bool(name)}, {path}")
+        say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
+            f"longest known run {count(run, 'note')}{f' ({name})' * bool(name)}, {path}")
     if empty := len(pieces) - written:
         say(f"{empty} of {len(pieces)} pieces had no notes: train longer")
     return written
@@ -1591,8 +1642,24 @@ def save(path, content, last=False):
         raise UserError(f"cannot write {path} ({e.strerror}); the model is in {elsewhere}: move it") from None
 
 
+def check_memory(config, V, device):
+    """Raise UserError if the device has clearly less memory than training takes; a rough estimate."""
+    c, tokens = config.model, config.train.batch_size * config.model.block_size
+    weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept six times: gradient, moments, copies
+    activations = tokens // (PROCESSES * config.train.accumulate) * (24 * c.n_layer * c.n_embd + 3 * V)
+    needed, there = 4 * (6 * weights + activations) / 2**30, math.inf
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0] / 2**30
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > there:
+        raise UserError(f"training needs about {needed:,.0f} GB of memory and {there:.0f} GB are there: pass a "
+                        "smaller --n-embd, --n-layer, --block-size or --batch-size, or --accumulate N")
+
+
 def make_trainer(config, checkpoint, music, vocab, device):
     """A new trainer, or one where a checkpoint left off; then music gets what was learned before."""
+    check_memory(config, len(vocab.words), device)
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
     trainer = Trainer(model, config.train, *choose_speed(config.run, device, config.train.steps))
@@ -1652,6 +1719,9 @@ def run_evaluation(config, checkpoint, vocab, device):
     """Print the loss of a checkpoint on a folder; 0."""
     model, T = load_model(checkpoint, vocab, device), config.model.block_size
     pieces = usable_pieces(config.run.evaluate, vocab, config.run.cache_dir)
+    learned = checkpoint["intervals"].numpy().tobytes()
+    if known := sum(pitch_intervals(p.ids, vocab.pitches) in learned for p in pieces):
+        say(f"{known} of {count(len(pieces), 'piece')} are music that the model has learned from: no test of it")
     loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)
     for piece in progress(pieces, desc="evaluating", unit="piece"):
         loss += evaluate(model, make_windows(np.r_[vocab.bos, piece.ids, vocab.eos], T, stride=T // 2))
@@ -1669,7 +1739,8 @@ def open_checkpoint(path, given, run, stack):
         raise UserError(f"there is no checkpoint {path}: name another, or add --steps N to train it first")
     if run.evaluate or run.generate and path.exists() and not (run.fresh or "steps" in given):
         return load_checkpoint(path), False
-    stack.callback(lock_checkpoint(path).release)
+    lock = lock_checkpoint(path)
+    stack.callback(lambda: (path.exists() or Path(lock.lock_file).unlink(missing_ok=True), lock.release()))
     if run.fresh or not path.exists():
         return None, True
     checkpoint = load_checkpoint(path)
@@ -1688,6 +1759,9 @@ def run(argv, stack):
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, asked, stack))
     config = make_config(given, checkpoint, training)
     vocab, sample, config.run.checkpoint = Vocabulary(config.music), config.sample, str(path)
+    beside = Path(__file__).with_name(config.run.midi_dir)
+    if "midi_dir" not in given and not Path(config.run.midi_dir).exists() and beside.is_dir():
+        config.run.midi_dir = str(beside)
     if checkpoint and checkpoint["vocabulary"] != vocab.words:
         raise UserError("the checkpoint's vocabulary is not this MidiTok's: install requirements.txt")
     if asked.evaluate:

@@ -1,27 +1,78 @@
 """Room 7: the file that is the model, and its log."""
 
+import copy
+import math
 import os
 import pickle
 import zipfile
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import pg
 
 
-def test_checkpoint_comes_back_as_it_was_with_its_log_beside_it(tmp_path):
-    rows, path = [{"step": 10, "val_loss": 2.5}, {"step": 20, "val_loss": 2.0}], tmp_path / "new folder" / "m.v1"
-    pg.save_checkpoint(path, {"a": "x", "t": torch.arange(5), "trainer": {"history": rows}})
-    loaded = pg.load_checkpoint(path)
-    assert torch.equal(loaded.pop("t"), torch.arange(5))
-    assert loaded == {"format": pg.FORMAT, "a": "x", "trainer": {"history": rows}}
-    assert (tmp_path / "new folder" / "m.v1.csv").read_text() == "step,val_loss\n10,2.5\n20,2.0\n"
+@pytest.fixture(scope="module")
+def content(vocab):
+    """What a run of one step stores: two training pieces, a validation with held-out music and one without."""
+    config = pg.Config(model=pg.ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
+    trainer = pg.Trainer(pg.PianoGPT(config.model, vocab.says), config.train)
+    trainer.train_step(*torch.randint(len(vocab.words), (2, 2, 8)))
+    trainer.step, trainer.best = 20, trainer.weights()
+    trainer.history = [pg.ROW | {"step": 10, "val_loss": 2.5}, {k: v for k, v in pg.ROW.items() if "val" not in k} | {"step": 20}]
+    return {"config": {name: asdict(getattr(config, name)) for name in pg.STORED}, "vocabulary": vocab.words,
+            "folder": "midi", "files": ["9 a.mid", "9 b.mid"], "pieces": ["a.mid", "b.mid"],
+            "intervals": torch.tensor([130, 255, 130, 255], dtype=torch.uint8), "trainer": trainer.state()}
+
+
+def same(a, b):
+    """Whether two values are equal, tensors by their elements."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_checkpoint_comes_back_as_it_was_with_its_log_beside_it(content, tmp_path):
+    path = tmp_path / "new folder" / "m.v1"
+    pg.save_checkpoint(path, content)
+    assert same(pg.load_checkpoint(path), {"format": pg.FORMAT, **content})
+    lines = (tmp_path / "new folder" / "m.v1.csv").read_text().splitlines()
+    assert lines == [",".join(pg.ROW), "10,0.0,0,0.0,0.0,2.5,0.0", "20,0.0,0,0.0,0.0,,"]
+
+
+def harms(value):
+    """Yield what a stranger may have put in the place of a value, and values with a harmed part."""
+    yield from (None, "x", -1, 10**9, math.nan, [7], {}, torch.zeros(3))
+    if isinstance(value, torch.Tensor):
+        yield from (value[..., None], value.double(), value.to_sparse(), value.float() + math.inf)
+    elif isinstance(value, dict):
+        for key in value:
+            yield {k: v for k, v in value.items() if k != key}
+            yield from (value | {key: harm} for harm in harms(value[key]))
+    elif isinstance(value, list) and len(value) < 100:
+        yield from ([harm] + value[1:] for harm in harms(value[0]) if value)
+
+
+def test_content_that_no_run_would_store_is_refused_whatever_key_it_is_under(content, vocab):
+    pg.check_content({"format": pg.FORMAT, **copy.deepcopy(content)})
+    refused, accepted = 0, []
+    for harm in filter(lambda harm: isinstance(harm, dict), harms({"format": pg.FORMAT, **content})):
+        try:
+            pg.check_content(harm)
+            accepted.append(harm)
+        except Exception:  # as load_checkpoint does
+            refused += 1
+    for harm in accepted:  # it works, or its settings and words are compared with those in force
+        config = pg.make_config({}, harm, training=False)
+        pg.check_options(config)
+        assert harm["vocabulary"] != vocab.words or pg.load_model(harm, vocab, "cpu")
+    assert refused > 500 and len(accepted) < 60, [len(accepted), refused]
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.png", "m"])
-def test_log_never_takes_the_place_of_the_model(name, tmp_path):
-    pg.save_checkpoint(tmp_path / name, {"trainer": {"history": [{"step": 10}]}})
-    assert pg.load_checkpoint(tmp_path / name)["trainer"]["history"] == [{"step": 10}]
+def test_log_never_takes_the_place_of_the_model(name, content, tmp_path):
+    pg.save_checkpoint(tmp_path / name, content)
+    assert pg.load_checkpoint(tmp_path / name)["folder"] == "midi"
     assert sorted(os.listdir(tmp_path)) == [name, f"{name}.csv"]
 
 
@@ -38,9 +89,9 @@ def test_pickle_that_would_run_something_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "was here").exists()
 
 
-def test_file_that_is_no_checkpoint_or_a_part_of_one_is_refused(tmp_path):
+def test_file_that_is_no_checkpoint_or_a_part_of_one_is_refused(content, tmp_path):
     path = tmp_path / "m.pt"
-    pg.save_checkpoint(path, {"t": torch.zeros(10_000), "trainer": {"history": []}})
+    pg.save_checkpoint(path, content)
     whole = path.read_bytes()
     for data in (b"", b"hello", b"step,seconds\n10,0.5\n", b"PK\3\4" + bytes(100), whole[:10], whole[: len(whole) // 2], whole[:-10]):
         path.write_bytes(data)
@@ -48,19 +99,19 @@ def test_file_that_is_no_checkpoint_or_a_part_of_one_is_refused(tmp_path):
             pg.load_checkpoint(path)
 
 
-def test_flipped_bit_is_noticed(tmp_path):
+def test_flipped_bit_is_noticed(content, tmp_path):
     path = tmp_path / "m.pt"
-    pg.save_checkpoint(path, {"t": torch.arange(1000.0), "trainer": {"history": []}})
+    pg.save_checkpoint(path, content)
     whole = path.read_bytes()
-    at = whole.index(torch.arange(1000.0).numpy().tobytes()) + 2002  # a weight
+    at = whole.index(content["trainer"]["best"]["head"].numpy().tobytes()) + 2002  # a weight
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     with pytest.raises(pg.UserError, match="damaged or not a PianoGPT checkpoint"):
         pg.load_checkpoint(path)
 
 
-def test_file_that_would_unpack_to_more_than_it_holds_is_refused(tmp_path):
+def test_file_that_would_unpack_to_more_than_it_holds_is_refused(content, tmp_path):
     path = tmp_path / "m.pt"
-    pg.save_checkpoint(path, {"t": torch.zeros(10_000), "trainer": {"history": []}})
+    pg.save_checkpoint(path, content)
     with zipfile.ZipFile(path) as old:
         parts = {name: old.read(name) for name in old.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:

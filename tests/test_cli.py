@@ -86,7 +86,9 @@ def mistaken(trained_once, tmp_path_factory):
     shifted, plain = (pg.load_checkpoint(root / "pianogpt.pt") for _ in range(2))
     shifted["vocabulary"] = shifted["vocabulary"][1:] + shifted["vocabulary"][:1]  # as many words, in another order
     pg.save_checkpoint(root / "shifted.pt", shifted)
-    plain["config"]["music"]["chord_tokens"], plain["vocabulary"] = 0, NO_CHORDS
+    plain["config"]["music"]["chord_tokens"], plain["vocabulary"], (state := plain["trainer"])["history"] = 0, NO_CHORDS, []
+    for part in (state["weights"], state["best"], *state["optimizer"].values()):
+        part.update({k: v[: len(NO_CHORDS)] for k, v in part.items() if v.dim() == 2 and len(v) > len(NO_CHORDS)})
     pg.save_checkpoint(root / "plain.pt", plain)
     return root
 
@@ -382,7 +384,8 @@ def test_ctrl_c_while_writing_keeps_the_finished_pieces(trained, monkeypatch, ca
     ({"evaluate": "midi"}, [None, False, False]),
     ({"fresh": True}, [True, True, True]),
 ])
-def test_mode_and_steps_decide_whether_to_train(given, trains, here):
+def test_mode_and_steps_decide_whether_to_train(given, trains, here, monkeypatch):
+    monkeypatch.setattr(pg, "check_content", lambda content: None)
     run, found = pg.make_config(given, None, False).run, []
     for step in (None, 10, 30):
         if step:
@@ -457,11 +460,12 @@ def test_fresh_starts_over_and_keeps_the_old_file(trained):
 
 def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights(trained, vocab, capsys):
     content = pg.load_checkpoint(Path("pianogpt.pt"))
-    content["trainer"]["weights"] = {}
+    content["trainer"]["weights"] = {k: v + 1 for k, v in content["trainer"]["weights"].items()}
     pg.save_checkpoint(Path("pianogpt.pt"), content)
     assert pianogpt("--evaluate midi") == 0
-    keys, numbers = zip(*re.findall(r"^(\w+): ([\d.]+)$", capsys.readouterr().out, re.M))
+    keys, numbers = zip(*re.findall(r"^(\w+): ([\d.]+)$", out := capsys.readouterr().out, re.M))
     assert keys == ("pieces", "tokens", "notes", "nats_per_token", "nats_per_note", "perplexity")
+    assert "10 of 12 pieces are music that the model has learned from" in out
     tokens = sum(len(piece.ids) + 1 for piece in pg.read_folder(Path("midi"), vocab, ""))
     notes, nats = sum(Score(path).note_num() for path in Path("midi").iterdir()), float(numbers[3])
     expected = [12, tokens, notes, nats, nats * tokens / notes, math.exp(nats)]
@@ -488,6 +492,9 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     (f"{SHORT} --checkpoint new.pt --generate --chords H", 'cannot read "H"'),
     ("--generate --tempo 3.5", "--tempo is 3.5 but must be 0 or from 4 to 1000"),
     ("--generate --temperature 1e-300", "--temperature is 1e-300 but must be 0 or from 0.01 to 10"),
+    ("--generate --lr 1", "--lr is 1.0, but the checkpoint has 0.0003: leave it out"),
+    ("--evaluate midi --batch-size 8", "--batch-size is 8, but the checkpoint has 4: leave it out"),
+    (f"{SHORT} --checkpoint new.pt --n-layer 900 --n-embd 20000", "training needs about 96,972 GB of memory"),
     ("--steps many", "--steps"),
     ("--steps -5", "--steps is -5 but must be at least 1"),
     ("--n-embd 100 --n-head 3", "--n-embd 100 must be a multiple of 2 x --n-head 3"),
@@ -511,7 +518,8 @@ def test_mistake_is_one_sentence_and_exit_code_2_and_changes_nothing(line, sente
     assert pianogpt(line) == 2
     out, err = capsys.readouterr()
     assert err.startswith("pianogpt: ") and sentence in err and err.count("\n") == 1 and "step " not in out
-    assert Path("pianogpt.pt").read_bytes() == before and not Path("new.pt").exists() and not Path("samples").exists()
+    assert Path("pianogpt.pt").read_bytes() == before and not Path("samples").exists()
+    assert not list(here.glob("new.pt*")), "not even a lock"
 
 
 def test_every_command_of_readme_and_help_runs_in_their_order_in_one_folder(here, monkeypatch, capsys):
@@ -527,6 +535,24 @@ def test_every_command_of_readme_and_help_runs_in_their_order_in_one_folder(here
         tiny = " ".join(TINY) + " --steps 3 --warmup 1" + " --bars 12 --num-samples 1" * ("--generate" in flags)
         assert pianogpt(f"{flags} {tiny}") == 0, command
     assert {path.name for path in here.glob("*.pt")} == {f"{name}.pt" for name in ("pianogpt", "mine", "large", "two", "many")}
+
+
+def test_music_is_looked_for_beside_the_script_where_the_current_folder_has_none(folder, here, monkeypatch, capsys):
+    monkeypatch.setattr(pg, "__file__", str(write_folder(here / "clone" / "my_midis").with_name("pianogpt.py")))
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert pianogpt(" ".join([*TINY, "--steps 2"])) == 0
+    assert f"music: 12 files under {here}/clone/my_midis" in capsys.readouterr().out
+    write_folder(Path("my_midis")).joinpath("piece00.mid").unlink()
+    assert pianogpt(" ".join([*TINY, "--steps 2 --fresh"])) == 0
+    assert "music: 11 files under my_midis" in capsys.readouterr().out, "the current folder's own comes first"
+
+
+@pytest.mark.parametrize("factor, used", [(3, True), (1.1, False), (0.5, False)])
+def test_bfloat16_is_used_on_a_cpu_that_multiplies_clearly_faster_in_it(factor, used, monkeypatch):
+    times = iter([[2.0, 1.0], [5.0, factor]])  # of bfloat16, of float32
+    monkeypatch.setattr(pg.timeit, "repeat", lambda *args, **options: next(times))
+    assert pg.choose_speed(pg.RunConfig(), torch.device("cpu"), 1) == (used, False)
 
 
 def test_help_shows_every_setting_with_its_default(capsys):

@@ -182,7 +182,8 @@ def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
         "notes struck together on one key merged": 1, "pedals held too long for a pianist ignored": 1,
         "notes outside the piano's range dropped": 1, "repeated notes in one grid position merged": 1,
         "moved": 0, "shortened": 1, "tempos outside 20 to 300 changed": 2,
-        "time signatures moved to the next bar line": 2, "unsupported time signatures ignored": 1}
+        "time signatures moved to the next bar line": 2, "unsupported time signatures ignored": 1,
+        "bars of long silences cut": 0}
     assert piece.notes == 3
     assert set(pg.read_piece(write_midi(tmp_path / "b.mid", scale()), vocab).changes.values()) == {0}
 
@@ -328,7 +329,7 @@ def test_prompt_of_exactly_the_seconds_asked_for_leaves_nothing_to_write(tmp_pat
 
 @pytest.mark.parametrize("name, sample, sentence", [
     ("none", {}, "cannot be continued .not a file"), ("page", {}, "cannot be continued"), ("late", {"prompt_bars": 2}, "hold no notes"),
-    ("scale", {"prompt_bars": 9}, "is only 8 bars, 16.0 seconds long"),
+    ("scale", {"prompt_bars": 9}, "is only 8 bars, 16.0 seconds: ask for less"),
     ("scale", {"bars": 8}, "the prompt alone is 8 bars, 16.0 seconds"),
     ("scale", {"seconds": 16.0}, "the prompt alone is 8 bars, 16.0 seconds"),
     ("scale", {"seconds": 16.0, "tempo": 60.0}, "the prompt alone is 8 bars, 32.0 seconds")])
