@@ -24,7 +24,8 @@ the machinery: 6 folder, 7 files, 8 copies and figures, 9 command line.
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
 
 The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
-    format       "pianogpt 6"; other formats are refused
+    format       "pianogpt 7"; other formats are refused
+    about        a note: what it started from, what it learned from
     config       the settings of the groups data, music, model and train
     vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
     folder       name of the folder of MIDI files; files: the size of each, to see what has changed
@@ -128,6 +129,9 @@ class RunConfig:
     checkpoint: str = option("pianogpt.pt", "file that holds the model")
     midi_dir: str = option("my_midis", "folder of MIDI files to train on, at any depth")
     cache_dir: str = option(".pianogpt-cache", "folder for tokenized files; empty: no cache")
+    init_from: str = option("", "trained model to start from: its sizes and tokens, your music")
+    export: str = option("", "file to write the best weights to, in 16 bits, to hand them on")
+    about: str = option("", "note to export with them: what they learned from, its license")
     fresh: bool = option(False, "start over; an existing checkpoint is renamed")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option("auto", "of matrix products in training", choices=("auto", "float32", "bfloat16"))
@@ -176,7 +180,7 @@ class ModelConfig:
     n_head: int = option(4, "attention heads per layer", 1, 1000)
     n_embd: int = option(128, "channels", 2, 65_536)
     block_size: int = option(256, "context in tokens", 8, 65_536)
-    dropout: float = option(0.0, "fraction of activations dropped in training; 0: off", 0, 0.9)
+    dropout: float = option(0.0, "fraction of activations dropped in training; 0: off", 0, 0.9, resumable=True)
 
 
 @dataclass
@@ -185,7 +189,7 @@ class TrainConfig:
     steps: int = option(2000, "optimizer steps in total", 1, resumable=True)
     batch_size: int = option(8, "sequences per step", 1, 100_000)
     lr: float = option(3e-4, "peak learning rate at width 1024, scaled by fan-in", 0, 1, resumable=True)
-    warmup: int = option(200, "steps of learning rate warmup", 0)
+    warmup: int = option(200, "steps of learning rate warmup", 0, resumable=True)
     weight_decay: float = option(0.1, "weight decay of the matrices; 0: off", 0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
     eval_every: int = option(250, "steps between validations", 1, resumable=True)
@@ -535,6 +539,7 @@ class Vocabulary:
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
 RECENT = 3  # preceding tokens that are mixed into each embedding
+WAVES = 8  # features that say where a token stands among those of its kind
 IGNORE = -1  # a target that is not scored
 
 
@@ -561,6 +566,19 @@ def rotary_speeds(hs, grid):
     by_time = 8 / grid * 10_000.0 ** -(torch.arange(pairs) / pairs)
     speeds = torch.stack([F.pad(by_time, (0, len(by_pitch))), F.pad(by_pitch, (pairs, 0))])  # (2, hs / 2)
     return torch.cat([-speeds, speeds], 1)
+
+
+def token_features(says):
+    """(V, 11 WAVES + 12): what makes tokens alike, so that what is learned of one serves its neighbors too.
+
+    Tokens of a kind are in the order of their values: number i of n has the features cos(pi k (i + 1/2) / n),
+    k = 0, 1, ...: slow waves say soft or loud, fast ones tell neighbors apart. Pitches have their pitch class.
+    """
+    kinds = F.one_hot(says[KIND].long(), len(KINDS))  # (V, 11)
+    turns = (kinds.cumsum(0) - 0.5) / kinds.sum(0).clamp(min=1) / 2
+    angles = 2 * math.pi * turns[:, :, None] * torch.arange(WAVES, device=says.device)  # (V, 11, WAVES)
+    classes = F.one_hot(says[PITCH].long() % 12, 12) * (says[PITCH, :, None] >= 0)
+    return torch.cat([(angles.cos() * kinds[:, :, None]).flatten(1), classes], 1)
 
 
 def matrix(rows, columns, scale=1.0):
@@ -627,18 +645,25 @@ class PianoGPT(nn.Module):
         self.register_buffer("says", says, persistent=False)
         self.register_buffer("token_time", token_time, persistent=False)
         self.register_buffer("speeds", rotary_speeds(C // config.n_head, grid), persistent=False)
+        self.register_buffer("features", features := token_features(says), persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
+        self.alike_in, self.alike_out = (nn.Parameter(torch.zeros(C, features.size(1))) for _ in range(2))
         # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
         self.recent = nn.Parameter(torch.zeros(RECENT, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
+
+    def tables(self):
+        """The embeddings (V, C) and the weights of the logits (V, C): own rows and what alike tokens share."""
+        shared = (F.linear(self.features, weight) for weight in (self.alike_in, self.alike_out))
+        return [own + more for own, more in zip((self.embedding, self.head), shared)]
 
     def embed(self, idx, cache=None):
         """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT before; cos, sin (B, 1, T, hs). Moves cache."""
         cache = cache or Cache(self, len(idx), keep=False)
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
-        x = torch.cat([cache.recent, F.embedding(idx, self.embedding)], 1)
+        x = torch.cat([cache.recent, F.embedding(idx, cache.tables[0])], 1)
         cache.recent, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
         angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
         return x, angle.cos(), angle.sin()
@@ -654,7 +679,8 @@ class PianoGPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for n, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.keys_values[n], cache.length - T) if cache else block(x, cos, sin)
-        return F.linear(torch.layer_norm(x, x.shape[-1:], self.norm), self.head).unflatten(0, (-1, T))
+        head = (cache.tables if cache else self.tables())[1]
+        return F.linear(torch.layer_norm(x, x.shape[-1:], self.norm), head).unflatten(0, (-1, T))
 
     def loss(self, x, cos, sin, targets):
         """The summed cross-entropy, in nats, of embed()'s output and the ids that follow, (B, T)."""
@@ -674,6 +700,7 @@ class Cache:
         c, device = model.config, model.says.device
         shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
         self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
+        self.tables = model.tables()
         recent = torch.zeros(batch_size, RECENT, c.n_embd, device=device)
         bar_start = torch.zeros(batch_size, device=device)
         self.start = recent, model.says[:, :1].expand(-1, batch_size), bar_start
@@ -734,7 +761,8 @@ def make_optimizer(model, config):
 
     AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
     with the fan-in (Yang et al.), and one --lr fits every width. By default: 3e-4 x 1024 / 128 = 2.4e-3 for
-    matrices that read 128 numbers, 9.1e-4 for contract, 2.4e-2 for the embedding, 9e-3 for norms and recent.
+    matrices that read 128 numbers, 9.1e-4 for contract, 3.1e-3 for what reads the features of tokens, 2.4e-2
+    for the embedding, 9e-3 for norms and recent.
     """
     groups = []
     for name, p in model.named_parameters():
@@ -1244,7 +1272,7 @@ def make_windows(ids, block_size, stride, limit=10**9):
 
 # ---------- 7. Files: the checkpoint, its log, its lock, names that are free ----------
 
-FORMAT = "pianogpt 6"
+FORMAT = "pianogpt 7"
 STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
 ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "lr": 0.0, "train_loss": 0.0,  # of the history
        "val_loss": 0.0, "val_nats_per_note": 0.0}  # these two only where something is held out
@@ -1282,12 +1310,13 @@ def check_content(content):
     check_options(config)
     with torch.device("meta"):  # takes no memory
         model = PianoGPT(config.model, torch.ones(7, len(content["vocabulary"]), device="cpu"))
-    weights, step = model.state_dict(), trainer["step"]
+    best, step = model.state_dict(), trainer["step"]
+    weights = best if trainer["weights"] else {}  # export leaves them out
     moments = {i: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w} for i, w in
                enumerate(weights.values() if step else ())}
-    state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "best": weights,
+    state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "best": best,
              "optimizer": moments, "history": [ROW]}
-    model = {"format": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""], "pieces": [""],
+    model = {"format": "", "about": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""], "pieces": [""],
              "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
     whole = content | {"trainer": trainer | {"history": [ROW | row for row in trainer["history"]]}}
     steps = [0, *(row["step"] for row in trainer["history"]), step + 1]
@@ -1307,10 +1336,31 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("not of this version")
+        content["trainer"]["best"] = {k: v.float() for k, v in content["trainer"]["best"].items()}
         check_content(content)
         return content
     except Exception as e:
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({str(e)[:60]})") from None
+
+
+def export_checkpoint(path, content, about):
+    """Write the best weights of a checkpoint, in 16 bits, and what it takes to write music with them."""
+    best = {k: v.half() for k, v in content["trainer"]["best"].items()}
+    state = content["trainer"] | {"best": best, "weights": {}, "optimizer": {}, "losses": []}
+    file = io.BytesIO()
+    torch.save(content | {"about": about or content["about"], "files": [], "trainer": state}, file)
+    write_atomically(path, file.getvalue())
+    say(f"exported: {path}, {len(file.getvalue()) / 2**20:.1f} MB")
+    return 0
+
+
+def start_from(path, about):
+    """A checkpoint at step 0 with the best weights of another, its sizes and its tokens."""
+    base = load_checkpoint(path)
+    state = {"step": 0, "seconds": 0.0, "history": [], "losses": [], "best": {}, "optimizer": {},
+             "weights": base["trainer"]["best"]}
+    config = {"music": base["config"]["music"], "model": base["config"]["model"], "train": FINE_TUNING}
+    return base | {"about": about + base["about"], "config": config, "files": [], "trainer": state}
 
 
 def lock_checkpoint(path):
@@ -1389,6 +1439,7 @@ def find_key(score):
 # ---------- 9. Command line: parse, choose the device, call, print ----------
 
 COMPILE_STEPS = 3000  # from here on compiling pays
+FINE_TUNING = {"steps": 500, "warmup": 50, "lr": 1e-4, "eval_every": 50}  # the defaults with --init-from
 
 
 def refuse(message):
@@ -1427,8 +1478,9 @@ def parse(argv):
         needed = "prompt" if name in ("prompt_bars", "continuation_only") else "generate"
         if name in vars(SampleConfig()) and needed not in given:
             refuse(f"{flag(name)} does nothing without {flag(needed)}")
-    if "evaluate" in given and "generate" in given:
-        refuse("--evaluate and --generate cannot be done at once")
+    modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
+    if len(modes) > 1:
+        refuse(f"{' and '.join(modes)} cannot be done at once")
     return vars(given)
 
 
@@ -1436,11 +1488,11 @@ def make_config(given, checkpoint, training):
     """The settings in force: the command line's, else the checkpoint's, else the defaults."""
     config = Config()
     for name, settings in vars(config).items():
-        saved = checkpoint["config"][name] if checkpoint and name in STORED else {}
+        saved = checkpoint["config"].get(name, {}) if checkpoint else {}
         for f in fields(settings):
             value = given.get(f.name, saved.get(f.name, f.default))
             free = f.metadata.get("resumable") if training else f.name in ("steps", "seed")
-            if saved and not free and value != saved[f.name]:
+            if not free and value != saved.get(f.name, value):
                 raise UserError(f"{flag(f.name)} is {value}, but the checkpoint has {saved[f.name]}: "
                                 "leave it out, pass another --checkpoint, or start over with --fresh")
             setattr(settings, f.name, value)
@@ -1462,14 +1514,13 @@ def choose_device(name):
 def choose_speed(run, device, steps):
     """Whether to train in bfloat16, and to compile; steps: all of them, so that resuming changes nothing."""
     def seconds(dtype):
-        a = torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: a @ a, number=3, repeat=3))
+        x, weight = torch.ones(2048, 128, dtype=dtype), torch.ones(384, 128, dtype=dtype)
+        return min(timeit.repeat(lambda: F.linear(x, weight), number=1, repeat=10))
 
-    if run.precision == "auto" and device.type == "cpu":  # whose instructions for bfloat16 may be slow
-        bfloat16 = seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if device.type == "cpu" and run.precision == "auto":  # not every CPU that has bfloat16 is faster in it
+        fast = seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
+    bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
     pays = steps >= COMPILE_STEPS and device.type in ("cuda", "cpu")
     return bfloat16, {"auto": pays, "on": True, "off": False}[run.compile]
 
@@ -1678,7 +1729,7 @@ def run_training(config, checkpoint, vocab, device):
     ids, windows, music = from_rank_0(lambda: prepare_data(config, vocab))
     batches = Batches(ids.to(device), vocab, config, RANK, PROCESSES)
     trainer = make_trainer(config, checkpoint, music, vocab, device)
-    if path.exists() and not (checkpoint or RANK):  # --fresh
+    if config.run.fresh and path.exists() and not RANK:
         old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
         path.unlink()
         os.path.exists(f"{path}.csv") and os.replace(f"{path}.csv", f"{old}.csv")
@@ -1686,9 +1737,10 @@ def run_training(config, checkpoint, vocab, device):
     parameters = sum(p.numel() for p in trainer.model.parameters())
     how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * (trainer.loss != trainer.model.loss)
     say(f"model: {parameters:,} parameters, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
-        f"{f', from step {trainer.step} on' * bool(checkpoint)}, peak learning rate {train.lr:g} at width "
+        f"{f', from step {trainer.step} on' * bool(trainer.step)}, peak learning rate {train.lr:g} at width "
         f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
-    stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED}}
+    stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED},
+                      "about": checkpoint["about"] if checkpoint else ""}
 
     def store(last=False):
         content = stored | {"trainer": trainer.state()}
@@ -1737,15 +1789,55 @@ def open_checkpoint(path, given, run, stack):
     """
     if run.generate and "checkpoint" in given and not (path.exists() or {"steps", "midi_dir"} & given.keys()):
         raise UserError(f"there is no checkpoint {path}: name another, or add --steps N to train it first")
-    if run.evaluate or run.generate and path.exists() and not (run.fresh or "steps" in given):
+    if run.evaluate or run.export or run.generate and path.exists() and not (run.fresh or "steps" in given):
         return load_checkpoint(path), False
     lock = lock_checkpoint(path)
     stack.callback(lambda: (path.exists() or Path(lock.lock_file).unlink(missing_ok=True), lock.release()))
+    about = f"started from {Path(run.init_from).name}; " * bool(run.init_from)
     if run.fresh or not path.exists():
-        return None, True
+        return start_from(Path(run.init_from), about) if run.init_from else None, True
     checkpoint = load_checkpoint(path)
+    if not checkpoint["about"].startswith(about):
+        raise UserError(f"{path} did not start from {run.init_from}: pass another --checkpoint, or --fresh")
+    if not checkpoint["trainer"]["weights"]:
+        raise UserError(f"{path} was exported: pass --init-from {path} and another --checkpoint to train it")
     steps = given.get("steps", checkpoint["config"]["train"]["steps"])
     return checkpoint, checkpoint["trainer"]["step"] < steps
+
+
+def run_generation(config, given, checkpoint, vocab, device, prompt):
+    """Write the samples and say how many there are; 0 or 128 + the signal that stopped it."""
+    step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
+    if step < steps:
+        say(f"{config.run.checkpoint} is trained for {step} of {steps} steps, on {checkpoint['folder']}, "
+            "and writes as it is")
+    if checkpoint["about"]:
+        say(f"about {config.run.checkpoint}: {checkpoint['about']}")
+    if "seed" not in given:
+        config.train.seed = int(np.random.default_rng().integers(10**6))
+        say(f"seed: {config.train.seed}; with this --seed the pieces come again")
+    with catch_signals() as caught:
+        written = write_samples(config, checkpoint, vocab, device, prompt, lambda: bool(caught))
+    if caught:
+        say(f"stopped: {written} of {config.sample.num_samples} pieces were finished")
+    elif not written:
+        raise UserError("no piece has notes: train longer")
+    return 128 + caught[0] if caught else 0
+
+
+def check_plan(config, given, checkpoint, training):
+    """Find what is missing before the work begins. Raises UserError."""
+    beside, sample = Path(__file__).with_name(config.run.midi_dir), config.sample
+    if "midi_dir" not in given and not Path(config.run.midi_dir).exists() and beside.is_dir():
+        config.run.midi_dir = str(beside)
+    if checkpoint and checkpoint["files"]:  # those of an exported model are not known
+        from_rank_0(lambda: compare_music(config.run, given, checkpoint, training))
+    parse_chords(sample.chords)
+    if sample.chords and not config.music.chord_tokens:
+        raise UserError("--chords needs a model that was trained with --chord-tokens 1")
+    if config.run.generate:
+        Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=sample.samples_dir).close()
 
 
 def run(argv, stack):
@@ -1758,44 +1850,23 @@ def run(argv, stack):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, asked, stack))
     config = make_config(given, checkpoint, training)
-    vocab, sample, config.run.checkpoint = Vocabulary(config.music), config.sample, str(path)
-    beside = Path(__file__).with_name(config.run.midi_dir)
-    if "midi_dir" not in given and not Path(config.run.midi_dir).exists() and beside.is_dir():
-        config.run.midi_dir = str(beside)
+    vocab, config.run.checkpoint = Vocabulary(config.music), str(path)
     if checkpoint and checkpoint["vocabulary"] != vocab.words:
         raise UserError("the checkpoint's vocabulary is not this MidiTok's: install requirements.txt")
+    if asked.export:
+        return export_checkpoint(Path(asked.export), checkpoint, asked.about)
     if asked.evaluate:
         return run_evaluation(config, checkpoint, vocab, device)
-    if checkpoint:
-        from_rank_0(lambda: compare_music(config.run, given, checkpoint, training))
-    parse_chords(sample.chords)
-    if sample.chords and not config.music.chord_tokens:
-        raise UserError("--chords needs a model that was trained with --chord-tokens 1")
-    prompt, vocab = read_prompt(sample, vocab) if sample.prompt and not RANK else ([], vocab)
-    if asked.generate:
-        Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=sample.samples_dir).close()
+    check_plan(config, given, checkpoint, training)
+    prompt, tempos = read_prompt(config.sample, vocab) if config.sample.prompt and not RANK else ([], vocab)
+    code = 0
     if training:
         checkpoint, code = run_training(config, checkpoint, vocab, device)
-        if code:
-            return code
     elif not asked.generate:
         say(f"{path} is finished: pass a larger --steps to train on, or --fresh to start over")
-    if not asked.generate or RANK:
-        return 0
-    step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
-    if step < steps:
-        say(f"{path} is trained for {step} of {steps} steps, on {checkpoint['folder']}, and writes as it is")
-    if "seed" not in given:
-        config.train.seed = int(np.random.default_rng().integers(10**6))
-        say(f"seed: {config.train.seed}; with this --seed the pieces come again")
-    with catch_signals() as caught:
-        written = write_samples(config, checkpoint, vocab, device, prompt, lambda: bool(caught))
-    if caught:
-        say(f"stopped: {written} of {sample.num_samples} pieces were finished")
-    elif not written:
-        raise UserError("no piece has notes: train longer")
-    return 128 + caught[0] if caught else 0
+    if code or RANK or not asked.generate:
+        return code
+    return run_generation(config, given, checkpoint, tempos, device, prompt)
 
 
 def main(argv=None):
