@@ -1,8 +1,14 @@
 """samples/listen.py: is the sound heard, and the picture seen, where the notes are?"""
 
+import base64
+import json
+import re
+import shutil
 import struct
+import subprocess
 import sys
 import wave
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +137,29 @@ def test_piece_sounds_the_same_after_another_one(tmp_path, soundfont, monkeypatc
     assert np.array_equal(hear(tmp_path / "a.wav"), alone)
 
 
+def test_shipped_piano_plays_every_octave_in_tune_and_falls_silent(tmp_path):
+    pytest.importorskip("tinysoundfont")
+    keys = range(21, 109, 12)  # the A of every octave
+    path = write_midi(tmp_path / "a.mid", [[(6 * i, 2, key, 100) for i, key in enumerate(keys)]])
+    run(path)
+    sound = hear(tmp_path / "a.wav")
+    assert np.array_equal(sound[:, 0], sound[:, 1]) and np.abs(sound).max() == 32_000
+    for i, key in enumerate(keys):  # a second of sound in every three
+        second, rest = np.split(sound[3 * i * 44_100 : 3 * (i + 1) * 44_100, 0], [44_100])
+        spectrum, pitch = np.abs(np.fft.rfft(second * np.hanning(44_100))), 440 * 2 ** ((key - 69) / 12)
+        near = slice(round(pitch / 1.06), round(pitch * 1.06) + 1)
+        assert abs(spectrum[near].argmax() + near.start - pitch) <= 1 + pitch / 1000, "within two cents"
+        assert np.abs(second).max() > 10_000 and not np.abs(rest[44_100:]).any(), "no note hangs"
+        assert np.abs(np.diff(rest)).max() < np.abs(np.diff(second)).max(), "no click where it is let go"
+
+
+def test_ten_loud_notes_at_once_are_not_clipped(tmp_path):
+    pytest.importorskip("tinysoundfont")
+    run(write_midi(tmp_path / "a.mid", [[(0, 2, key, 127) for key in range(48, 68, 2)]]))
+    sound = np.abs(hear(tmp_path / "a.wav"))
+    assert sound.max() == 32_000 and (sound > 31_990).sum() < 10
+
+
 def test_picture_shows_notes_at_their_time_and_pitch_and_the_prompt_in_orange(tmp_path):
     path = write_midi(tmp_path / "two.mid", A4_THEN_A5)
     change(path, markers=[TextMeta(8, "end of prompt")])  # where the second note begins
@@ -180,7 +209,7 @@ def test_chord_symbols_stand_where_the_chords_are_and_texts_of_other_programs_do
     made = "PianoGPT " + "x" * 300
     for texts in ([(0, made), (0, "Am"), (200, "F#m7b5"), (4000, "C")], [(0, "@KMIDI"), (480, "la")], [(0, made)]):
         (tmp_path / "a.mid").write_bytes(pg.add_texts(plain, texts))
-        assert run(tmp_path / "a.mid") == 0
+        run(tmp_path / "a.mid")
     found = [[(round(t.get_position()[0], 3), t.get_text()) for t in f.axes[0].texts] for f in figures]
     assert found == [[(0, "Am"), (round(200 / 960, 3), "F#m7b5"), (round(4000 / 960, 3), "C")], [], []]
 
@@ -212,7 +241,7 @@ def test_losses_fall_in_blue_and_validation_is_a_second_curve(tmp_path):
     ],
 )
 def test_unusable_file_is_one_sentence_and_the_next_is_done(tmp_path, capsys, name, content, sentence):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib"), pytest.importorskip("tinysoundfont")
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content:
@@ -240,20 +269,10 @@ def test_missing_library_or_soundfont_is_a_sentence(tmp_path, soundfont, monkeyp
         monkeypatch.setitem(sys.modules, f"{missing}.figure", None)
     files = [write_midi(tmp_path / name, A4_THEN_A5) for name in ("a.mid", "b.mid")]
     assert run(*files, soundfont=soundfont) == 2
-    out, err = capsys.readouterr()
-    assert "no sound" not in out and missing in err and err.endswith(f"{cure}\n") and err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert missing in err and err.endswith(f"{cure}\n") and err.count("\n") == 1
     made = ".wav" if missing == "matplotlib" else ".png"
     assert {path.suffix for path in tmp_path.glob("[ab].*")} == {".mid", made}
-
-
-def test_without_a_soundfont_one_sentence_tells_what_to_pass(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    write_midi(tmp_path / "a.mid", A4_THEN_A5)
-    monkeypatch.setattr(listen, "__file__", str(tmp_path / "listen.py"))  # the default: .mid files beside it
-    assert run() == 0
-    out, err = capsys.readouterr()
-    assert "then --soundfont /usr/share/sounds/sf3" in out and out.count("\n") == 2 and not err
-    assert {path.name for path in tmp_path.iterdir()} == {"a.mid", "a.png"}
 
 
 def test_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, capsys):
@@ -261,8 +280,158 @@ def test_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    pytest.importorskip("tinysoundfont")
     monkeypatch.setattr(pytest.importorskip("matplotlib.figure").Figure, "savefig", fill_disk)
     (tmp_path / "a.png").write_bytes(b"old")
     assert run(write_midi(tmp_path / "a.mid", A4_THEN_A5)) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert (tmp_path / "a.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "a.png").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mid", "a.png", "a.wav"]
+
+
+class Page(HTMLParser):
+    """A page: (tag, attributes) of its tags in order, and the texts in each kind of tag."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.source = [], {}, path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.setdefault(self.tags[-1][0], []).append(data.strip())
+
+    def notes(self):
+        """(start and length in milliseconds, pitch, velocity, class) of all notes, in order."""
+        found = []
+        for a in (a for tag, a in self.tags if tag == "path" and a["class"].startswith("note")):
+            for start, down, length in re.findall(r"M(\d+) (\d+)h(\d+)", a["d"]):
+                found.append((int(start), int(length), 127 - int(down), int(a["data-velocity"]), a["class"]))
+        return sorted(found)
+
+
+def test_page_of_a_folder_shows_every_piece_with_figures_chords_and_settings(tmp_path, monkeypatch):
+    for library in ("matplotlib", "matplotlib.figure", "tinysoundfont", "tinysoundfont.midi"):
+        monkeypatch.setitem(sys.modules, library, None)  # a page needs none of them
+    data = write_midi(tmp_path / "b.mid", [[(0, 1, 69, 100), (4, 2, 34, 37)]]).read_bytes()
+    settings = {"seed": 0, "temperature": 0.9, "prompt": "", "top_k": 0, "piece": 3, "key": "A minor"}
+    texts = [(0, f"PianoGPT {json.dumps(settings)}"), (960, "F#m7b5")]
+    (tmp_path / "b.mid").write_bytes(pg.add_texts(data, texts))
+    change(write_midi(tmp_path / "a.MID", A4_THEN_A5), markers=[TextMeta(8, "end of prompt")])
+    monkeypatch.setattr(listen, "__file__", str(tmp_path / "listen.py"))  # the default: its own folder
+    assert run() == 0
+    page = Page(tmp_path / "index.html")
+    assert page.texts["h2"] == ["a", "b"] and [tag for tag, _ in page.tags].count("audio") == 2
+    assert "2 notes · 3.0 seconds · 0.7 notes/s · 2 bars · Bb1 to A4 · A minor" in page.texts["p"]
+    assert "seed 0, temperature 0.9, piece 3" in page.texts["p"] and "not in it" in page.texts["p"]
+    assert page.texts["text"].count("F#m7b5") == 1 and page.texts["text"].count("1") == 2, "bar 1 of each"
+    expected = [(0, 500, 69, 100, "note"), (0, 1000, 69, 100, "note prompt")]
+    assert page.notes() == [*expected, (2000, 1000, 34, 37, "note"), (4000, 1000, 81, 100, "note")]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.MID", "b.mid", "index.html"}
+
+
+def test_page_holds_the_whole_piano_and_fetches_nothing(tmp_path):
+    write_midi(tmp_path / "a.mid", A4_THEN_A5)
+    assert run(tmp_path) == 0
+    page = Page(tmp_path / "index.html")
+    assert not re.search(r"https?:|//\w|url\(|@import", re.sub(r'"samples": "[^"]*"', "", page.source))
+    assert all(a.get("src") is None and a.get("href", "data:,") == "data:," for _, a in page.tags)
+    policy = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src data: blob: 'unsafe-inline'"]
+    piano = json.loads(page.texts["script"][0])
+    samples = np.frombuffer(base64.b64decode(piano["samples"]), "<i2")
+    last = -1
+    for highest, gain, held, released, first, loop, end, rate, root in piano["zones"]:
+        assert last < highest <= 127 and 0 < gain <= 1 and 0.999 < released < held < 1
+        assert 0 <= first < loop < end < len(samples) and rate == 22_050 and abs(root - highest) < 26
+        last = highest
+    assert last == 127 and len(page.source) < 270_000 + 2000
+
+
+def test_hostile_names_and_texts_stay_texts(tmp_path):
+    name, text = "<script>alert(1)<!--&\"'", "</script></p><img src=x onerror=alert(1)>%s \ud800"
+    data = write_midi(tmp_path / f"{name}.mid", A4_THEN_A5).read_bytes()
+    texts = [(0, "PianoGPT " + json.dumps({"seed": text, "key": text})), (0, "<b>C")]
+    (tmp_path / f"{name}.mid").write_bytes(pg.add_texts(data, texts))
+    no_settings = 'PianoGPT {"seed": ', "PianoGPT {[1]", "PianoGPT ", '{"seed": 8}'
+    for i, made in enumerate(no_settings):
+        (tmp_path / f"{i}.mid").write_bytes(pg.add_texts(data, [(0, made)]))
+    assert run(tmp_path) == 0
+    page = Page(tmp_path / "index.html")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 2 and not {"img", "b"} & set(tags) and tags.count("article") == 5
+    assert name in page.texts["h2"] and "<b>C" in page.texts["text"]
+    assert page.texts["p"].count("not in it") == 4 and any(text[:-1] in found for found in page.texts["p"])
+
+
+def test_page_is_the_same_each_time_and_old_pictures_stay(tmp_path):
+    write_midi(tmp_path / "a.mid", A4_THEN_A5)
+    (tmp_path / "a.png").write_bytes(b"shipped")
+    assert run(tmp_path) == 0
+    first = (tmp_path / "index.html").read_bytes()
+    assert run(tmp_path) == 0
+    assert (tmp_path / "index.html").read_bytes() == first and (tmp_path / "a.png").read_bytes() == b"shipped"
+
+
+def test_page_leaves_out_what_cannot_be_read_and_says_so(tmp_path, capsys):
+    (tmp_path / "bad.mid").write_bytes(b"no MIDI")
+    assert run(tmp_path) == 2
+    assert "holds no .mid file to play" in capsys.readouterr().err and not (tmp_path / "index.html").exists()
+    write_midi(tmp_path / "good.mid", A4_THEN_A5)
+    assert run(tmp_path) == 2
+    assert Page(tmp_path / "index.html").texts["h2"] == ["good"]
+    err = capsys.readouterr().err
+    assert err.startswith(f"{tmp_path / 'bad.mid'} is not a MIDI file") and err.count("\n") == 1
+
+
+def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, capsys):
+    def fill_disk(path, data):
+        with path.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(28, "No space left on device")
+
+    write_midi(tmp_path / "a.mid", A4_THEN_A5)
+    (tmp_path / "index.html").write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    assert run(tmp_path) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (tmp_path / "index.html").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_missing_piano_and_a_soundfont_without_pieces_are_a_sentence(tmp_path, monkeypatch, capsys):
+    write_midi(tmp_path / "a.mid", A4_THEN_A5)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, soundfont="any.sf2")
+    assert "name the .mid files" in capsys.readouterr().err
+    monkeypatch.setattr(listen, "PIANO", tmp_path / "florestan-piano.sf2")
+    assert run(tmp_path) == 2
+    assert "florestan-piano.sf2 is missing" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
+
+
+def test_page_sounds_as_the_wav_does(tmp_path):
+    node = shutil.which("node") or pytest.skip("Node.js is not installed")
+    pytest.importorskip("tinysoundfont")
+    notes = [(i, 1 + i % 2, 24 + 7 * i, 20 + 8 * i) for i in range(12)]
+    path = write_midi(tmp_path / "a.mid", [notes, [(14, 4, 48, 90), (14, 4, 55, 90)]])
+    run(path), run(tmp_path)
+    page = Page(tmp_path / "index.html")
+    notes = [a for _, a in page.tags if a.get("class") == "note"]
+    paths = [{"d": a["d"], "dataset": {"velocity": a["data-velocity"]}} for a in notes]
+    script = page.texts["script"][1].partition("for (const article")[0]
+    (tmp_path / "play.js").write_text(f"""
+const document = {{ getElementById: () => ({{ textContent: {json.dumps(page.texts["script"][0])} }}) }}
+{script}
+const paths = {json.dumps(paths)}.map(path => ({{ ...path, getAttribute: name => path[name] }}))
+play({{ querySelectorAll: () => paths }}, 9).arrayBuffer()
+  .then(data => require("fs").writeFileSync("page.wav", Buffer.from(data)))""")
+    subprocess.run([node, "play.js"], cwd=tmp_path, check=True)
+    with wave.open(str(tmp_path / "page.wav")) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 44_100)
+        theirs = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(float)
+    ours = hear(tmp_path / "a.wav")[:, 0]
+    assert len(theirs) == len(ours) == 11 * 44_100
+    levels = [np.sqrt((sound.reshape(110, -1) ** 2).mean(1)) + 10 for sound in (ours, theirs)]  # each 0.1 s
+    assert np.abs(20 * np.log10(levels[0] / levels[1])).max() < 1.5 and np.corrcoef(ours, theirs)[0, 1] > 0.9
