@@ -1492,7 +1492,7 @@ def make_config(given, checkpoint, training):
         for f in fields(settings):
             value = given.get(f.name, saved.get(f.name, f.default))
             free = f.metadata.get("resumable") if training else f.name in ("steps", "seed")
-            if not free and value != saved.get(f.name, value):
+            if f.name in saved and not free and value != saved[f.name]:
                 raise UserError(f"{flag(f.name)} is {value}, but the checkpoint has {saved[f.name]}: "
                                 "leave it out, pass another --checkpoint, or start over with --fresh")
             setattr(settings, f.name, value)
@@ -1825,8 +1825,8 @@ def run_generation(config, given, checkpoint, vocab, device, prompt):
     return 128 + caught[0] if caught else 0
 
 
-def check_plan(config, given, checkpoint, training):
-    """Find what is missing before the work begins. Raises UserError."""
+def check_plan(config, given, checkpoint, training, vocab):
+    """Find what is missing before the work begins; the prompt and its vocabulary. Raises UserError."""
     beside, sample = Path(__file__).with_name(config.run.midi_dir), config.sample
     if "midi_dir" not in given and not Path(config.run.midi_dir).exists() and beside.is_dir():
         config.run.midi_dir = str(beside)
@@ -1835,9 +1835,11 @@ def check_plan(config, given, checkpoint, training):
     parse_chords(sample.chords)
     if sample.chords and not config.music.chord_tokens:
         raise UserError("--chords needs a model that was trained with --chord-tokens 1")
+    prompt = read_prompt(sample, vocab) if sample.prompt and not RANK else ([], vocab)
     if config.run.generate:
         Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=sample.samples_dir).close()
+    return prompt
 
 
 def run(argv, stack):
@@ -1857,9 +1859,7 @@ def run(argv, stack):
         return export_checkpoint(Path(asked.export), checkpoint, asked.about)
     if asked.evaluate:
         return run_evaluation(config, checkpoint, vocab, device)
-    check_plan(config, given, checkpoint, training)
-    prompt, tempos = read_prompt(config.sample, vocab) if config.sample.prompt and not RANK else ([], vocab)
-    code = 0
+    (prompt, tempos), code = check_plan(config, given, checkpoint, training, vocab), 0
     if training:
         checkpoint, code = run_training(config, checkpoint, vocab, device)
     elif not asked.generate:

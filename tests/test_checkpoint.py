@@ -20,7 +20,7 @@ def content(vocab):
     trainer.train_step(*torch.randint(len(vocab.words), (2, 2, 8)))
     trainer.step, trainer.best = 20, trainer.weights()
     trainer.history = [pg.ROW | {"step": 10, "val_loss": 2.5}, {k: v for k, v in pg.ROW.items() if "val" not in k} | {"step": 20}]
-    return {"config": {name: asdict(getattr(config, name)) for name in pg.STORED}, "vocabulary": vocab.words,
+    return {"about": "", "config": {name: asdict(getattr(config, name)) for name in pg.STORED}, "vocabulary": vocab.words,
             "folder": "midi", "files": ["9 a.mid", "9 b.mid"], "pieces": ["a.mid", "b.mid"],
             "intervals": torch.tensor([130, 255, 130, 255], dtype=torch.uint8), "trainer": trainer.state()}
 

@@ -486,7 +486,11 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     ("--smaples-dir=x", "do you mean --samples-dir?"),
     ("--bars 8", "--bars does nothing without --generate"),
     ("--generate --prompt-bars 8", "--prompt-bars does nothing without --prompt"),
-    ("--generate --evaluate midi", "--evaluate and --generate cannot be done at once"),
+    ("--generate --evaluate midi", "--generate and --evaluate cannot be done at once"),
+    ("--export a.pt --evaluate midi", "--evaluate and --export cannot be done at once"),
+    ("--steps 99 --midi-dir midi --init-from plain.pt", "pianogpt.pt did not start from plain.pt: pass another --checkpoint"),
+    (f"{SHORT} --checkpoint new.pt --init-from none.pt", "there is no checkpoint none.pt"),
+    (f"{SHORT} --checkpoint new.pt --init-from pianogpt.pt --n-embd 64", "--n-embd is 64, but the checkpoint has 32"),
     ("--generate --checkpoint typo.pt", "there is no checkpoint typo.pt: name another, or add --steps N"),
     (f"{SHORT} --checkpoint new.pt --generate --samples-dir bad/page.mid", "bad/page.mid cannot be used: File exists"),
     (f"{SHORT} --checkpoint new.pt --generate --chords H", 'cannot read "H"'),
@@ -559,7 +563,7 @@ def test_help_shows_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         pianogpt("--help")
     out = capsys.readouterr().out
-    assert len(out.splitlines()) <= 100 and "python pianogpt.py --generate" in out
+    assert len(out.splitlines()) <= 110 and "python pianogpt.py --generate" in out
     text = " ".join(out.split())
     for f in (f for group in vars(pg.Config()).values() for f in pg.fields(group)):
         default = "" if isinstance(f.default, bool) else f" (default: {f.default if f.default != '' else 'none'})"
@@ -644,6 +648,28 @@ def test_sample_says_its_key_in_its_line_and_as_a_key_signature_and_its_chords_a
     metre = score.time_signatures[0]  # the folder's is 4/4
     bars = [(tick // (4 * score.tpq * metre.numerator // metre.denominator) % 2, symbol) for tick, symbol in texts]
     assert len(bars) > 1 and {*bars} <= {(0, "F#m"), (1, "C"), (1, "G")}
+
+
+def test_model_is_handed_on_writes_the_same_music_and_starts_another_run(trained, capsys):
+    assert pianogpt("--export small.pt --about 'scales, public domain'") == 0
+    assert Path("small.pt").stat().st_size < Path("pianogpt.pt").stat().st_size / 4
+    assert [pianogpt(f"--evaluate midi --checkpoint {name}.pt") for name in ("pianogpt", "small")] == [0, 0]
+    whole, small = (float(x) for x in re.findall(r"nats_per_note: ([\d.]+)", capsys.readouterr().out))
+    assert whole == pytest.approx(small, rel=1e-3) and len(generate("--bars 2 --checkpoint small.pt")) == 3
+    assert "about small.pt: scales, public domain" in capsys.readouterr().out
+    assert pianogpt("--steps 40 --midi-dir midi --checkpoint small.pt") == 2
+    assert "small.pt was exported: pass --init-from small.pt" in capsys.readouterr().err
+    write_folder(Path("mine")).joinpath("piece00.mid").unlink()
+    lines = [f"--midi-dir mine --init-from small.pt --checkpoint {name}.pt --eval-every 5" for name in "ab"]
+    assert pianogpt(f"{lines[0]} --steps 20") == 0
+    first = state("a.pt")["history"][0]
+    assert first["train_loss"] < state()["history"][0]["train_loss"] - 1, "it starts from what was learned"
+    assert pianogpt(f"{lines[1]} --steps 20 --save-every 5") == 0 and same_run("a.pt", "b.pt")
+    content = pg.load_checkpoint(Path("a.pt"))
+    assert content["about"] == "started from small.pt; scales, public domain"
+    assert len(content["pieces"]) > 11, "what was learned before stays known"
+    config = pg.make_config({}, content, training=True).train
+    assert (config.lr, config.warmup, config.steps, config.batch_size) == (1e-4, 50, 20, 8)
 
 
 def test_continuation_only_leaves_the_prompt_and_its_marker_out(prompt):

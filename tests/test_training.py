@@ -100,6 +100,7 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner
     optimizer = pg.make_optimizer(model, pg.TrainConfig(lr=1.0))
     found = {p: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     expected = {"head": (1024 / n_embd, 0.1), "embedding": (80, 0)}
+    expected |= dict.fromkeys(("alike_in", "alike_out"), (1024 / 100, 0.1))
     expected |= dict.fromkeys(("recent", "norm", "norm_1", "norm_2"), (30, 0))
     for name, fan_in in (("qkv", n_embd), ("proj", n_embd), ("expand", n_embd), ("contract", inner)):
         expected[name] = (1024 / fan_in, 0.1)
