@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from itertools import islice, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from statistics import mean, median
 
@@ -219,7 +219,8 @@ class PlainRecipe(pg.PianoGPT):
     def __init__(self, config, says):
         super().__init__(config, says)
         self.positions = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))
-        self.recent.requires_grad_(False)
+        for unused in (self.recent, self.alike_in, self.alike_out):
+            unused.requires_grad_(False)
 
     def embed(self, idx, cache=None):
         """idx (B, T) -> embeddings (B, T, C), and the cos and sin (B, 1, T, 1) of no angle: nothing rotates."""
@@ -237,17 +238,27 @@ class PlainRecipe(pg.PianoGPT):
 
 
 def train_for(minutes, trainer, batches, windows, falling):
-    """Validation in nats per note after so many minutes, and the steps that they took; falling: plan for that many."""
-    state = trainer.state()  # the first steps compile, and are taken back
+    """[(seconds, nats per note)]: twenty validations, which cost no time, in so many minutes; falling: plan for them."""
+    state, curve = trainer.state(), []  # the first steps compile, and are taken back
     taken = mean([seconds(lambda: trainer.train_step(*batches[n])) for n in range(100)][20:])
     trainer.load_state(state)
     if falling:
         trainer.config.steps = int(0.95 * 60 * minutes / taken)  # so that the learning rate falls to the end
-    start = time.perf_counter()
-    while trainer.step < trainer.config.steps and time.perf_counter() - start < 60 * minutes:
-        trainer.train_step(*batches[trainer.step])
-    trainer.validate(windows, batches)
-    return trainer.history[-1]["val_nats_per_note"], trainer.step
+    while trainer.step < trainer.config.steps and trainer.seconds < 60 * minutes:
+        trainer.model.train()
+        trainer.seconds += seconds(lambda: trainer.train_step(*batches[trainer.step]))
+        if trainer.seconds >= 3 * minutes * (len(curve) + 1) or trainer.step == trainer.config.steps:
+            trainer.validate(windows, batches)
+            curve.append((trainer.seconds, trainer.history[-1]["val_nats_per_note"]))
+    return curve
+
+
+def seconds_to(loss, curve):
+    """When a curve of (seconds, loss) first reaches a loss, on straight lines between its points; NaN if never."""
+    for (start, high), (end, low) in pairwise([(0.0, math.inf), *curve]):
+        if low <= loss:
+            return end if math.isinf(high) else start + (end - start) * (high - loss) / (high - low)
+    return math.nan
 
 
 def measure_recipe(vocab, folder, minutes, device):
@@ -261,13 +272,17 @@ def measure_recipe(vocab, folder, minutes, device):
     plain = pg.Trainer(model, pg.TrainConfig(steps=10**9, warmup=0), *speed)  # so early in its fall, lr is constant
     plain.optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-4}], lr=3e-4, fused=True)
     untransposed = replace(batches, config=replace(config, data=replace(config.data, transpose=0)))
-    plain_loss, plain_steps = train_for(minutes, plain, untransposed, windows, falling=False)
+    slow = train_for(minutes, plain, untransposed, windows, falling=False)
     torch.manual_seed(0)
     ours = pg.Trainer(pg.PianoGPT(config.model, vocab.says).to(device), config.train, *speed)
-    loss, steps = train_for(minutes, ours, batches, windows, falling=True)
-    return {"minutes_each": minutes, "batch_size": config.train.batch_size, "plain_steps": plain_steps,
-            "plain_nats_per_note": plain_loss, "steps": steps, "steps_planned": config.train.steps,
-            "nats_per_note": loss, "gain_nats_per_note": plain_loss - loss}
+    curve = train_for(minutes, ours, batches, windows, falling=True)
+    print("seconds  plain_nats_per_note  nats_per_note")
+    for (second, plain_loss), (_, loss) in zip(slow, curve):
+        print(f"{second:7.0f}  {plain_loss:19.4f}  {loss:13.4f}")
+    return {"minutes_each": minutes, "batch_size": config.train.batch_size, "plain_steps": plain.step,
+            "plain_nats_per_note": slow[-1][1], "steps": ours.step, "steps_planned": config.train.steps,
+            "nats_per_note": curve[-1][1], "gain_nats_per_note": slow[-1][1] - curve[-1][1],
+            "seconds_to_plain_nats_per_note": seconds_to(slow[-1][1], curve)}
 
 
 def machine(device):
