@@ -38,6 +38,7 @@ def test_features_are_what_one_counts_by_hand(tmp_path, vocab):
     assert [divmod(i, 12) for i in pairs] == [(0, 4), (4, 7), (7, 0)]
     assert row["transitions"][pairs] == pytest.approx(1 / 3)
     assert row["harmony"][[3, 4, 7]] * 6 == pytest.approx([2, 2, 2])  # E-G, C-E, C-G; the last C is alone
+    assert [onsets.min(), lengths.min(), counts.min(), loud.min()] == [0] * 4 and row["lengths"][-1] == 1
     assert onsets[np.searchsorted(report.SECONDS, [2, 8]) - 1] == pytest.approx([0.5, 0.5])
     assert lengths[np.searchsorted(report.SECONDS, [1, 2]) - 1] * 7 == pytest.approx([1, 6])
     assert counts[[0, 4, 5]] * 3 == pytest.approx([1, 1, 1])  # bars of 0, 3 and 4 notes
@@ -106,7 +107,7 @@ def test_distances_are_what_one_computes_by_hand():
     assert report.overlap(far, works, a, b)[0] < 0.01 and report.overlap(far, works, a, b)[1] > 5
     assert report.within(apart, np.array([7, 7, 8]), np.arange(3)).tolist() == [4, 2]  # not 2: of one work
     block = np.array([[-1.0], [1], [2], [4], [-2], [2]])  # of variance 1, moved by 3, twice as wide
-    assert report.frechet([block], a, b) == pytest.approx(9)
+    assert report.frechet([block], a, b) == pytest.approx(9) == report.frechet([block * 10], a, b)
     assert report.frechet([block], a, np.array([4, 5])) == pytest.approx((8**0.5 - 2**0.5) ** 2)
 
 
