@@ -246,6 +246,8 @@ QUALITIES = {  # of chords: ways to write them after the root, the first is ours
     "7min": ("m7 min7", (0, 3, 7, 10)), "7halfdim": ("m7b5", (0, 3, 6, 10))}
 ROOTS = "C C# D Eb E F F# G Ab A Bb B".split()
 CHORDS = [root + symbols.split(" ")[0] for symbols, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]
+CHORD_VECTORS = np.array([np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
+                          for _, above in QUALITIES.values() for root in range(12)])  # (chords, 12), length 1
 SYMBOLS = {letter + sign + symbol: 12 * number + (step + shift) % 12  # the index in CHORDS
            for number, (symbols, _) in enumerate(QUALITIES.values()) for symbol in symbols.split(" ")
            for step, letter in enumerate("C D EF G A B") for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
@@ -331,11 +333,9 @@ def find_chords(track, beats, tpq):
     classes = roll[:120].reshape(10, 12, -1).sum(0, dtype=np.uint8)  # (12, ticks): over all octaves
     sounding = np.add.reduceat(classes, beats[:-1], axis=1, dtype=int).T  # (n, 12)
     bass = np.maximum.reduceat(roll, beats[:-1], axis=1).argmax(0)
-    chords = np.array([np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
-                       for _, above in QUALITIES.values() for root in range(12)])
-    fits = np.sqrt(sounding / np.maximum(1, sounding.sum(1, keepdims=True))) @ chords.T  # (n, chords)
-    fits += ROOT_IN_BASS * (np.arange(len(chords)) % 12 == bass[:, None] % 12)
-    fits -= SEVENTH * ((chords > 0).sum(1) == 4)
+    fits = np.sqrt(sounding / np.maximum(1, sounding.sum(1, keepdims=True))) @ CHORD_VECTORS.T  # (n, chords)
+    fits += ROOT_IN_BASS * (np.arange(len(CHORD_VECTORS)) % 12 == bass[:, None] % 12)
+    fits -= SEVENTH * ((CHORD_VECTORS > 0).sum(1) == 4)
     fits = np.c_[fits, np.full(len(fits), NO_CHORD)] * sounding.any(1)[:, None]  # silence fits every chord
     fits *= np.diff(beats)[:, None] / tpq
     before, total = np.zeros(fits.shape, int), np.zeros(len(CHORDS))
