@@ -1,6 +1,11 @@
-"""Tiny MIDI files, written with symusic, and a tiny vocabulary: everything the tests read is made here."""
+"""Tiny MIDI files, written with symusic, a tiny vocabulary and processes apart: what the tests need is made here."""
 
+import itertools
+import multiprocessing
 import os
+import runpy
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +19,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 import pianogpt as pg  # noqa: E402
 
 TPQ = 480
+FORKS = multiprocessing.get_context("forkserver")  # its processes do not import torch again
+FORKS.set_forkserver_preload(["miditok", "pytest", "torch._dynamo", "torch.distributed.launcher.api"])
 TINY = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 64 --batch-size 4 --device cpu".split()
 
 
@@ -69,6 +76,45 @@ def here(tmp_path, monkeypatch):
 def vocab():
     """The default vocabulary."""
     return pg.Vocabulary(pg.MusicConfig())
+
+
+def start(function, *args):
+    """A process that calls a function of this file."""
+    process = FORKS.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def run_apart(folder, out, line, write=0):
+    """Run a command line in a folder, its output in out and out.err; killed in its write of that number."""
+    writes = itertools.count(1)
+    os.fsync = lambda handle: next(writes) == write and os.kill(os.getpid(), signal.SIGKILL)
+    os.chdir(folder)
+    for handle, name in ((1, out), (2, f"{out}.err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
+    sys.exit(pg.main(shlex.split(line)))
+
+
+def run_on_rank(line):
+    """Run a command line as the process of a rank, in a folder of its own."""
+    os.chdir(f"rank{os.environ['RANK']}")
+    sys.argv[1:] = shlex.split(line)
+    try:
+        runpy.run_path(pg.__file__, run_name="__main__")
+    except SystemExit as e:
+        if e.code:
+            raise
+
+
+def run_on_two_ranks(folder, out, line):
+    """Run a command line in two processes as torchrun does, by its launcher, but forked."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    os.chdir(folder)
+    for handle, name in ((1, out), (2, f"{out}.err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
+    config = LaunchConfig(1, 1, 2, run_id=out, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+                          start_method="fork")
+    elastic_launch(config, run_on_rank)(line)
 
 
 def read_piano(path, fold=True):

@@ -1,5 +1,7 @@
 """Folder: MIDI files become pieces, pieces a split, ids become windows and batches."""
 
+import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import pg, scale, write_midi
+from conftest import FORKS, pg, scale, write_midi
 from fuzz_midi import check, metre, midi, note, tempo
 
 KINDS = SimpleNamespace(pitches=range(4, 92), chords=range(200, 224))  # 88 keys; two qualities of chord
@@ -94,7 +96,10 @@ def test_unreadable_file_says_in_plain_words_what_is_wrong(damage, problem, tmp_
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
 def test_forked_and_spawned_workers_read_what_one_process_reads(platform, folder, vocab, monkeypatch):
+    """FORKS stands for spawn: its processes too inherit nothing, so that all they get must be pickled."""
     alone = [plain(pg.read_piece(path, vocab), path=path.name) for path in sorted(folder.iterdir())]
+    contexts = {"linux": {"fork": multiprocessing.get_context("fork")}, "darwin": {"spawn": FORKS}}
+    monkeypatch.setattr(multiprocessing, "get_context", contexts[platform].get)
     monkeypatch.setattr(sys, "platform", platform)
     assert read(folder, vocab) == alone and not any(p["problem"] for p in alone)
 
@@ -104,7 +109,8 @@ def test_file_that_kills_or_hangs_its_worker_costs_only_itself(folder, vocab, mo
     harm = {"piece03.mid": lambda: os.kill(os.getpid(), signal.SIGKILL), "piece05.mid": signal.pause}
     harmful = lambda path, vocab: harm.get(path.name, bool)() or real(path, vocab)  # noqa: E731
     monkeypatch.setattr(pg, "read_piece", harmful)  # the forked workers see it too
-    monkeypatch.setattr(pg, "FILE_SECONDS", 1)
+    monkeypatch.setattr(pg, "FILE_SECONDS", 0.2)
+    monkeypatch.setattr(signal, "alarm", functools.partial(signal.setitimer, signal.ITIMER_REAL))  # of parts of seconds
     assert problems(folder, vocab) == dict.fromkeys(harm, "crashed or hung the MIDI parser")
 
 
