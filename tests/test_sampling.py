@@ -9,8 +9,7 @@ import torch
 from conftest import pg
 from test_music import assert_grammar, ids_of, random_walk
 
-FILTERS = [{}, {"temperature": 0.0}, {"temperature": 10.0, "min_p": 0.0}, {"top_k": 1}, {"top_p": 1e-9},
-           {"top_k": 5, "top_p": 0.5}]
+FILTERS = [{"min_p": 0.003}, {"temperature": 0.0}, {"temperature": 10.0}, {"top_k": 1}, {"top_p": 1e-9}, {"top_k": 5, "top_p": 0.5}]
 
 
 def make_model(vocab, n_layer=1):
@@ -33,12 +32,19 @@ def write(model, vocab, seed=1, prompt=(), **settings):
     return pg.generate(model, vocab, settings, seed, list(prompt))
 
 
+@pytest.fixture(scope="module")
+def prompt_and_unfiltered(model, vocab):
+    """A prompt of three bars, and pieces of six bars that no filter changed."""
+    return write(model, vocab, seed=3, bars=3, num_samples=1)[0], write(model, vocab, bars=6, min_p=0.0)
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_pieces_and_continuations_have_their_bars_keep_the_grammar_and_are_heard_whole(filters, model, vocab):
-    prompt = write(model, vocab, seed=3, bars=3, num_samples=1)[0]
+def test_filtered_pieces_and_continuations_have_their_bars_keep_the_grammar_and_are_heard_whole(
+        filters, prompt_and_unfiltered, model, vocab):
+    prompt, unfiltered = prompt_and_unfiltered
     for start in ([], prompt):
-        pieces = write(model, vocab, prompt=start, bars=6, **filters)
-        assert len(pieces) == 6
+        pieces = write(model, vocab, prompt=start, bars=6, **{"min_p": 0.0} | filters)
+        assert len(pieces) == 6 and pieces != unfiltered
         for ids in pieces:
             assert ids[: len(start)] == start and ids.count(vocab.bar) == 6 and vocab.eos not in ids
             assert_grammar(ids, vocab)
