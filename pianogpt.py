@@ -28,10 +28,11 @@ The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
     about        a note: what it started from, what it learned from
     config       the settings of the groups data, music, model and train
     vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
-    folder       name of the folder of MIDI files; files: the size of each, to see what has changed
+    folder       the folder of MIDI files; files: "size name" of each, to see what has changed
     pieces       names of the training pieces; intervals: their melodic intervals, to find known runs
     trainer      step, seconds, history (a row per validation), weights (the last), best (the weights that
-                 validated best, used to generate), optimizer, losses since the last validation
+                 validated best, used to generate), optimizer, losses since the last validation; --export
+                 leaves out all weights but the best, and the optimizer
 
 A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i and the
 dropout of step i are drawn from (seed, i) alone, and all other state is in the checkpoint.
@@ -88,12 +89,12 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 class UserError(Exception):
-    """A mistake, in a sentence that says what to do, or why a file is skipped, in a few words."""
+    """A mistake of the user, and what to do; or, in a few words, why a file is skipped."""
 
 
 def say(text, stream="stdout"):
     """Print one line, above the progress bar; only rank 0 prints."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # of file names
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # file names may hold anything
     try:
         if RANK == 0:
             tqdm.write(text, file=getattr(sys, stream))
@@ -103,7 +104,7 @@ def say(text, stream="stdout"):
 
 
 def count(n, noun):
-    """A number of things in words: 1 file, 2 files."""
+    """A number with its noun: 1 file, 2 files."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
@@ -118,7 +119,7 @@ def progress(*args, **options):
 
 
 def option(default, text, low=None, high=None, **more):
-    """A field that becomes a flag; off: 0 is allowed; resumable: it may change when a run continues."""
+    """A field that becomes a flag; more: choices; off: 0 is allowed; resumable: a later run may change it."""
     return field(default=default, metadata=dict(text=text, low=low, high=high, **more))
 
 
@@ -131,8 +132,8 @@ class RunConfig:
     midi_dir: str = option("my_midis", "folder of MIDI files to train on, at any depth")
     cache_dir: str = option(".pianogpt-cache", "folder for tokenized files; empty: no cache")
     init_from: str = option("", "trained model to start from: its sizes and tokens, your music")
-    export: str = option("", "file to write the best weights to, in 16 bits, to hand them on")
-    about: str = option("", "note to export with them: what they learned from, its license")
+    export: str = option("", "file to write the best weights to, in 16 bits, to share")
+    about: str = option("", "note to export with the weights: training music, license")
     fresh: bool = option(False, "start over; an existing checkpoint is renamed")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option("auto", "of matrix products in training", choices=("auto", "float32", "bfloat16"))
@@ -160,7 +161,7 @@ class SampleConfig:
 @dataclass
 class DataConfig:
     """The training music."""
-    val_percent: float = option(10.0, "percent of the works held out for validation", 0, 99)
+    val_percent: float = option(10.0, "percent of the works (pieces, all recordings) held out", 0, 99)
     piece_is_folder: bool = option(False, "all files of one folder are one work")
     transpose: int = option(5, "transpose training music by up to N semitones at random", 0, 24)
 
@@ -181,7 +182,7 @@ class ModelConfig:
     n_head: int = option(4, "attention heads per layer", 1, 1000)
     n_embd: int = option(128, "channels", 2, 65_536)
     block_size: int = option(256, "context in tokens", 8, 65_536)
-    dropout: float = option(0.0, "fraction of activations dropped in training; 0: off", 0, 0.9, resumable=True)
+    dropout: float = option(0.0, "fraction of activations to drop in training", 0, 0.9, resumable=True)
 
 
 @dataclass
@@ -240,8 +241,8 @@ TIME_SIGNATURES = {4: (1, 12), 8: (1, 12), 16: (1, 12)}  # beat unit: least and 
 LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
 TEMPO_RANGE, TEMPO_STEPS = (120 / 1.02**91, 120 * 1.02**47), 139  # 19.8 to 304, in steps of 2 %, with 120
 PIANO, SUSTAIN = (21, 108), 64  # MIDI pitches of the outer keys; controller number of the right pedal
-LONGEST_PEDAL, NEVER_LIFTED = 48, 16  # quarter notes: no pianist holds the pedal longer, or longer to the end
-QUALITIES = {  # of chords: ways to write them after the root, the first is ours; semitones above the root
+LONGEST_PEDAL, NEVER_LIFTED = 48, 16  # quarter notes; held longer, or longer and never lifted, it is ignored
+QUALITIES = {  # of chords: symbols after the root ("" and M), the first is ours; semitones above the root
     "maj": (" M", (0, 4, 7)), "min": ("m min -", (0, 3, 7)), "dim": ("dim o", (0, 3, 6)),
     "aug": ("aug +", (0, 4, 8)), "7dom": ("7", (0, 4, 7, 10)), "7maj": ("maj7 M7", (0, 4, 7, 11)),
     "7min": ("m7 min7", (0, 3, 7, 10)), "7halfdim": ("m7b5", (0, 3, 6, 10))}
@@ -251,12 +252,13 @@ CHORD_VECTORS = np.array([np.roll(np.isin(np.arange(12), above) / len(above) ** 
                           for _, above in QUALITIES.values() for root in range(12)])  # (chords, 12), length 1
 SYMBOLS = {letter + sign + symbol: 12 * number + (step + shift) % 12  # the index in CHORDS
            for number, (symbols, _) in enumerate(QUALITIES.values()) for symbol in symbols.split(" ")
-           for step, letter in enumerate("C D EF G A B") for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
+           for letter, step in zip("CDEFGAB", (0, 2, 4, 5, 7, 9, 11))
+           for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
 NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see find_chords
 
 
 def fold_pedal(parts, controls, tpq):
-    """Let notes that end while the pedal is down ring until it is lifted; how many pedals were held too long.
+    """Let notes that end while the pedal is down ring until it is lifted; how many presses were too long.
 
     parts, controls: arrays for each track of one instrument; tpq: ticks per quarter note. A note that ends
     just as the pedal goes down is not held.
@@ -327,8 +329,8 @@ def find_chords(track, beats, tpq):
     """The harmony of each of n beats as an index in CHORDS; beats: n + 1 ticks.
 
     A beat is a vector: the square root of how long each pitch class sounds. A chord fits by its cosine with
-    it, plus ROOT_IN_BASS if its root is lowest, minus SEVENTH if it has four notes; "N.C." by NO_CHORD. A
-    sequence fits by the sum over its quarter notes, minus CHORD_CHANGE per change; Viterbi finds the best.
+    it, plus ROOT_IN_BASS if its root is lowest, minus SEVENTH if it has four notes; "N.C." scores NO_CHORD. A
+    sequence scores the sum over its quarter notes, minus CHORD_CHANGE per change; Viterbi finds the best.
     """
     roll = track.pianoroll(modes=["frame"], encode_velocity=False)[0]  # (128, ticks): keys that are down
     classes = roll[:120].reshape(10, 12, -1).sum(0, dtype=np.uint8)  # (12, ticks): over all octaves
@@ -383,7 +385,7 @@ class Tokenizer(miditok.REMI):
 
 
 def parse_chords(text):
-    """Chord symbols, a bar each -> (bars, 12): the chord's index in each twelfth. Raises UserError."""
+    """Chord symbols, spaces between bars -> (bars, 12): index in CHORDS in each twelfth. Raises UserError."""
     twelfths = []
     for bar in text.split():
         symbols = bar.split(",")
@@ -406,6 +408,7 @@ FOLLOWS = {  # the kinds of token that may follow a kind
     "Position": "Tempo Chord Pitch", "Tempo": "Chord Pitch Position Bar EOS", "Chord": "Pitch",
     "Pitch": "Velocity", "Velocity": "Duration", "Duration": "Pitch Position Bar EOS"}
 KINDS = list(FOLLOWS)
+# Three of the values that row KIND holds:
 BAR, TIME_SIGNATURE, DURATION = (KINDS.index(kind) for kind in ("Bar", "TimeSig", "Duration"))
 
 
@@ -436,7 +439,7 @@ class Vocabulary:
         pitches = sorted(self.tokenizer.token_ids_of_type("Pitch"))
         self.pitches = range(pitches[0], pitches[-1] + 1)  # a semitone is one id
         chord = ids.get("Chord_C:maj", 0)
-        self.chords = range(chord, chord and chord + len(CHORDS) - 1)  # twelve roots of each quality
+        self.chords = range(chord, chord and chord + len(CHORDS) - 1)  # 12 roots of each quality
         assert self.pad == 0 and pitches == list(self.pitches), pitches
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
         kind = self.says[KIND]
@@ -448,7 +451,7 @@ class Vocabulary:
         self.no_position[first] = True
 
     def to(self, device):
-        """This vocabulary with its tables on a device."""
+        """This vocabulary with its tensors on a device."""
         moved = copy.copy(self)
         vars(moved).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
         return moved
@@ -480,7 +483,7 @@ class Vocabulary:
         _, at, _, _, _, height, said = self.says.unbind()
         legal = self.follows.index_select(0, kind[:, 0].long())
         legal &= self.no_position | (at > position) & (at < length)
-        legal &= self.no_note | (height > pitch * (kind == DURATION))
+        legal &= self.no_note | (height > pitch * (kind == DURATION))  # after a note a higher one, else any
         if wanted is None:
             return legal
         due = chord != wanted[:, None]
@@ -491,7 +494,7 @@ class Vocabulary:
         return self.tokenizer.vocab[f"Tempo_{min(self.tokenizer.tempos, key=lambda t: abs(t - tempo))}"]
 
     def timeline(self, ids, tempo=0.0):
-        """The state (7, T) after each of ids (T,), and when it is, in quarter notes and in seconds (T,)."""
+        """The state (7, T) after each of ids (T,), and its time in quarter notes and in seconds (T,)."""
         start = self.says[:, :1]
         now = torch.cat([start, advance(self.says, ids[None], start)[:, 0]], 1).double()
         now[TEMPO] = tempo or now[TEMPO]
@@ -541,11 +544,11 @@ TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coinci
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
 RECENT = 3  # preceding tokens that are mixed into each embedding
 WAVES = 8  # features that say where a token stands among those of its kind
-IGNORE = -1  # a target that is not scored
+IGNORE = -1  # a target that is not scored: padding, or scored in the window before
 
 
 def place(says, idx, now, bar_start):
-    """Time and pitch of tokens idx (B, T), and the next state `now` (7, B) and bar_start (B,)."""
+    """Time, in positions, and pitch of tokens idx (B, T); then `now` (7, B) and bar_start (B,) after them."""
     after = advance(says, idx, now)  # (7, B, T)
     lengths = torch.cat([now[BAR_LENGTH, :, None], after[BAR_LENGTH, :, :-1]], 1)
     starts = bar_start[:, None] + ((after[KIND] == BAR) * lengths).cumsum(1)  # (B, T)
@@ -553,7 +556,7 @@ def place(says, idx, now, bar_start):
 
 
 def rotary_speeds(hs, grid):
-    """(2, hs): radians per position of time and per semitone; negative in the first half of hs.
+    """(2, hs): radians per position of time and per semitone; the first half of hs negated, for the sine.
 
     RoPE: the dot product of two rotated vectors depends only on their offset, in text a number of tokens.
     Here it is what one hears, time and interval, so a head can look one bar back or an octave down. Channels
@@ -570,14 +573,14 @@ def rotary_speeds(hs, grid):
 
 
 def token_features(says):
-    """(V, 11 WAVES + 12): what makes tokens alike, so that what is learned of one serves its neighbors too.
+    """(V, 11 WAVES + 12): like tokens have like features, so what is learned of one serves the others.
 
-    Tokens of a kind are in the order of their values: number i of n has the features cos(pi k (i + 1/2) / n),
-    k = 0, 1, ...: slow waves say soft or loud, fast ones tell neighbors apart. Pitches have their pitch class.
+    Number i of the n tokens of a kind, in the order of ids, has the features cos(pi k (i + 1/2) / n), k = 0,
+    1, ...: near values have near features. Pitches also have their pitch class, chords that of their root.
     """
     kinds = F.one_hot(says[KIND].long(), len(KINDS))  # (V, 11)
-    turns = (kinds.cumsum(0) - 0.5) / kinds.sum(0).clamp(min=1) / 2
-    angles = 2 * math.pi * turns[:, :, None] * torch.arange(WAVES, device=says.device)  # (V, 11, WAVES)
+    halves = (kinds.cumsum(0) - 0.5) / kinds.sum(0).clamp(min=1)
+    angles = math.pi * halves[:, :, None] * torch.arange(WAVES, device=says.device)  # (V, 11, WAVES)
     classes = F.one_hot(says[PITCH].long() % 12, 12) * (says[PITCH, :, None] >= 0)
     return torch.cat([(angles.cos() * kinds[:, :, None]).flatten(1), classes], 1)
 
@@ -648,6 +651,7 @@ class PianoGPT(nn.Module):
         self.register_buffer("speeds", rotary_speeds(C // config.n_head, grid), persistent=False)
         self.register_buffer("features", features := token_features(says), persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
+        # What the features add to embeddings and to the weights of the logits, nothing at first.
         self.alike_in, self.alike_out = (nn.Parameter(torch.zeros(C, features.size(1))) for _ in range(2))
         # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
         self.recent = nn.Parameter(torch.zeros(RECENT, C))
@@ -655,12 +659,12 @@ class PianoGPT(nn.Module):
         self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
 
     def tables(self):
-        """The embeddings (V, C) and the weights of the logits (V, C): own rows and what alike tokens share."""
-        shared = (F.linear(self.features, weight) for weight in (self.alike_in, self.alike_out))
-        return [own + more for own, more in zip((self.embedding, self.head), shared)]
+        """Embeddings and weights of the logits, each (V, C): a row of its own plus what its features add."""
+        shared_in, shared_out = (F.linear(self.features, w) for w in (self.alike_in, self.alike_out))
+        return self.embedding + shared_in, self.head + shared_out
 
     def embed(self, idx, cache=None):
-        """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT before; cos, sin (B, 1, T, hs). Moves cache."""
+        """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT of them old; cos, sin (B, 1, T, hs)."""
         cache = cache or Cache(self, len(idx), keep=False)
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
@@ -695,7 +699,7 @@ class PianoGPT(nn.Module):
 
 
 class Cache:
-    """What generation keeps of the tokens read so far, so that each is computed once."""
+    """The state that embed() moves on, and, to generate (keep), keys and values of the tokens read so far."""
 
     def __init__(self, model, batch_size, keep=True):
         c, device = model.config, model.says.device
@@ -708,14 +712,14 @@ class Cache:
         self.clear()
 
     def clear(self):
-        """Forget all; a new window begins."""
+        """Forget the tokens; a new window begins."""
         self.length, (self.recent, self.now, self.bar_start) = 0, self.start
 
 
 # ---------- 4. Learning: batch number i, transposition, learning rates, the trainer ----------
 
 LR_WIDTH = 1024  # fan-in at which a matrix learns at --lr
-EMBEDDING_RATE, REST_RATE = 80, 30  # x --lr: the embedding; norms and recent
+EMBEDDING_RATE, REST_RATE = 80, 30  # x --lr: the embedding; norms and recent; found by trial
 
 
 def transpose_ids(ids, shifts, vocab):
@@ -758,24 +762,24 @@ def learning_rate(step, config):
 
 
 def make_optimizer(model, config):
-    """AdamW, with a group for each parameter, and in it a "peak" learning rate.
+    """AdamW, with a group for each parameter, and in it its "peak" learning rate. Only matrices decay.
 
     AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
     with the fan-in (Yang et al.), and one --lr fits every width. By default: 3e-4 x 1024 / 128 = 2.4e-3 for
-    matrices that read 128 numbers, 9.1e-4 for contract, 3.1e-3 for what reads the features of tokens, 2.4e-2
-    for the embedding, 9e-3 for norms and recent.
+    matrices that read 128 numbers, 9.1e-4 for contract, 3.1e-3 for alike_in and alike_out, 2.4e-2 for the
+    embedding, 9e-3 for norms and recent.
     """
     groups = []
     for name, p in model.named_parameters():
         is_matrix = p.dim() == 2 and name not in ("embedding", "recent")
-        peak = LR_WIDTH / p.size(1) if is_matrix else EMBEDDING_RATE if name == "embedding" else REST_RATE
-        groups.append(dict(params=[p], peak=config.lr * peak, weight_decay=config.weight_decay * is_matrix))
+        rate = LR_WIDTH / p.size(1) if is_matrix else EMBEDDING_RATE if name == "embedding" else REST_RATE
+        groups.append(dict(params=[p], peak=config.lr * rate, weight_decay=config.weight_decay * is_matrix))
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size=32):
-    """The summed loss, in nats, of windows (W, T) of inputs and targets, in float32."""
+    """The summed loss, in nats, of windows: inputs and targets, each (W, T); in float32."""
     model.eval()
     parts = zip(*(w.to(model.head.device).split(batch_size) for w in windows))
     return sum(model.loss(*model.embed(x), y).item() for x, y in parts)
@@ -843,7 +847,7 @@ class Trainer:
         loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"the loss became {loss} after {self.step} steps")
+            raise FloatingPointError(f"the loss became {loss:g} (gradient {norm:g}) after {self.step} steps")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * fraction
         self.optimizer.step()
@@ -927,16 +931,16 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
     vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
     asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
-    bar = torch.full_like(ids[:, 0], -1)  # number of the new bar
+    bar = torch.full_like(ids[:, 0], -1)  # number of the bar among the new ones
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
     start = cache.now  # where the window begins
     while True:
         new = window[-1][:, None]
-        if cache.length in (0, size):  # First read all of it; when full, its newer half as a new window.
+        if cache.length in (0, size):  # First read what fits; when full, the newer half as a new window.
             keep = size // 2 if cache.length else size
-            if old := window[:-keep]:
+            old, window = window[:-keep], window[-keep:]
+            if old:
                 start = advance(model.says, torch.stack(old, 1), start)[:, :, -1]
-            window = window[-keep:]
             cache.clear()
             new, cache.now = torch.stack(window, 1), start
         logits = model(new, cache)[:, -1]  # (B, V)
@@ -961,7 +965,7 @@ def find_end(ids, vocab, config):
     return ends[0] if ends else None
 
 
-def generate(model, vocab, config, seed, prompt, stopped=bool):
+def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
     """config.num_samples pieces, or if stopped() the finished ones: lists of ids, the prompt first."""
     old_bars, open_end = prompt.count(vocab.bar), not (config.bars or config.seconds)
     if open_end:
@@ -969,7 +973,7 @@ def generate(model, vocab, config, seed, prompt, stopped=bool):
     start = [vocab.bos, *prompt] + [vocab.bar] * bool(prompt)  # the continuation begins with a bar line
     ids = torch.tensor([start] * config.num_samples, device=model.head.device)
     hold = torch.full((len(ids),), -math.inf, device=ids.device)
-    stream, pieces, ends = draw_tokens(model.eval(), vocab, config, ids, seed, hold), ids, [None] * len(ids)
+    stream, pieces, ends = draw_tokens(model.eval(), vocab, config, ids, seed, hold), [], [None] * len(ids)
     with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False, position=0) as bar:
         while None in ends and not stopped():
             ids = torch.cat([ids, torch.stack(list(itertools.islice(stream, CHECK_EVERY)), 1)], 1)
