@@ -994,7 +994,7 @@ SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a
 PIECE_END = 255  # ends the intervals of a piece
 SUFFIXES = ".mid", ".midi", ".kar", ".rmi"
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
-LONGEST_SILENCE = 4  # empty bars in a row
+LONGEST_SILENCE = 8  # empty bars in a row
 
 
 @dataclass

@@ -167,11 +167,11 @@ def test_stray_note_or_absurd_tempo_does_not_flood_the_corpus(tmp_path, vocab):
     write_midi(tmp_path / "slow.mid", [[(4 * i, 4, 60 + i, 80) for i in range(20)]])
     found = problems(tmp_path, vocab)
     assert {*found} == {"far.mid", "fast.mid"} and all("longer than a day" in p for p in found.values())
-    stray = write_midi(tmp_path / "stray.mid", [[*notes, (36_000, 1, 72, 80), (36_024, 1, 60, 80)]])
+    stray = write_midi(tmp_path / "stray.mid", [[*notes, (36_000, 1, 72, 80), (36_040, 1, 60, 80)]])
     piece = pg.read_piece(stray, vocab)
-    assert piece.notes == 27 and piece.changes["bars of long silences cut"] == 8992 + 1
+    assert piece.notes == 27 and piece.changes["bars of long silences cut"] == 8988 + 1
     onsets = [n.time / 1920 for n in vocab.decode(piece.ids.tolist()).tracks[0].notes]
-    assert onsets[24:] == [3, 8, 13], "four empty bars are left of each silence"
+    assert onsets[24:] == [3, 12, 21], "eight empty bars are left of each silence"
 
 
 def test_five_hundred_broken_files_are_used_or_reported_and_the_good_ones_used():
