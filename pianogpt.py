@@ -1065,21 +1065,18 @@ def count_changes(piano, quantized):
     notes, new = take(notes, inside), take(new, np.lexsort((new["time"], new["pitch"])))
     was, now = (n["pitch"] * 1e6 + n["time"] / s.tpq for n, s in ((notes, piano), (new, quantized)))
     nearest = np.searchsorted((now[1:] + now[:-1]) / 2, was)  # of the same pitch
-    at = np.searchsorted(tempos["time"], notes["time"], side="right") - 1
-    seconds = np.where(at < 0, 500_000, np.r_[tempos["mspq"], 0][at]) / 1e6  # of a quarter note
+    at = np.searchsorted(tempos["time"], notes["time"], side="right")
+    seconds = np.r_[500_000, tempos["mspq"]][at] / 1e6  # of a quarter note
     lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
-    metres = [(t.time / piano.tpq, t.numerator, t.denominator) for t in piano.time_signatures]
-    known = [metre for metre in metres if metre[1] <= TIME_SIGNATURES.get(metre[2], (0, 0))[1]]
-    changed = [new[0] for old, new in itertools.pairwise([(0, 4, 4), *known]) if old[1:] != new[1:]]
-    kept = [t.time / quantized.tpq for t in quantized.time_signatures]
-    late = [min(abs(quarter - k) for k in kept) * quantized.tpq > 1 for quarter in changed]
+    metres, kept = ([(round(8 * t.time / s.tpq), t.numerator, t.denominator) for t in s.time_signatures]
+                    for s in (piano, quantized))  # bar lines are multiples of a sixteenth
+    changed = {new for old, new in itertools.pairwise([(0, 4, 4), *metres]) if old[1:] != new[1:]}
     return {"notes outside the piano's range dropped": int((~inside).sum()),
             "repeated notes in one grid position merged": len(was) - len(now),
             "moved": int((np.abs(was - now[nearest]) * seconds > 0.02).sum()),
             "shortened": int((lost * seconds > 0.02).sum()),
             "tempos outside 20 to 300 changed": int(((tempos["mspq"] > 3e6) | (tempos["mspq"] < 2e5)).sum()),
-            "time signatures moved to the next bar line": sum(late),
-            "unsupported time signatures ignored": len(metres) - len(known)}
+            "time signatures moved or ignored": len(changed - {*kept})}
 
 
 def cut_silence(ids, bar):
