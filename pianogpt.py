@@ -49,6 +49,7 @@ import copy
 import csv
 import difflib
 import gc
+import gzip
 import hashlib
 import io
 import itertools
@@ -1014,7 +1015,7 @@ class Piece:
 def write_atomically(path, data):
     """Write a file so that path always holds all of the old bytes or all new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(f"{path}.{os.getpid()}.tmp")
+    new = Path(f"{path}.tmp")  # if a killed run has left one, it is overwritten
     try:
         with open(new, "wb") as file:
             file.write(data)
@@ -1022,16 +1023,8 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None
-    finally:
         new.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder, name="", age=0):
-    """Remove what a killed run left in a folder: temporary files of a name, at least `age` seconds old."""
-    for file in folder.glob("*.tmp"):
-        if file.name.startswith(name) and time.time() - file.stat().st_mtime >= age:
-            file.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def read_bytes(path):
@@ -1178,27 +1171,21 @@ def read_folder(folder, vocab, cache_dir):
     # All that decides what a file gives; the last number counts changes of this script.
     settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 6))
     cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
-    remove_unfinished(cache, age=DAY)
     for path in paths:
-        try:
+        with contextlib.suppress(Exception):  # not there, damaged, or of another version
             content = hashlib.sha256(read_bytes(path)).hexdigest()
-            with np.load(cache / f"{content}.npz") as entry:  # zip: with checksums
-                piece = Piece(**json.loads(str(entry["piece"])) | {"ids": entry["ids"]})
-            if piece.content == content:
-                pieces[path] = piece
-        except UserError as e:
-            pieces[path] = Piece(problem=str(e))
-        except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile):
-            pass  # not there, damaged, or of another version
+            entry = json.loads(gzip.decompress((cache / f"{content}.gz").read_bytes()))  # with a checksum
+            if entry["content"] == content:
+                pieces[path] = Piece(**entry | {"ids": np.array(entry["ids"], np.int16)})
     new = [path for path in paths if path not in pieces]
     found = read_in_workers(new, vocab) if new else []
     for path, piece in progress(found, total=len(new), desc="reading", unit="file"):
         pieces[path] = piece
         if cache_dir and piece.content:
+            entry = json.dumps(vars(piece) | {"ids": piece.ids.tolist()})
             try:
-                entry, head = io.BytesIO(), json.dumps(vars(piece) | {"ids": None})
-                np.savez(entry, ids=piece.ids, piece=head)
-                write_atomically(cache / f"{piece.content}.npz", entry.getvalue())
+                cache.mkdir(parents=True, exist_ok=True)
+                (cache / f"{piece.content}.gz").write_bytes(gzip.compress(entry.encode(), 1))
             except OSError as e:
                 say(f"cannot write to the cache {cache_dir} ({e.strerror}), so files will be read again")
                 cache_dir = ""
@@ -1368,16 +1355,11 @@ def start_from(path, about):
 
 def lock_checkpoint(path):
     """The lock that holds a checkpoint for this run alone."""
-    lock = FileLock(f"{path}.lock", timeout=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        remove_unfinished(path.parent, f"{path.name}.")
-        return lock
+        return FileLock(f"{path}.lock", timeout=0).acquire().lock
     except Timeout:
         raise UserError(f"another run is training {path}: wait, or pass another --checkpoint") from None
-    except OSError as e:
-        raise UserError(f"cannot write beside {path} ({e.strerror}): pass a --checkpoint elsewhere") from None
 
 
 def write_new(folder, stem, suffix, data):

@@ -457,7 +457,7 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     (f"{SHORT} --checkpoint new.pt --midi-dir bad", "none of the 1 MIDI files under bad"),
     (f"{SHORT} --checkpoint new.pt --accumulate 3", "--batch-size 4 must be a multiple of 1 processes x --acc"),
     (f"{SHORT} --checkpoint new.pt --generate --prompt none.mid", "none.mid cannot be continued (not a file): pass another --prompt"),
-    (f"{SHORT} --checkpoint bad/page.mid/x.pt", "pass a --checkpoint elsewhere"),
+    (f"{SHORT} --checkpoint bad/page.mid/x.pt", "bad/page.mid cannot be used: File exists"),
     ("--checkpoint bad/page.mid", "bad/page.mid is damaged or not a PianoGPT checkpoint"),
     ("--evaluate midi --checkpoint new.pt", "there is no checkpoint new.pt: train one first"),
     ("--generate --checkpoint shifted.pt", "vocabulary"),
