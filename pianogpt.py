@@ -1666,17 +1666,6 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
     return written
 
 
-def save(path, content, last=False):
-    """Save a checkpoint and its log; the last checkpoint in the temporary folder if nowhere else."""
-    try:
-        save_checkpoint(path, content)
-    except OSError as e:
-        if not last or e.filename != str(path):
-            return say(f"cannot save {e.filename} ({e.strerror}): training continues and tries again")
-        elsewhere = Path(tempfile.mkdtemp(prefix="pianogpt-"), path.name)
-        save_checkpoint(elsewhere, content)
-        raise UserError(f"cannot write {path} ({e.strerror}); the model is in {elsewhere}: move it") from None
-
 
 def check_memory(config, V, device):
     """Raise UserError if the device has clearly less memory than training takes; a rough estimate."""
@@ -1729,7 +1718,12 @@ def run_training(config, checkpoint, vocab, device):
 
     def store(last=False):
         content = stored | {"trainer": trainer.state()}
-        RANK or save(path, content, last)
+        try:
+            RANK or save_checkpoint(path, content)
+        except OSError as e:
+            if last:
+                raise
+            say(f"cannot save {e.filename} ({e.strerror}): training continues and tries again")
         return content
     with catch_signals() as caught:
         try:
@@ -1738,7 +1732,7 @@ def run_training(config, checkpoint, vocab, device):
             last = f"continue from the last {path}" if path.exists() else "start again"
             raise UserError(f"{e}: {last} with a smaller --lr") from None
         except Exception:
-            store(last=True)
+            store()
             raise
         checkpoint = store(last=True)
     if trainer.step < train.steps:

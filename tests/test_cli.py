@@ -247,7 +247,7 @@ def test_two_runs_on_one_checkpoint_the_second_is_refused(trained, capsys):
     assert Path("pianogpt.pt").read_bytes() == before
 
 
-def test_full_disk_is_said_training_continues_and_the_last_model_is_saved_elsewhere(folder, here, monkeypatch, capsys):
+def test_full_disk_is_said_and_training_continues_to_the_end(folder, here, monkeypatch, capsys):
     def write(path, data, real=pg.write_atomically, times=itertools.count(1)):
         if path == Path("pianogpt.pt") and next(times) in (1, 2, 5):  # at steps 7, 14 and 30
             raise OSError(28, "No space left on device", str(path))
@@ -256,10 +256,8 @@ def test_full_disk_is_said_training_continues_and_the_last_model_is_saved_elsewh
     monkeypatch.setattr(pg, "write_atomically", write)
     assert train("--save-every 7") == 2
     out, err = capsys.readouterr()
-    elsewhere = Path(re.search(r"the model is in (.+?): move it", err)[1])
     assert out.count("cannot save pianogpt.pt (No space left on device)") == 2
-    assert state()["step"] == 28 and state(elsewhere)["step"] == 30
-    shutil.rmtree(elsewhere.parent)
+    assert err == "pianogpt: pianogpt.pt cannot be used: No space left on device\n" and state()["step"] == 28
 
 
 @pytest.mark.parametrize("stream", ["full", "closed"])
