@@ -1668,18 +1668,16 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
 
 
 def check_memory(config, V, device):
-    """Raise UserError if the device has clearly less memory than training takes; a rough estimate."""
+    """Raise UserError if the device does not give the memory that training takes; a rough estimate."""
     c, tokens = config.model, config.train.batch_size * config.model.block_size
     weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept six times: gradient, moments, copies
     activations = tokens // (PROCESSES * config.train.accumulate) * (24 * c.n_layer * c.n_embd + 3 * V)
-    needed, there = 4 * (6 * weights + activations) / 2**30, math.inf
-    if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0] / 2**30
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if needed > there:
-        raise UserError(f"training needs about {needed:,.0f} GB of memory and {there:.0f} GB are there: pass a "
-                        "smaller --n-embd, --n-layer, --block-size or --batch-size, or --accumulate N")
+    try:
+        torch.empty(6 * weights + activations, device=device)
+    except RuntimeError:
+        gigabytes = 4 * (6 * weights + activations) / 2**30
+        raise UserError(f"training needs about {gigabytes:,.0f} GB of memory, more than there is: pass a smaller "
+                        "--n-embd, --n-layer, --block-size or --batch-size, or --accumulate N") from None
 
 
 def make_trainer(config, checkpoint, music, vocab, device):
