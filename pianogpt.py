@@ -993,7 +993,7 @@ def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
 SPLITS = "train", "validation", "test"
 SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a row, of 8 kinds
 PIECE_END = 255  # ends the intervals of a piece
-SUFFIXES = ".mid", ".midi", ".kar", ".rmi"
+SUFFIXES = ".mid", ".midi", ".kar"
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
 LONGEST_SILENCE = 8  # empty bars in a row
 
@@ -1037,18 +1037,12 @@ def read_bytes(path):
 
 
 def parse_midi(data):
-    """The bytes of a MIDI file as a score. Raises UserError."""
-    if data[:4] == b"RIFF":  # .rmi: a MIDI file in a chunk, which begins with its length
-        at = max(4, data.find(b"MThd"))
-        data = data[at : at + int.from_bytes(data[at - 4 : at], "little")]
+    """The bytes of a MIDI file as a score. Raises UserError or an error of symusic."""
     if data[:4] != b"MThd":
         raise UserError("not a MIDI file")
     if data[8:10] == b"\0\2":
         raise UserError("MIDI format 2, several songs in one file: save each as a file of its own")
-    try:
-        return Score.from_midi(data)
-    except SCORE_LOADING_EXCEPTION as e:
-        raise UserError(f"damaged: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+    return Score.from_midi(data)
 
 
 def count_changes(piano, quantized):
@@ -1102,7 +1096,7 @@ def read_piece(path, vocab):
     except (OSError, MemoryError) as e:  # may pass
         problem, content = getattr(e, "strerror", "") or "not enough memory", ""
     except (*SCORE_LOADING_EXCEPTION, LookupError, ZeroDivisionError, TypeError) as e:
-        problem = f"unreadable: {(str(e) or type(e).__name__).splitlines()[0]}"
+        problem = f"damaged: {(str(e) or type(e).__name__).splitlines()[0]}"
     return Piece(problem=problem, content=content)
 
 
