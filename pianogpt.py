@@ -1421,45 +1421,42 @@ COMPILE_STEPS = 3000  # from here on compiling pays
 FINE_TUNING = {"steps": 500, "warmup": 50, "lr": 1e-4, "eval_every": 50}  # the defaults with --init-from
 
 
-def refuse(message):
-    """Raise the UserError of a command line that cannot be parsed."""
-    raise UserError(f"{message}; python pianogpt.py --help lists the flags")
-
 
 def make_parser():
     """A flag for each setting; those not given leave no trace."""
     parser = argparse.ArgumentParser(
         usage="python pianogpt.py [flags]", description=__doc__.split("\nThe idea:")[0], allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 32))
-    parser.error = refuse
     for group in fields(Config):
         settings = group.default_factory()
         section = parser.add_argument_group(f"{group.name}: {settings.__doc__.rstrip('.').lower()}")
         for f in fields(settings):
             kind, text, choices = type(f.default), f.metadata["text"], f.metadata.get("choices")
-            options = {"action": "store_true"}
-            if kind is not bool:
-                text += f" (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
-                name = "|".join(choices) if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-                options = {"type": kind, "choices": choices, "metavar": name}
-            section.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **options)
+            if kind is bool:
+                section.add_argument(flag(f.name), action="store_true", help=text)
+            else:
+                name = "|".join(choices or ()) or {int: "N", float: "X", str: "TEXT"}[kind]
+                text += f" (default: {'none' if f.default == '' else f.default})"
+                section.add_argument(flag(f.name), type=kind, choices=choices, metavar=name, help=text)
     return parser
 
 
 def parse(argv):
-    """{setting: value} of a command line. Raises UserError."""
+    """{setting: value} of a command line. Raises UserError or ArgumentError."""
     parser = make_parser()
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser.format_help().split(), cutoff=0)[0]
-        refuse(f"unrecognized arguments: {' '.join(unknown)}; do you mean {near}?")
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; do you mean {near}?; "
+                        "python pianogpt.py --help lists the flags")
     for name in vars(given):
         needed = "prompt" if name in ("prompt_bars", "continuation_only") else "generate"
         if name in vars(SampleConfig()) and needed not in given:
-            refuse(f"{flag(name)} does nothing without {flag(needed)}")
+            raise UserError(f"{flag(name)} does nothing without {flag(needed)}")
     modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
     if len(modes) > 1:
-        refuse(f"{' and '.join(modes)} cannot be done at once")
+        raise UserError(f"{' and '.join(modes)} cannot be done at once")
     return vars(given)
 
 
@@ -1848,7 +1845,7 @@ def main(argv=None):
     try:
         with contextlib.ExitStack() as stack:
             return run(argv, stack)
-    except UserError as e:
+    except (UserError, argparse.ArgumentError) as e:
         problem, code = str(e), 2
     except OSError as e:
         problem, code = f"{e.filename or 'a file'} cannot be used: {e.strerror or e}", 2
