@@ -1195,8 +1195,7 @@ def read_split_tables(folder):
         try:
             for row in csv.DictReader(read_bytes(path).decode(errors="replace").splitlines()):
                 if row.get("split") in SPLITS and row.get("midi_filename"):
-                    name = Path(os.path.relpath(path.parent / row["midi_filename"], folder))
-                    table[name.as_posix()] = row["split"]
+                    table[path.parent / row["midi_filename"]] = row["split"]
         except (OSError, csv.Error, UserError) as e:
             say(f"{path} cannot be read as a table ({e}), so no split is taken from it")
     return table
@@ -1229,16 +1228,16 @@ def split_pieces(pieces, folder, data, pitches):
     join_recordings(pieces, pitches)
     for piece in pieces:
         folders = [part for part in Path(piece.path).parts[:-1] if part in SPLITS]
-        named[piece.work].add(table.get(piece.path) or ["", *folders][-1])
+        named[piece.work].add(table.get(folder / piece.path) or ["", *folders][-1])
     # A work assigned to both sides is held out entirely.
     splits = {work: max(names, key=("", *SPLITS).index) for work, names in named.items()}
     if "validation" not in splits.values():
         # By a hash of its name alone: a new work moves no old one.
         rest = sorted((hashlib.sha256(os.fsencode(work)).hexdigest(), work) for work, split in splits.items()
                       if split in ("", "train"))
-        count = sum(int(number[:8], 16) < 2**32 * data.val_percent / 100 for number, _ in rest)
-        count = min(max(count, data.val_percent > 0), len(rest) - 1)  # something must be left to train on
-        splits |= {work: "validation" for _, work in rest[:count]}
+        held_out = sum(int(number[:8], 16) < 2**32 * data.val_percent / 100 for number, _ in rest)
+        held_out = min(max(held_out, data.val_percent > 0), len(rest) - 1)  # one is left to train on
+        splits |= {work: "validation" for _, work in rest[:held_out]}
     for piece in pieces:
         piece.split = splits[piece.work] or "train"
 
@@ -1264,13 +1263,11 @@ ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "lr": 0.0, "train_loss": 0.0,  # 
 
 def save_checkpoint(path, content):
     """Write a checkpoint, and beside it the whole training log."""
-    file, log = io.BytesIO(), io.StringIO()
+    file = io.BytesIO()
     torch.save({"format": FORMAT, **content}, file)
     write_atomically(path, file.getvalue())
-    writer = csv.DictWriter(log, ROW, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(content["trainer"]["history"])
-    write_atomically(Path(f"{path}.csv"), log.getvalue().encode())
+    log = [ROW, *([row.get(key, "") for key in ROW] for row in content["trainer"]["history"])]
+    write_atomically(Path(f"{path}.csv"), "".join(",".join(map(str, row)) + "\n" for row in log).encode())
 
 
 def is_like(value, model):
@@ -1294,18 +1291,17 @@ def check_content(content):
     check_options(config)
     with torch.device("meta"):  # takes no memory
         model = PianoGPT(config.model, torch.ones(7, len(content["vocabulary"]), device="cpu"))
-    best, step = model.state_dict(), trainer["step"]
+    best, step, rows = model.state_dict(), trainer["step"], trainer["history"]
     weights = best if trainer["weights"] else {}  # export leaves them out
-    moments = {i: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w} for i, w in
-               enumerate(weights.values() if step else ())}
+    moments = {i: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w}
+               for i, w in enumerate(weights.values()) if step}
     state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "best": best,
              "optimizer": moments, "history": [ROW]}
-    model = {"format": "", "about": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""], "pieces": [""],
-             "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
-    whole = content | {"trainer": trainer | {"history": [ROW | row for row in trainer["history"]]}}
-    steps = [0, *(row["step"] for row in trainer["history"]), step + 1]
-    if (not is_like(whole, model) or (intervals == PIECE_END).sum() > len(content["pieces"])
-            or steps != sorted(set(steps))):
+    model = {"format": "", "about": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""],
+             "pieces": [""], "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
+    fits = is_like(content | {"trainer": trainer | {"history": [ROW | row for row in rows]}}, model)
+    steps = [0, *(row["step"] for row in rows), step + 1]
+    if not fits or steps != sorted(set(steps)) or (intervals == PIECE_END).sum() > len(content["pieces"]):
         raise ValueError("its parts do not fit")
 
 
@@ -1506,14 +1502,12 @@ def catch_signals():
     """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list."""
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, old[number])  # a second one ends the program
-    caught, signals = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    old = {number: signal.signal(number, catch) for number in signals}
-    try:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program
+    caught = []
+    with contextlib.ExitStack() as stack:
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            stack.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def load_model(checkpoint, vocab, device):
@@ -1539,30 +1533,30 @@ def usable_pieces(folder, vocab, cache_dir):
     if not pieces:
         raise UserError(f"none of the {len(found)} MIDI files under {folder} holds piano music: try another")
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
-    tokens = sum(len(p.ids) for p in pieces)
-    files = count(len(pieces), "file")
-    say(f"music: {files} under {folder}, {hours:.1f} hours, {notes:,} notes, {tokens:,} tokens")
+    say(f"music: {count(len(pieces), 'file')} under {folder}, {hours:.1f} hours, {notes:,} notes, "
+        f"{sum(len(p.ids) for p in pieces):,} tokens")
     changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
     moved, shortened = (changes.pop(key, 0) / notes for key in ("moved", "shortened"))
     say(f"faithful: {notes:,} notes, {moved:.1%} of them moved by more than 20 ms, {shortened:.1%} shortened")
     if changes:
-        say("changed: " + ", ".join(f"{count:,} {change}" for change, count in changes.items()))
+        say("changed: " + ", ".join(f"{number:,} {change}" for change, number in changes.items()))
     return pieces
 
 
 def compare_music(run, given, checkpoint, training):
     """Say how the folder differs from the one that a checkpoint learned. Raises UserError."""
     folder, learned, named = run.midi_dir, checkpoint["folder"], "midi_dir" in given
-    now = then = set(checkpoint["files"])
-    if training or named or folder == learned and Path(folder).is_dir():
-        now = set(find_files(Path(folder)).values())
-    if now != then:
-        new, gone = len(now - then), len(then - now)
-        what = f"{run.checkpoint} learned from {learned}; in {folder} {new} files are new and {gone} gone"
-        raised = given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
-        if folder != learned and not (raised and named) if training else named:
-            raise UserError(f"{what}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
-        say(what + (": training goes on" if training else ": more --steps or --fresh would use these"))
+    if not (training or named or folder == learned and Path(folder).is_dir()):
+        return
+    now, then = set(find_files(Path(folder)).values()), set(checkpoint["files"])
+    if now == then:
+        return
+    more = training and given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
+    what = (f"{run.checkpoint} learned from {learned}; in {folder} {len(now - then)} files are new "
+            f"and {len(then - now)} gone")
+    if folder != learned and not (named and more):
+        raise UserError(f"{what}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
+    say(what + (": training goes on" if training else ": more --steps or --fresh would use these"))
 
 
 def from_rank_0(call):
@@ -1584,8 +1578,8 @@ def prepare_data(config, vocab):
     files = [*find_files(folder).values()]  # before reading
     pieces = usable_pieces(folder, vocab, config.run.cache_dir)
     split_pieces(pieces, folder, config.data, vocab.pitches)
-    works = [f"{len({p.work for p in pieces if p.split == split})} {split}" for split in SPLITS]
-    say(f"split: {count(len({p.work for p in pieces}), 'work')} ({', '.join(works)})")
+    works = collections.Counter({p.work: p.split for p in pieces}.values())
+    say(f"split: {count(works.total(), 'work')} ({', '.join(f'{works[s]} {s}' for s in SPLITS)})")
     ids = {}
     for split in SPLITS:
         parts = [part for p in pieces if p.split == split for part in ([vocab.bos], p.ids, [vocab.eos])]
