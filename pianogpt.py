@@ -153,7 +153,6 @@ class SampleConfig:
     chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: greedy", 0.01, 10, off=True)
-    top_k: int = option(0, "sample from the k likeliest tokens; 0: off", 0)
     top_p: float = option(0.0, "sample from the likeliest tokens with this total probability; 0: off", 0, 1)
     min_p: float = option(0.003, "drop tokens less likely than this fraction of the likeliest; 0: off", 0, 1)
     samples_dir: str = option("samples", "folder for the new files; nothing is overwritten")
@@ -909,8 +908,6 @@ def filter_logits(logits, config):
     logits, drop = logits / config.temperature, -math.inf
     if config.min_p:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(config.min_p), drop)
-    if 0 < config.top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], drop)
     if 0 < config.top_p < 1:
         ordered = logits.sort(descending=True).values
         below = ordered.softmax(-1).cumsum(-1)[:, :-1] < config.top_p
