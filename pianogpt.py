@@ -149,7 +149,6 @@ class SampleConfig:
     prompt_bars: int = option(0, "bars of the prompt to use; 0: all of it", 0)
     continuation_only: bool = option(False, "leave the prompt out of the file")
     bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 32 new bars", 0)
-    seconds: float = option(0.0, "the same in seconds, rounded up to a bar line", 0, 86_400)
     chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: greedy", 0.01, 10, off=True)
@@ -225,8 +224,6 @@ def check_options(config):
             if not (low <= value <= high or limit.get("off") and value == 0):
                 limits = f"at least {low:g}" if limit["high"] is None else f"from {low:g} to {high:g}"
                 raise UserError(f"{flag(f.name)} is {value} but must be {'0 or ' * ('off' in limit)}{limits}")
-    if config.sample.bars and config.sample.seconds:
-        raise UserError("--bars and --seconds both set the same length: pass one of them")
     B = config.train.batch_size
     if B % (PROCESSES * config.train.accumulate):
         raise UserError(f"--batch-size {B} must be a multiple of {PROCESSES} processes x --accumulate")
@@ -493,22 +490,20 @@ class Vocabulary:
         """The id of the Tempo token nearest to a tempo."""
         return self.tokenizer.vocab[f"Tempo_{min(self.tokenizer.tempos, key=lambda t: abs(t - tempo))}"]
 
-    def timeline(self, ids, tempo=0.0):
-        """The state (7, T) after each of ids (T,), and its time in quarter notes and in seconds (T,)."""
+    def timeline(self, ids):
+        """The state (7, T) after each of ids (T,), and its time in quarter notes (T,)."""
         start = self.says[:, :1]
         now = torch.cat([start, advance(self.says, ids[None], start)[:, 0]], 1).double()
-        now[TEMPO] = tempo or now[TEMPO]
         before, now = now[:, :-1], now[:, 1:]
         bars = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0)
         quarters = 4 * (bars + now[POSITION] / now[UNIT]) / self.music.grid
-        seconds = (quarters.diff(prepend=quarters[:1]) * 60 / before[TEMPO]).cumsum(0)
-        return now, quarters - quarters[:1], seconds.round(decimals=3)  # hides the sum's rounding
+        return now, quarters - quarters[:1]
 
-    def bar_lines(self, ids, tempo=0.0):
-        """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes and seconds."""
-        now, quarters, seconds = self.timeline(torch.cat([ids, ids.new_tensor([self.bar])]), tempo)
+    def bar_lines(self, ids):
+        """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes."""
+        now, quarters = self.timeline(torch.cat([ids, ids.new_tensor([self.bar])]))
         at = (now[KIND] == BAR).nonzero()[:, 0]
-        return at[:-1], quarters[at] - quarters[at[0]], seconds[at] - seconds[at[0]]
+        return at[:-1], quarters[at] - quarters[at[0]]
 
     def quantize(self, piano):
         """A one-track score on the grid, as the tokens can represent it. Raises UserError."""
@@ -955,17 +950,14 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
 
 def find_end(ids, vocab, config):
     """The length of a finished piece in ids (T,): with EOS or up to its last bar line; None if not over."""
-    at, _, seconds = vocab.bar_lines(ids, config.tempo)
-    ends = [i + 1 for i in (ids == vocab.eos).nonzero()[:1, 0].tolist()]
-    for bar, (i, second) in enumerate(zip(at.tolist(), seconds.tolist())):
-        if bar and (bar == config.bars or config.seconds and second >= config.seconds):
-            return min([*ends, i])
-    return ends[0] if ends else None
+    ends, bars = ((ids == token).nonzero()[:, 0].tolist() for token in (vocab.eos, vocab.bar))
+    ends = [i + 1 for i in ends[:1]] + (bars[config.bars :][:1] if config.bars else [])
+    return min(ends, default=None)
 
 
 def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
     """config.num_samples pieces, or if stopped() the finished ones: lists of ids, the prompt first."""
-    old_bars, open_end = prompt.count(vocab.bar), not (config.bars or config.seconds)
+    old_bars, open_end = prompt.count(vocab.bar), not config.bars
     if open_end:
         config = replace(config, bars=old_bars + MOST_BARS)
     start = [vocab.bos, *prompt] + [vocab.bar] * bool(prompt)  # the continuation begins with a bar line
@@ -1393,7 +1385,7 @@ def longest_known_run(intervals, names, corpus):
 
 def chord_symbols(ids, vocab):
     """(quarter note, symbol) of each change of the chord in ids."""
-    now, quarters, _ = vocab.timeline(torch.tensor(ids))
+    now, quarters = vocab.timeline(torch.tensor(ids))
     found = [(q, CHORDS[int(i) - vocab.chords.start]) for q, i in zip(quarters.tolist(), now[CHORD]) if i > 0]
     return [new for old, new in itertools.pairwise([(0, ""), *found]) if old[1] != new[1]]
 
@@ -1602,19 +1594,18 @@ def read_prompt(settings, vocab):
     vocab.says = vocab.says.clone()
     for tempo in parse_midi(path.read_bytes()).tempos:  # a continuation keeps them exactly
         vocab.says[TEMPO, vocab.tempo_id(tempo.qpm)] = tempo.qpm
-    at, _, seconds = (part.tolist() for part in vocab.bar_lines(torch.tensor(ids)))
+    at = vocab.bar_lines(torch.tensor(ids))[0].tolist()
     bars = settings.prompt_bars or len(at)
     if bars > len(at):
-        raise UserError(f"{path} is only {count(len(at), 'bar')}, {seconds[-1]:.1f} seconds: ask for less")
+        raise UserError(f"{path} is only {count(len(at), 'bar')}: ask for less")
+    if 0 < settings.bars <= bars:
+        raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
         raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
     ids = vocab.encode(vocab.quantize(score))
     signature = next(i for i in reversed(ids) if vocab.words[i].startswith("TimeSig"))
     ids += [vocab.bar, signature] * (bars - ids.count(vocab.bar))  # silent bars count
-    length = vocab.bar_lines(torch.tensor(ids), settings.tempo)[2][-1].item()
-    if 0 < settings.bars <= bars or 0 < settings.seconds <= length:
-        raise UserError(f"the prompt alone is {count(bars, 'bar')}, {length:.1f} seconds: ask for a longer piece")
     return ids, vocab
 
 
