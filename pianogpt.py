@@ -1406,7 +1406,6 @@ COMPILE_STEPS = 3000  # from here on compiling pays
 FINE_TUNING = {"steps": 500, "warmup": 50, "lr": 1e-4, "eval_every": 50}  # the defaults with --init-from
 
 
-
 def make_parser():
     """A flag for each setting; those not given leave no trace."""
     parser = argparse.ArgumentParser(
@@ -1535,17 +1534,16 @@ def usable_pieces(folder, vocab, cache_dir):
 def compare_music(run, given, checkpoint, training):
     """Say how the folder differs from the one that a checkpoint learned. Raises UserError."""
     folder, learned, named = run.midi_dir, checkpoint["folder"], "midi_dir" in given
-    if not (training or named or folder == learned and Path(folder).is_dir()):
-        return
-    now, then = set(find_files(Path(folder)).values()), set(checkpoint["files"])
-    if now == then:
-        return
-    more = training and given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
-    what = (f"{run.checkpoint} learned from {learned}; in {folder} {len(now - then)} files are new "
-            f"and {len(then - now)} gone")
-    if folder != learned and not (named and more):
-        raise UserError(f"{what}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
-    say(what + (": training goes on" if training else ": more --steps or --fresh would use these"))
+    now = then = set(checkpoint["files"])
+    if training or named or folder == learned and Path(folder).is_dir():
+        now = set(find_files(Path(folder)).values())
+    if now != then:
+        what = (f"{run.checkpoint} learned from {learned}; in {folder} {len(now - then)} files are new "
+                f"and {len(then - now)} gone")
+        more = training and given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
+        if folder != learned and not (named and more):
+            raise UserError(f"{what}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
+        say(what + (": training goes on" if training else ": more --steps or --fresh would use these"))
 
 
 def from_rank_0(call):
@@ -1639,23 +1637,16 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
     return written
 
 
-
-def check_memory(config, V, device):
-    """Raise UserError if the device does not give the memory that training takes; a rough estimate."""
-    c, tokens = config.model, config.train.batch_size * config.model.block_size
-    weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept six times: gradient, moments, copies
-    activations = tokens // (PROCESSES * config.train.accumulate) * (24 * c.n_layer * c.n_embd + 3 * V)
-    try:
-        torch.empty(6 * weights + activations, device=device)
-    except RuntimeError:
-        gigabytes = 4 * (6 * weights + activations) / 2**30
-        raise UserError(f"training needs about {gigabytes:,.0f} GB of memory, more than there is: pass a smaller "
-                        "--n-embd, --n-layer, --block-size or --batch-size, or --accumulate N") from None
-
-
 def make_trainer(config, checkpoint, music, vocab, device):
     """A new trainer, or one where a checkpoint left off; then music gets what was learned before."""
-    check_memory(config, len(vocab.words), device)
+    c, V, parts = config.model, len(vocab.words), PROCESSES * config.train.accumulate
+    weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept six times: gradient, moments, copies
+    activations = config.train.batch_size // parts * c.block_size * (24 * c.n_layer * c.n_embd + 3 * V)
+    try:
+        torch.empty(6 * weights + activations, device=device)  # asks for it, and gives it back
+    except RuntimeError:
+        raise UserError(f"training needs about {(6 * weights + activations) / 2**28:,.0f} GB of memory: pass a "
+                        "smaller --n-embd, --n-layer, --block-size or --batch-size, or --accumulate") from None
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
     trainer = Trainer(model, config.train, *choose_speed(config.run, device, config.train.steps))
