@@ -59,7 +59,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import timeit
@@ -1297,7 +1296,7 @@ def check_content(content):
 def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; nothing in the file can run or grow. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}: train one first, or pass --checkpoint")
+        raise UserError(f"there is no checkpoint {path}: name another, or train it first, with --steps N")
     try:
         with zipfile.ZipFile(path) as file:
             if sum(part.file_size for part in file.infolist()) > path.stat().st_size or file.testzip():
@@ -1476,7 +1475,6 @@ def choose_speed(run, device, steps):
     def seconds(dtype):
         x, weight = torch.ones(2048, 128, dtype=dtype), torch.ones(384, 128, dtype=dtype)
         return min(timeit.repeat(lambda: F.linear(x, weight), number=1, repeat=10))
-
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu" and run.precision == "auto":  # not every CPU that has bfloat16 is faster in it
         fast = seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
@@ -1516,8 +1514,7 @@ def usable_pieces(folder, vocab, cache_dir):
     found = read_folder(Path(folder), vocab, cache_dir)
     pieces, skipped = [p for p in found if not p.problem], [p for p in found if p.problem]
     if skipped:
-        names = "; ".join(f"{p.path} ({p.problem})" for p in skipped)
-        say(f"skipped: {count(len(skipped), 'file')}: {names}")
+        say(f"skipped: {count(len(skipped), 'file')}: {'; '.join(f'{p.path} ({p.problem})' for p in skipped)}")
     if not pieces:
         raise UserError(f"none of the {len(found)} MIDI files under {folder} holds piano music: try another")
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
@@ -1560,26 +1557,26 @@ def from_rank_0(call):
 
 
 def prepare_data(config, vocab):
-    """Training ids (N,), validation windows (W, T), and what the checkpoint keeps of the music."""
+    """Training ids (N,), validation windows (W, T), and what the checkpoint keeps beside the trainer."""
     folder, T = Path(config.run.midi_dir), config.model.block_size
     files = [*find_files(folder).values()]  # before reading
     pieces = usable_pieces(folder, vocab, config.run.cache_dir)
     split_pieces(pieces, folder, config.data, vocab.pitches)
     works = collections.Counter({p.work: p.split for p in pieces}.values())
     say(f"split: {count(works.total(), 'work')} ({', '.join(f'{works[s]} {s}' for s in SPLITS)})")
-    ids = {}
-    for split in SPLITS:
-        parts = [part for p in pieces if p.split == split for part in ([vocab.bos], p.ids, [vocab.eos])]
-        ids[split] = np.concatenate([[], *parts]).astype(np.int16)
-    if not len(ids["train"]):
+    seen, held_out = ([p for p in pieces if p.split == split] for split in SPLITS[:2])
+    if not seen:
         raise UserError(f"no piece under {folder} is left to train on: see which are held out above")
-    if not len(ids["validation"]):
+    if not held_out:
         say("no piece is held out: no validation loss; the last weights count")
-    seen = [p for p in pieces if p.split == "train"]
+    ids, val_ids = (np.concatenate([[], *(np.r_[vocab.bos, p.ids, vocab.eos] for p in side)]).astype(np.int16)
+                    for side in (seen, held_out))
     intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
-    music = {"folder": str(folder), "files": files, "pieces": [p.path for p in seen],
-             "intervals": torch.frombuffer(bytearray(intervals), dtype=torch.uint8)}
-    return torch.from_numpy(ids["train"]), make_windows(ids["validation"], T, T, 128), music
+    kept = {"about": "", "config": {name: asdict(getattr(config, name)) for name in STORED},
+            "vocabulary": vocab.words, "folder": str(folder), "files": files,
+            "pieces": [p.path for p in seen],
+            "intervals": torch.frombuffer(bytearray(intervals), dtype=torch.uint8)}
+    return torch.from_numpy(ids), make_windows(val_ids, T, T, 128), kept
 
 
 def read_prompt(settings, vocab):
@@ -1637,34 +1634,36 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
     return written
 
 
-def make_trainer(config, checkpoint, music, vocab, device):
-    """A new trainer, or one where a checkpoint left off; then music gets what was learned before."""
+def make_trainer(config, checkpoint, kept, vocab, device):
+    """A new trainer, or one where a checkpoint left off; then `kept` gets what was learned before."""
     c, V, parts = config.model, len(vocab.words), PROCESSES * config.train.accumulate
     weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept six times: gradient, moments, copies
     activations = config.train.batch_size // parts * c.block_size * (24 * c.n_layer * c.n_embd + 3 * V)
     try:
         torch.empty(6 * weights + activations, device=device)  # asks for it, and gives it back
     except RuntimeError:
-        raise UserError(f"training needs about {(6 * weights + activations) / 2**28:,.0f} GB of memory: pass a "
-                        "smaller --n-embd, --n-layer, --block-size or --batch-size, or --accumulate") from None
+        raise UserError(f"training needs about {(6 * weights + activations) / 2**28:,.0f} GB of memory: pass "
+                        "--accumulate N or a smaller --batch-size, --block-size, --n-layer, --n-embd") from None
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
     trainer = Trainer(model, config.train, *choose_speed(config.run, device, config.train.steps))
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
-        if checkpoint["files"] != music["files"]:
+        kept["about"] = checkpoint["about"]
+        if checkpoint["files"] != kept["files"]:
             trainer.history = [{k: v for k, v in row.items() if "val" not in k} for row in trainer.history]
-            music["pieces"] += checkpoint["pieces"]
-            music["intervals"] = torch.cat([music["intervals"], checkpoint["intervals"]])
+            kept["pieces"] += checkpoint["pieces"]
+            kept["intervals"] = torch.cat([kept["intervals"], checkpoint["intervals"]])
     return trainer
 
 
 def run_training(config, checkpoint, vocab, device):
-    """The new checkpoint, and 0 or 128 + the signal that stopped it."""
+    """Train and save a model; 0 or 128 + the signal that stopped it."""
     path, train = Path(config.run.checkpoint), config.train
-    ids, windows, music = from_rank_0(lambda: prepare_data(config, vocab))
+    ids, windows, kept = from_rank_0(lambda: prepare_data(config, vocab))
+    windows = [part[: 0 if RANK else None] for part in windows]  # only rank 0 validates
     batches = Batches(ids.to(device), vocab, config, RANK, PROCESSES)
-    trainer = make_trainer(config, checkpoint, music, vocab, device)
+    trainer = make_trainer(config, checkpoint, kept, vocab, device)
     if config.run.fresh and path.exists() and not RANK:
         old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
         path.unlink()
@@ -1674,38 +1673,35 @@ def run_training(config, checkpoint, vocab, device):
     how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * (trainer.loss != trainer.model.loss)
     say(f"model: {parameters:,} parameters, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
         f"{f', from step {trainer.step} on' * bool(trainer.step)}, peak learning rate {train.lr:g} at width "
-        f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
-    stored = music | {"vocabulary": vocab.words, "config": {n: asdict(getattr(config, n)) for n in STORED},
-                      "about": checkpoint["about"] if checkpoint else ""}
+        f"{LR_WIDTH}; Ctrl-C saves and stops")
 
-    def store(last=False):
-        content = stored | {"trainer": trainer.state()}
+    def save(last=False):
         try:
-            RANK or save_checkpoint(path, content)
+            RANK or save_checkpoint(path, kept | {"trainer": trainer.state()})
         except OSError as e:
             if last:
                 raise
             say(f"cannot save {e.filename} ({e.strerror}): training continues and tries again")
-        return content
+
     with catch_signals() as caught:
         try:
-            trainer.run(batches, [w[:0] for w in windows] if RANK else windows, lambda: bool(caught), store)
+            trainer.run(batches, windows, lambda: bool(caught), save)
         except FloatingPointError as e:
             last = f"continue from the last {path}" if path.exists() else "start again"
             raise UserError(f"{e}: {last} with a smaller --lr") from None
         except Exception:
-            store()
+            save()
             raise
-        checkpoint = store(last=True)
+        save(last=True)
     if trainer.step < train.steps:
         say(f"stopped at step {trainer.step}, saved {path}: the same command continues, without --generate")
-        return checkpoint, 128 + (caught or [signal.SIGTERM])[0]
+        return 128 + (caught or [signal.SIGTERM])[0]
     row, best = trainer.history[-1], trainer.best_row()
     print_block({"steps": trainer.step, "tokens": row["tokens"], "seconds": row["seconds"],
                  "tokens_per_second": round(row["tokens"] / row["seconds"]), "train_loss": row["train_loss"],
-                 **{key: best[key] for key in ("val_loss", "val_nats_per_note") if key in best},
+                 **{key: value for key, value in best.items() if "val" in key},
                  "parameters": parameters, "checkpoint": path})
-    return checkpoint, 0
+    return 0
 
 
 def run_evaluation(config, checkpoint, vocab, device):
@@ -1714,7 +1710,7 @@ def run_evaluation(config, checkpoint, vocab, device):
     pieces = usable_pieces(config.run.evaluate, vocab, config.run.cache_dir)
     learned = checkpoint["intervals"].numpy().tobytes()
     if known := sum(pitch_intervals(p.ids, vocab.pitches) in learned for p in pieces):
-        say(f"{known} of {count(len(pieces), 'piece')} are music that the model has learned from: no test of it")
+        say(f"{known} of {count(len(pieces), 'piece')} are music that the model has learned from")
     loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)
     for piece in progress(pieces, desc="evaluating", unit="piece"):
         loss += evaluate(model, make_windows(np.r_[vocab.bos, piece.ids, vocab.eos], T, stride=T // 2))
@@ -1726,11 +1722,11 @@ def run_evaluation(config, checkpoint, vocab, device):
 def open_checkpoint(path, given, run, stack):
     """The checkpoint, if there is one, and whether to train; then the stack holds its lock.
 
-    A run trains to the end, but --evaluate never, and --generate only a new checkpoint, or with --steps.
+    A run trains to the end, but --evaluate and --export never, and --generate only with --steps or --fresh,
+    or without a checkpoint; one that is named must be there, unless its music is named too.
     """
-    if run.generate and "checkpoint" in given and not (path.exists() or {"steps", "midi_dir"} & given.keys()):
-        raise UserError(f"there is no checkpoint {path}: name another, or add --steps N to train it first")
-    if run.evaluate or run.export or run.generate and path.exists() and not (run.fresh or "steps" in given):
+    there = path.exists() or "checkpoint" in given and "midi_dir" not in given
+    if run.evaluate or run.export or run.generate and there and not (run.fresh or "steps" in given):
         return load_checkpoint(path), False
     lock = lock_checkpoint(path)
     stack.callback(lambda: (path.exists() or Path(lock.lock_file).unlink(missing_ok=True), lock.release()))
@@ -1746,8 +1742,9 @@ def open_checkpoint(path, given, run, stack):
     return checkpoint, checkpoint["trainer"]["step"] < steps
 
 
-def run_generation(config, given, checkpoint, vocab, device, prompt):
+def run_generation(config, given, vocab, device, prompt):
     """Write the samples and say how many there are; 0 or 128 + the signal that stopped it."""
+    checkpoint = load_checkpoint(Path(config.run.checkpoint))
     step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
     if step < steps:
         say(f"{config.run.checkpoint} is trained for {step} of {steps} steps, on {checkpoint['folder']}, "
@@ -1779,7 +1776,6 @@ def check_plan(config, given, checkpoint, training, vocab):
     prompt = read_prompt(sample, vocab) if sample.prompt and not RANK else ([], vocab)
     if config.run.generate:
         Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=sample.samples_dir).close()
     return prompt
 
 
@@ -1802,12 +1798,12 @@ def run(argv, stack):
         return run_evaluation(config, checkpoint, vocab, device)
     (prompt, tempos), code = check_plan(config, given, checkpoint, training, vocab), 0
     if training:
-        checkpoint, code = run_training(config, checkpoint, vocab, device)
+        code = run_training(config, checkpoint, vocab, device)
     elif not asked.generate:
         say(f"{path} is finished: pass a larger --steps to train on, or --fresh to start over")
     if code or RANK or not asked.generate:
         return code
-    return run_generation(config, given, checkpoint, tempos, device, prompt)
+    return run_generation(config, given, tempos, device, prompt)
 
 
 def main(argv=None):
