@@ -1103,7 +1103,7 @@ def start_worker(vocab):
 
 def read_in_worker(path):
     """read_piece in a worker process, which dies if the parser hangs."""
-    alarm = getattr(signal, "alarm", lambda seconds: None)  # Windows has none
+    alarm = getattr(signal, "alarm", bool)  # Windows has none
     alarm(FILE_SECONDS)
     piece = read_piece(path, start_worker.vocab)
     alarm(0)
@@ -1514,7 +1514,8 @@ def usable_pieces(folder, vocab, cache_dir):
     found = read_folder(Path(folder), vocab, cache_dir)
     pieces, skipped = [p for p in found if not p.problem], [p for p in found if p.problem]
     if skipped:
-        say(f"skipped: {count(len(skipped), 'file')}: {'; '.join(f'{p.path} ({p.problem})' for p in skipped)}")
+        names = "; ".join(f"{p.path} ({p.problem})" for p in skipped)
+        say(f"skipped: {count(len(skipped), 'file')}: {names}")
     if not pieces:
         raise UserError(f"none of the {len(found)} MIDI files under {folder} holds piano music: try another")
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
@@ -1643,7 +1644,7 @@ def make_trainer(config, checkpoint, kept, vocab, device):
         torch.empty(6 * weights + activations, device=device)  # asks for it, and gives it back
     except RuntimeError:
         raise UserError(f"training needs about {(6 * weights + activations) / 2**28:,.0f} GB of memory: pass "
-                        "--accumulate N or a smaller --batch-size, --block-size, --n-layer, --n-embd") from None
+                        "--accumulate N or a smaller --batch-size, --block-size, --n-layer or --n-embd")
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
     trainer = Trainer(model, config.train, *choose_speed(config.run, device, config.train.steps))

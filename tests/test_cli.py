@@ -613,7 +613,7 @@ def test_sample_says_its_key_in_its_line_and_as_a_key_signature_and_its_chords_a
     key = re.search("sample: 24 bars, ([^,]+),", capsys.readouterr().out)[1]
     assert origin(Path("samples/sample-001.mid"))["key"] == key
     assert [(s.time, s.tonality) for s in score.key_signatures] == [(0, int(key.endswith("minor")))]
-    texts = listen.read_texts(Path("samples/sample-001.mid").read_bytes())[0]
+    texts, _ = listen.read_texts(Path("samples/sample-001.mid").read_bytes())
     metre = score.time_signatures[0]  # the folder's is 4/4
     bars = [(tick // (4 * score.tpq * metre.numerator // metre.denominator) % 2, symbol) for tick, symbol in texts]
     assert len(bars) > 1 and {*bars} <= {(0, "F#m"), (1, "C"), (1, "G")}
