@@ -1127,8 +1127,7 @@ def read_in_workers(paths, vocab, alone=False):
         pool.shutdown(wait=False, cancel_futures=True)
     if unread and alone:
         yield paths[0], Piece(problem="crashed or hung the MIDI parser")
-    elif unread:
-        # A crash breaks a pool. New pools read half of what is left each, until the culprit is alone.
+    else:  # a crash breaks a pool: new pools read half of what is left each, until the culprit is alone
         for half in filter(None, (unread[::2], unread[1::2])):
             yield from read_in_workers(half, vocab, alone=len(half) == 1)
 
@@ -1151,7 +1150,7 @@ def read_folder(folder, vocab, cache_dir):
     """Every MIDI file under folder as a piece, in the order of their paths; cached by content."""
     paths, pieces = find_files(folder), {}
     # All that decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 6))
+    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 7))
     cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
     for path in paths:
         with contextlib.suppress(Exception):  # not there, damaged, or of another version
@@ -1475,6 +1474,7 @@ def choose_speed(run, device, steps):
     def seconds(dtype):
         x, weight = torch.ones(2048, 128, dtype=dtype), torch.ones(384, 128, dtype=dtype)
         return min(timeit.repeat(lambda: F.linear(x, weight), number=1, repeat=10))
+
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu" and run.precision == "auto":  # not every CPU that has bfloat16 is faster in it
         fast = seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
@@ -1536,8 +1536,8 @@ def compare_music(run, given, checkpoint, training):
     if training or named or folder == learned and Path(folder).is_dir():
         now = set(find_files(Path(folder)).values())
     if now != then:
-        what = (f"{run.checkpoint} learned from {learned}; in {folder} {len(now - then)} files are new "
-                f"and {len(then - now)} gone")
+        new, gone = len(now - then), len(then - now)
+        what = f"{run.checkpoint} learned from {learned}; in {folder} {new} files are new and {gone} gone"
         more = training and given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
         if folder != learned and not (named and more):
             raise UserError(f"{what}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
