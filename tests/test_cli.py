@@ -506,15 +506,18 @@ def test_every_command_of_readme_and_help_runs_in_their_order_in_one_folder(here
     write_folder(here / "my_midis")
     write_folder(here / "X")
     write_midi(here / "X.mid", scale(40))
+    assert pianogpt(" ".join([*TINY, "--steps 1 --checkpoint a.pt"])) == pianogpt("--checkpoint a.pt --export samples/piano.pt") == 0
+    Path("a.pt").unlink()
     blocks = re.findall(r"```\n(.*?)```", Path(pg.__file__).with_name("README.md").read_text(), re.S)
     lines = [line for block in blocks for line in block.splitlines()] + pg.__doc__.splitlines()
     commands = [re.split(r" {2,}|#", line.strip())[0] for line in lines if re.match(r" *(python|torchrun .*) pianogpt.py", line)]
-    assert len(commands) == 14
+    assert len(commands) == 17
     for command in commands:
         flags = re.sub(r"~/Music/midi|\bDIR\b", "X", command.split("pianogpt.py")[1]).replace("song.mid", "X.mid")
-        tiny = " ".join(TINY) + " --steps 3 --warmup 1" + " --bars 12 --num-samples 1" * ("--generate" in flags)
+        tiny = " --bars 12 --num-samples 1 " * ("--generate" in flags)
+        tiny += " ".join([*TINY, " --steps 3 --warmup 1"]) * ("--checkpoint samples/piano.pt" not in flags)
         assert pianogpt(f"{flags} {tiny}") == 0, command
-    assert {path.name for path in here.glob("*.pt")} == {f"{name}.pt" for name in ("pianogpt", "mine", "large", "two", "many")}
+    assert {path.name for path in here.glob("*.pt")} == {f"{name}.pt" for name in ("pianogpt", "mine", "small", "new", "large", "two", "many")}
 
 
 def test_music_is_looked_for_beside_the_script_where_the_current_folder_has_none(folder, here, monkeypatch, capsys):
