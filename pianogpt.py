@@ -1766,7 +1766,7 @@ def run_generation(config, given, vocab, device, prompt):
 
 def check_plan(config, given, checkpoint, training, vocab):
     """Find what is missing before the work begins; the prompt and its vocabulary. Raises UserError."""
-    beside, sample = Path(__file__).with_name(config.run.midi_dir), config.sample
+    beside, sample = Path(__file__).parent / config.run.midi_dir, config.sample
     if "midi_dir" not in given and not Path(config.run.midi_dir).exists() and beside.is_dir():
         config.run.midi_dir = str(beside)
     if checkpoint and checkpoint["files"]:  # those of an exported model are not known

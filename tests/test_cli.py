@@ -529,6 +529,8 @@ def test_music_is_looked_for_beside_the_script_where_the_current_folder_has_none
     write_folder(Path("my_midis")).joinpath("piece00.mid").unlink()
     assert pianogpt(" ".join([*TINY, "--steps 2 --fresh"])) == 0
     assert "music: 11 files under my_midis" in capsys.readouterr().out, "the current folder's own comes first"
+    assert pianogpt(" ".join([*TINY, "--steps 2 --checkpoint b.pt --midi-dir ../clone/my_midis"])) == 0
+    assert "music: 12 files under ../clone/my_midis" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("factor, used", [(3, True), (1.4, False), (0.5, False)])
