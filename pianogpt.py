@@ -1401,7 +1401,7 @@ def find_key(score):
 # ---------- 9. Command line: parse, choose the device, call, print ----------
 
 COMPILE_STEPS = 3000  # from here on compiling pays
-FINE_TUNING = {"steps": 500, "warmup": 50, "lr": 1e-4, "eval_every": 50}  # the defaults with --init-from
+FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 5e-5, "eval_every": 25}  # the defaults with --init-from
 
 
 def make_parser():

@@ -643,7 +643,7 @@ def test_model_is_handed_on_writes_the_same_music_and_starts_another_run(trained
     assert content["about"] == "started from small.pt; scales, public domain"
     assert len(content["pieces"]) > 11, "what was learned before stays known"
     config = pg.make_config({}, content, training=True).train
-    assert (config.lr, config.warmup, config.steps, config.batch_size) == (1e-4, 50, 20, 8)
+    assert (config.lr, config.warmup, config.steps, config.batch_size) == (5e-5, 50, 20, 8)
 
 
 def test_continuation_only_leaves_the_prompt_and_its_marker_out(prompt):
