@@ -1235,8 +1235,8 @@ def make_windows(ids, block_size, stride, limit=10**9):
     windows = F.pad(ids, (0, max(missing, missing % stride)), value=IGNORE).unfold(0, block_size + 1, stride)
     x, y = windows[:, :-1].clamp(min=0), windows[:, 1:].clone()
     y[1:, : block_size - stride] = IGNORE  # the window before scores these
-    count = len(x) if len(ids) > 1 else 0
-    chosen = torch.linspace(0, count - 1, min(count, limit)).round().long().unique()
+    W = len(x) if len(ids) > 1 else 0
+    chosen = torch.linspace(0, W - 1, min(W, limit)).round().long().unique()
     return x[chosen], y[chosen]
 
 
@@ -1342,17 +1342,9 @@ def lock_checkpoint(path):
 def write_new(folder, stem, suffix, data):
     """Write data to folder/stem-001.suffix, or the first number without a file of any suffix; its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        path = folder / f"{stem}-{number:03d}{suffix}"
-        if all(old.stem != path.stem for old in folder.iterdir()):
-            with contextlib.suppress(FileExistsError):
-                path.touch(exist_ok=False)  # so that no other run gets it
-                break
-    try:
-        write_atomically(path, data)
-    except BaseException:
-        path.unlink()
-        raise
+    taken, names = {old.stem for old in folder.iterdir()}, (f"{stem}-{n:03d}" for n in itertools.count(1))
+    path = folder / (next(name for name in names if name not in taken) + suffix)
+    write_atomically(path, data)
     return path
 
 
