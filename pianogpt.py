@@ -1312,6 +1312,8 @@ def load_checkpoint(path):
 
 def export_checkpoint(path, content, about):
     """Write the best weights of a checkpoint, in 16 bits, and what it takes to write music with them."""
+    if path.exists():
+        raise UserError(f"{path} is there already: name another file to export to")
     best = {k: v.half() for k, v in content["trainer"]["best"].items()}
     state = content["trainer"] | {"best": best, "weights": {}, "optimizer": {}, "losses": []}
     file = io.BytesIO()

@@ -464,6 +464,7 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     ("--bars 8", "--bars does nothing without --generate"),
     ("--generate --prompt-bars 8", "--prompt-bars does nothing without --prompt"),
     ("--generate --evaluate midi", "--generate and --evaluate cannot be done at once"),
+    ("--export pianogpt.pt", "pianogpt.pt is there already: name another file to export to"),
     ("--export a.pt --evaluate midi", "--evaluate and --export cannot be done at once"),
     ("--steps 99 --midi-dir midi --init-from plain.pt", "pianogpt.pt did not start from plain.pt: pass another --checkpoint"),
     (f"{SHORT} --checkpoint new.pt --init-from none.pt", "there is no checkpoint none.pt"),
