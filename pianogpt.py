@@ -1034,22 +1034,19 @@ def parse_midi(data):
 
 
 def count_changes(piano, quantized):
-    """{change: how many} of what the tokens represent differently; moved, shortened: by more than 20 ms."""
+    """{change: how many} of what the tokens represent differently, beyond the rounding to the grid."""
     (notes, new), tempos = (s.tracks[0].notes.numpy() for s in (piano, quantized)), piano.tempos.numpy()
     inside = (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])
     notes, new = take(notes, inside), take(new, np.lexsort((new["time"], new["pitch"])))
     was, now = (n["pitch"] * 1e6 + n["time"] / s.tpq for n, s in ((notes, piano), (new, quantized)))
     nearest = np.searchsorted((now[1:] + now[:-1]) / 2, was)  # of the same pitch
-    at = np.searchsorted(tempos["time"], notes["time"], side="right")
-    seconds = np.r_[500_000, tempos["mspq"]][at] / 1e6  # of a quarter note
     lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
     metres, kept = ([(round(8 * t.time / s.tpq), t.numerator, t.denominator) for t in s.time_signatures]
                     for s in (piano, quantized))  # bar lines are multiples of a sixteenth
     changed = {new for old, new in itertools.pairwise([(0, 4, 4), *metres]) if old[1:] != new[1:]}
     return {"notes outside the piano's range dropped": int((~inside).sum()),
             "repeated notes in one grid position merged": len(was) - len(now),
-            "moved": int((np.abs(was - now[nearest]) * seconds > 0.02).sum()),
-            "shortened": int((lost * seconds > 0.02).sum()),
+            "notes shortened by more than a sixteenth": int((lost > 1 / 4).sum()),
             "tempos outside 20 to 300 changed": int(((tempos["mspq"] > 3e6) | (tempos["mspq"] < 2e5)).sum()),
             "time signatures moved or ignored": len(changed - {*kept})}
 
@@ -1150,7 +1147,7 @@ def read_folder(folder, vocab, cache_dir):
     """Every MIDI file under folder as a piece, in the order of their paths; cached by content."""
     paths, pieces = find_files(folder), {}
     # All that decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 7))
+    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 8))
     cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
     for path in paths:
         with contextlib.suppress(Exception):  # not there, damaged, or of another version
@@ -1516,8 +1513,6 @@ def usable_pieces(folder, vocab, cache_dir):
     say(f"music: {count(len(pieces), 'file')} under {folder}, {hours:.1f} hours, {notes:,} notes, "
         f"{sum(len(p.ids) for p in pieces):,} tokens")
     changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
-    moved, shortened = (changes.pop(key, 0) / notes for key in ("moved", "shortened"))
-    say(f"faithful: {notes:,} notes, {moved:.1%} of them moved by more than 20 ms, {shortened:.1%} shortened")
     if changes:
         say("changed: " + ", ".join(f"{number:,} {change}" for change, number in changes.items()))
     return pieces

@@ -148,10 +148,10 @@ def test_every_tempo_comes_back_within_one_percent_and_120_as_it_is(tmp_path, vo
         assert vocab.decode(ids).tempos[0].qpm == pytest.approx(bpm, rel=0.01 if bpm != 120 else 0)
 
 
-def test_notes_moved_or_shortened_by_more_than_20_ms_are_counted(tmp_path, vocab):
-    notes = [(0, 1, 60, 80), (1, 1, 62, 80), (2.02, 1, 64, 80), (4, 20, 65, 80), (28.005, 1, 65, 80), (30, 1, 110, 80)]
-    found = [pg.read_piece(write_midi(tmp_path / "a.mid", [notes], bpm=bpm), vocab) for bpm in (20, 200)]
-    assert [(p.changes["moved"], p.changes["shortened"]) for p in found] == [(1, 1), (0, 1)], "0.02 quarter notes at 20 bpm are 60 ms"
+def test_notes_that_are_clearly_shortened_are_counted(tmp_path, vocab):
+    notes = [(0, 1, 60, 80), (1, 1, 62, 80), (2.02, 1, 64, 80), (4, 12.2, 65, 80), (28, 12.3, 65, 80), (42, 1, 110, 80)]
+    piece = pg.read_piece(write_midi(tmp_path / "a.mid", [notes]), vocab)
+    assert piece.changes["notes shortened by more than a sixteenth"] == 1
 
 
 def test_metre_and_tempo_survive_encode_and_decode(tmp_path, vocab):
@@ -188,7 +188,7 @@ def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
     assert piece.changes == {
         "notes struck together on one key merged": 1, "pedals held too long for a pianist ignored": 1,
         "notes outside the piano's range dropped": 1, "repeated notes in one grid position merged": 1,
-        "moved": 0, "shortened": 1, "tempos outside 20 to 300 changed": 2,
+        "notes shortened by more than a sixteenth": 1, "tempos outside 20 to 300 changed": 2,
         "time signatures moved or ignored": 3, "bars of long silences cut": 0}
     assert piece.notes == 3
     assert set(pg.read_piece(write_midi(tmp_path / "b.mid", scale()), vocab).changes.values()) == {0}
