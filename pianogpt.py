@@ -732,17 +732,15 @@ class Batches:
     ids: Tensor  # (N,) int16, on the training device
     vocab: Vocabulary
     config: Config
-    rank: int = 0  # each process takes an equal part of every batch
-    processes: int = 1
 
     def __getitem__(self, i):
-        """This process's part of batch i: inputs and targets (B / processes, T), transposed."""
+        """This process's equal part of batch i: inputs and targets (B / PROCESSES, T), transposed."""
         # A window may cross from one piece into the next; EOS BOS between them tells the model.
         train, most, N, device = self.config.train, self.config.data.transpose, len(self.ids), self.ids.device
         rng, B, T = np.random.default_rng((train.seed, i)), train.batch_size, self.config.model.block_size
         starts = torch.from_numpy(rng.integers(N - T if N > T else N, size=B)).to(device)
         shifts = torch.from_numpy(rng.integers(-most, most + 1, size=B)).to(device)
-        part = slice(self.rank * B // self.processes, (self.rank + 1) * B // self.processes)
+        part = slice(RANK * B // PROCESSES, (RANK + 1) * B // PROCESSES)
         window = starts[part, None] + torch.arange(T + 1, device=device)
         ids = self.ids[window % N].long()  # (B, T + 1); around the end of a corpus shorter than a window
         ids = transpose_ids(ids, shifts[part], self.vocab)
@@ -835,9 +833,9 @@ class Trainer:
             nn.utils.vector_to_parameters(average, gradients)
         return average_over_processes(total).item()
 
-    def train_step(self, idx, targets, rank=0):
+    def train_step(self, idx, targets):
         """Learn from one batch (B, T); the mean loss in nats. Raises FloatingPointError."""
-        torch.manual_seed((self.config.seed << 32) + (rank << 26) + self.step)  # for dropout
+        torch.manual_seed((self.config.seed << 32) + (RANK << 26) + self.step)  # for dropout
         loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
         if not math.isfinite(loss + norm):
@@ -879,7 +877,7 @@ class Trainer:
             if average_over_processes(torch.tensor(float(stopped()), device=self.device)):
                 break
             self.model.train()
-            loss = self.train_step(*batches[self.step], rank=batches.rank)
+            loss = self.train_step(*batches[self.step])
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
                 self.validate(windows, batches)
@@ -1652,7 +1650,7 @@ def run_training(config, checkpoint, vocab, device):
     path, train = Path(config.run.checkpoint), config.train
     ids, windows, kept = from_rank_0(lambda: prepare_data(config, vocab))
     windows = [part[: 0 if RANK else None] for part in windows]  # only rank 0 validates
-    batches = Batches(ids.to(device), vocab, config, RANK, PROCESSES)
+    batches = Batches(ids.to(device), vocab, config)
     trainer = make_trainer(config, checkpoint, kept, vocab, device)
     if config.run.fresh and path.exists() and not RANK:
         old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())

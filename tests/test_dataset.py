@@ -296,12 +296,12 @@ def test_few_files_still_have_a_validation_and_a_training_piece(count, val_perce
     assert {*sides.values()} == {"train", "validation"}
 
 
-def batches(ids=None, seed=3, transpose=5, **share):
+def batches(ids=None, seed=3, transpose=5):
     """Batches over ids, or over numbers of which about half are pitches."""
     ids = torch.arange(1000).mul(7919).remainder(180).short() if ids is None else ids
     config = pg.Config(data=pg.DataConfig(transpose=transpose), model=pg.ModelConfig(block_size=32),
                        train=pg.TrainConfig(batch_size=4, seed=seed))
-    return pg.Batches(ids, KINDS, config, **share)
+    return pg.Batches(ids, KINDS, config)
 
 
 def test_batch_i_is_the_same_whatever_came_before():
@@ -312,9 +312,13 @@ def test_batch_i_is_the_same_whatever_came_before():
     assert not torch.equal(a[7][0], a[8][0]) and not torch.equal(a[7][0], batches(seed=4)[7][0])
 
 
-def test_shares_of_a_batch_make_the_batch():
-    shares = [batches(rank=rank, processes=2)[3] for rank in range(2)]
-    assert torch.equal(torch.cat([torch.stack(share) for share in shares], 1), torch.stack(batches()[3]))
+def test_shares_of_a_batch_make_the_batch(monkeypatch):
+    whole, shares = batches()[3], []
+    monkeypatch.setattr(pg, "PROCESSES", 2)
+    for rank in range(2):
+        monkeypatch.setattr(pg, "RANK", rank)
+        shares.append(torch.stack(batches()[3]))
+    assert torch.equal(torch.cat(shares, 1), torch.stack(whole))
 
 
 @pytest.mark.parametrize("length", [5, 1000])
