@@ -1311,10 +1311,8 @@ def export_checkpoint(path, content, about):
         raise UserError(f"{path} is there already: name another file to export to")
     best = {k: v.half() for k, v in content["trainer"]["best"].items()}
     state = content["trainer"] | {"best": best, "weights": {}, "optimizer": {}, "losses": []}
-    file = io.BytesIO()
-    torch.save(content | {"about": about or content["about"], "files": [], "trainer": state}, file)
-    write_atomically(path, file.getvalue())
-    say(f"exported: {path}, {len(file.getvalue()) / 2**20:.1f} MB")
+    save_checkpoint(path, content | {"about": about or content["about"], "files": [], "trainer": state})
+    say(f"exported: {path}, {path.stat().st_size / 2**20:.1f} MB")
     return 0
 
 
