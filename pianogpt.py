@@ -1334,13 +1334,10 @@ def lock_checkpoint(path):
         raise UserError(f"another run is training {path}: wait, or pass another --checkpoint") from None
 
 
-def write_new(folder, stem, suffix, data):
-    """Write data to folder/stem-001.suffix, or the first number without a file of any suffix; its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+def free_path(folder, stem, suffix):
+    """The path folder/stem-001.suffix, or with the first number that no file has, of any suffix."""
     taken, names = {old.stem for old in folder.iterdir()}, (f"{stem}-{n:03d}" for n in itertools.count(1))
-    path = folder / (next(name for name in names if name not in taken) + suffix)
-    write_atomically(path, data)
-    return path
+    return folder / (next(name for name in names if name not in taken) + suffix)
 
 
 def add_texts(data, texts):
@@ -1610,7 +1607,8 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
         texts = [(0, f"PianoGPT {json.dumps(origin | {'piece': number, 'key': key})}")]
         texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
         data = add_texts(score.dumps_midi(), texts)
-        path, written = write_new(Path(settings.samples_dir), "sample", ".mid", data), written + 1
+        path, written = free_path(Path(settings.samples_dir), "sample", ".mid"), written + 1
+        write_atomically(path, data)
         run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), names, corpus)
         bars, seconds = shown.count(vocab.bar), score.to("second").end()
         say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
@@ -1651,9 +1649,8 @@ def run_training(config, checkpoint, vocab, device):
     batches = Batches(ids.to(device), vocab, config)
     trainer = make_trainer(config, checkpoint, kept, vocab, device)
     if config.run.fresh and path.exists() and not RANK:
-        old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
-        path.unlink()
-        os.path.exists(f"{path}.csv") and os.replace(f"{path}.csv", f"{old}.csv")
+        old = path.rename(free_path(path.parent, f"{path.stem}-old", path.suffix))
+        os.path.exists(f"{path}.csv") and os.rename(f"{path}.csv", f"{old}.csv")
         say(f"kept the old checkpoint as {old}; to continue, leave out --fresh")
     parameters = sum(p.numel() for p in trainer.model.parameters())
     how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * (trainer.loss != trainer.model.loss)
