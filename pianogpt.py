@@ -1416,9 +1416,10 @@ def parse(argv):
         near = difflib.get_close_matches(unknown[0], parser.format_help().split(), cutoff=0)[0]
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}; do you mean {near}?; "
                         "python pianogpt.py --help lists the flags")
+    needs = dict.fromkeys(vars(SampleConfig()), "generate") | {
+        "prompt_bars": "prompt", "continuation_only": "prompt", "about": "export"}
     for name in vars(given):
-        needed = "prompt" if name in ("prompt_bars", "continuation_only") else "generate"
-        if name in vars(SampleConfig()) and needed not in given:
+        if (needed := needs.get(name, name)) not in given:
             raise UserError(f"{flag(name)} does nothing without {flag(needed)}")
     modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
     if len(modes) > 1:
@@ -1705,8 +1706,14 @@ def run_evaluation(config, checkpoint, vocab, device):
 def open_checkpoint(path, given, run, stack):
     """The checkpoint, if there is one, and whether to train; then the stack holds its lock.
 
-    A run trains to the end, but --evaluate and --export never, and --generate only with --steps or --fresh,
-    or without a checkpoint; one that is named must be there, unless its music is named too.
+                            no checkpoint        unfinished           finished
+        no mode             train                train on             say that it is finished
+        --generate          train, then write    write                write
+        with --steps N      train to N           train on to N        train on to N
+        --evaluate          an error             as it is             as it is
+        --export            an error             as it is             as it is
+
+    With --fresh there is none. One that is named must be there to generate, unless its music is named too.
     """
     there = path.exists() or "checkpoint" in given and "midi_dir" not in given
     if run.evaluate or run.export or run.generate and there and not (run.fresh or "steps" in given):

@@ -461,6 +461,7 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     ("--n-layers 3", "unrecognized arguments: --n-layers 3; do you mean --n-layer?; python pianogpt.py --help"),
     ("--smaples-dir=x", "do you mean --samples-dir?"),
     ("--bars 8", "--bars does nothing without --generate"),
+    ("--about mine", "--about does nothing without --export"),
     ("--generate --prompt-bars 8", "--prompt-bars does nothing without --prompt"),
     ("--generate --evaluate midi", "--generate and --evaluate cannot be done at once"),
     ("--export pianogpt.pt", "pianogpt.pt is there already: name another file to export to"),
