@@ -1033,18 +1033,17 @@ def parse_midi(data):
 
 def count_changes(piano, quantized):
     """{change: how many} of what the tokens represent differently, beyond the rounding to the grid."""
-    (notes, new), tempos = (s.tracks[0].notes.numpy() for s in (piano, quantized)), piano.tempos.numpy()
+    notes, tempos, signatures = (
+        part.numpy() for part in (piano.tracks[0].notes, piano.tempos, piano.time_signatures))
     inside = (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])
-    notes, new = take(notes, inside), take(new, np.lexsort((new["time"], new["pitch"])))
-    was, now = (n["pitch"] * 1e6 + n["time"] / s.tpq for n, s in ((notes, piano), (new, quantized)))
-    nearest = np.searchsorted((now[1:] + now[:-1]) / 2, was)  # of the same pitch
-    lost = notes["duration"] / piano.tpq - new["duration"][nearest] / quantized.tpq
+    signature = np.searchsorted(signatures["time"], notes["time"], side="right")
+    beats = notes["duration"] / piano.tpq * np.r_[4, signatures["denominator"]][signature] / 4
     metres, kept = ([(round(8 * t.time / s.tpq), t.numerator, t.denominator) for t in s.time_signatures]
                     for s in (piano, quantized))  # bar lines are multiples of a sixteenth
     changed = {new for old, new in itertools.pairwise([(0, 4, 4), *metres]) if old[1:] != new[1:]}
     return {"notes outside the piano's range dropped": int((~inside).sum()),
-            "repeated notes in one grid position merged": len(was) - len(now),
-            "notes shortened by more than a sixteenth": int((lost > 1 / 4).sum()),
+            "repeated notes in one grid position merged": int(inside.sum()) - quantized.note_num(),
+            f"notes longer than {LONGEST_NOTE} beats shortened": int((inside & (beats > LONGEST_NOTE)).sum()),
             "tempos outside 20 to 300 changed": int(((tempos["mspq"] > 3e6) | (tempos["mspq"] < 2e5)).sum()),
             "time signatures moved or ignored": len(changed - {*kept})}
 

@@ -148,10 +148,14 @@ def test_every_tempo_comes_back_within_one_percent_and_120_as_it_is(tmp_path, vo
         assert vocab.decode(ids).tempos[0].qpm == pytest.approx(bpm, rel=0.01 if bpm != 120 else 0)
 
 
-def test_notes_that_are_clearly_shortened_are_counted(tmp_path, vocab):
-    notes = [(0, 1, 60, 80), (1, 1, 62, 80), (2.02, 1, 64, 80), (4, 12.2, 65, 80), (28, 12.3, 65, 80), (42, 1, 110, 80)]
-    piece = pg.read_piece(write_midi(tmp_path / "a.mid", [notes]), vocab)
-    assert piece.changes["notes shortened by more than a sixteenth"] == 1
+@pytest.mark.parametrize("metre, longest", [((4, 4), 12), ((6, 8), 6), ((3, 2), 12)])
+def test_notes_longer_than_twelve_beats_of_their_metre_are_counted(metre, longest, tmp_path, vocab):
+    notes = [(0, longest, 60, 80), (24, longest + 0.1, 62, 80), (48, longest + 2, 64, 80), (72, 1, 65, 80), (72, 20, 110, 80)]
+    path = write_midi(tmp_path / "a.mid", [notes], metre=metre)
+    piece = pg.read_piece(path, vocab)
+    assert piece.changes["notes longer than 12 beats shortened"] == 2
+    ends = [end - start for start, end, _ in notes_of(vocab.decode([*piece.ids.tolist(), vocab.eos]))]
+    assert ends == [longest, longest, longest, 1]
 
 
 def test_metre_and_tempo_survive_encode_and_decode(tmp_path, vocab):
@@ -188,7 +192,7 @@ def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
     assert piece.changes == {
         "notes struck together on one key merged": 1, "pedals held too long for a pianist ignored": 1,
         "notes outside the piano's range dropped": 1, "repeated notes in one grid position merged": 1,
-        "notes shortened by more than a sixteenth": 1, "tempos outside 20 to 300 changed": 2,
+        "notes longer than 12 beats shortened": 1, "tempos outside 20 to 300 changed": 2,
         "time signatures moved or ignored": 3, "bars of long silences cut": 0}
     assert piece.notes == 3
     assert set(pg.read_piece(write_midi(tmp_path / "b.mid", scale()), vocab).changes.values()) == {0}
