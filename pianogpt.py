@@ -1692,13 +1692,12 @@ def run_evaluation(config, checkpoint, vocab, device):
     model, T = load_model(checkpoint, vocab, device), config.model.block_size
     pieces = usable_pieces(config.run.evaluate, vocab, config.run.cache_dir)
     learned = checkpoint["intervals"].numpy().tobytes()
-    if known := sum(pitch_intervals(p.ids, vocab.pitches) in learned for p in pieces):
-        say(f"{known} of {count(len(pieces), 'piece')} are music that the model has learned from")
+    known = sum(pitch_intervals(p.ids, vocab.pitches) in learned for p in pieces)
     loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)
     for piece in progress(pieces, desc="evaluating", unit="piece"):
         loss += evaluate(model, make_windows(np.r_[vocab.bos, piece.ids, vocab.eos], T, stride=T // 2))
-    print_block({"pieces": len(pieces), "tokens": tokens, "notes": notes, "nats_per_token": loss / tokens,
-                 "nats_per_note": loss / notes, "perplexity": math.exp(loss / tokens)})
+    print_block({"pieces": len(pieces), "known": known, "tokens": tokens, "notes": notes,
+                 "nats_per_token": loss / tokens, "nats_per_note": loss / notes})
     return 0
 
 
