@@ -118,7 +118,7 @@ def progress(*args, **options):
 # ---------- 1. Settings: flags, --help and checkpoints all read these fields ----------
 
 
-def option(default, text, low=None, high=None, **more):
+def option(default, text, low=None, high=10**9, **more):
     """A field that becomes a flag; more: choices; off: 0 is allowed; resumable: a later run may change it."""
     return field(default=default, metadata=dict(text=text, low=low, high=high, **more))
 
@@ -218,11 +218,10 @@ def check_options(config):
     """Raise UserError for a setting that is out of its limits or contradicts another."""
     for settings in vars(config).values():
         for f in fields(settings):
-            value, limit = getattr(settings, f.name), f.metadata
-            low, high = (limit[k] if limit[k] is not None else value for k in ("low", "high"))
-            if not (low <= value <= high or limit.get("off") and value == 0):
-                limits = f"at least {low:g}" if limit["high"] is None else f"from {low:g} to {high:g}"
-                raise UserError(f"{flag(f.name)} is {value} but must be {'0 or ' * ('off' in limit)}{limits}")
+            value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
+            off = "0 or " if "off" in f.metadata else ""
+            if low is not None and not (low <= value <= high or off and value == 0):
+                raise UserError(f"{flag(f.name)} is {value} but must be {off}from {low:g} to {high:g}")
     B = config.train.batch_size
     if B % (PROCESSES * config.train.accumulate):
         raise UserError(f"--batch-size {B} must be a multiple of {PROCESSES} processes x --accumulate")

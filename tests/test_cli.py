@@ -477,7 +477,7 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     ("--evaluate midi --batch-size 8", "--batch-size is 8, but the checkpoint has 4: leave it out"),
     (f"{SHORT} --checkpoint new.pt --n-layer 900 --n-embd 20000", "training needs about 96,972 GB of memory"),
     ("--steps many", "--steps"),
-    ("--steps -5", "--steps is -5 but must be at least 1"),
+    ("--steps -5", "--steps is -5 but must be from 1 to 1e+09"),
     ("--n-embd 100 --n-head 3", "--n-embd 100 must be a multiple of 2 x --n-head 3"),
     ("--device tpu9", "there is no device tpu9"),
     ("--generate --temperature -1", "--temperature is -1.0 but must be 0 or from 0.01 to 10"),
