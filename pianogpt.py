@@ -1061,10 +1061,7 @@ def read_piece(path, vocab):
     try:
         data = read_bytes(path)
         content = hashlib.sha256(data).hexdigest()
-        score = parse_midi(data)
-        if score.tpq < 1:
-            raise UserError("no ticks in a quarter note")
-        piano, changes = make_piano(score, vocab.music.pedal == "fold")
+        piano, changes = make_piano(parse_midi(data), vocab.music.pedal == "fold")
         seconds = float(piano.to("second").end())
         if not (seconds < DAY and piano.end() < DAY * piano.tpq):
             raise UserError(f"longer than a day, or {DAY:,} quarter notes")
