@@ -237,16 +237,16 @@ LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
 TEMPO_RANGE, TEMPO_STEPS = (120 / 1.02**91, 120 * 1.02**47), 139  # 19.8 to 304, in steps of 2 %, with 120
 PIANO, SUSTAIN = (21, 108), 64  # MIDI pitches of the outer keys; controller number of the right pedal
 LONGEST_PEDAL, NEVER_LIFTED = 48, 16  # quarter notes; held longer, or longer and never lifted, it is ignored
-QUALITIES = {  # of chords: symbols after the root ("" and M), the first is ours; semitones above the root
-    "maj": (" M", (0, 4, 7)), "min": ("m min -", (0, 3, 7)), "dim": ("dim o", (0, 3, 6)),
-    "aug": ("aug +", (0, 4, 8)), "7dom": ("7", (0, 4, 7, 10)), "7maj": ("maj7 M7", (0, 4, 7, 11)),
-    "7min": ("m7 min7", (0, 3, 7, 10)), "7halfdim": ("m7b5", (0, 3, 6, 10))}
+QUALITIES = {  # of chords: the symbol after the root, semitones above the root
+    "maj": ("", (0, 4, 7)), "min": ("m", (0, 3, 7)), "dim": ("dim", (0, 3, 6)), "aug": ("aug", (0, 4, 8)),
+    "7dom": ("7", (0, 4, 7, 10)), "7maj": ("maj7", (0, 4, 7, 11)), "7min": ("m7", (0, 3, 7, 10)),
+    "7halfdim": ("m7b5", (0, 3, 6, 10))}
 ROOTS = "C C# D Eb E F F# G Ab A Bb B".split()
-CHORDS = [root + symbols.split(" ")[0] for symbols, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]
+CHORDS = [root + symbol for symbol, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]
 CHORD_VECTORS = np.array([np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
                           for _, above in QUALITIES.values() for root in range(12)])  # (chords, 12), length 1
 SYMBOLS = {letter + sign + symbol: 12 * number + (step + shift) % 12  # the index in CHORDS
-           for number, (symbols, _) in enumerate(QUALITIES.values()) for symbol in symbols.split(" ")
+           for number, (symbol, _) in enumerate(QUALITIES.values())
            for letter, step in zip("CDEFGAB", (0, 2, 4, 5, 7, 9, 11))
            for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
 NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see find_chords
@@ -403,8 +403,7 @@ FOLLOWS = {  # the kinds of token that may follow a kind
     "Position": "Tempo Chord Pitch", "Tempo": "Chord Pitch Position Bar EOS", "Chord": "Pitch",
     "Pitch": "Velocity", "Velocity": "Duration", "Duration": "Pitch Position Bar EOS"}
 KINDS = list(FOLLOWS)
-# Three of the values that row KIND holds:
-BAR, TIME_SIGNATURE, DURATION = (KINDS.index(kind) for kind in ("Bar", "TimeSig", "Duration"))
+BAR, TIME_SIGNATURE, DURATION = map(KINDS.index, ("Bar", "TimeSig", "Duration"))  # values in row KIND
 
 
 def advance(says, idx, before):
