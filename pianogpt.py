@@ -147,7 +147,7 @@ class SampleConfig:
     prompt: str = option("", "MIDI file to continue")
     prompt_bars: int = option(0, "bars of the prompt to use; 0: all of it", 0)
     continuation_only: bool = option(False, "leave the prompt out of the file")
-    bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 32 new bars", 0)
+    bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 24 new bars", 0)
     chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: greedy", 0.01, 10, off=True)
@@ -889,7 +889,7 @@ class Trainer:
 
 # ---------- 5. Writing: logits -> legal -> filtered -> drawn -> a piece ----------
 
-LEAST_BARS, MOST_BARS = 8, 32  # new bars after which a piece without a given length may and must end
+LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given length may and must end
 CHECK_EVERY = 32  # tokens between checks whether the pieces are over
 
 
