@@ -56,6 +56,7 @@ def harms(value):
         yield from ([harm] + value[1:] for harm in harms(value[0]) if value)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_content_that_no_run_would_store_is_refused_whatever_key_it_is_under(content, vocab):
     pg.check_content({"format": pg.FORMAT, **copy.deepcopy(content)})
     refused, accepted = 0, []
