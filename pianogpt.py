@@ -1759,6 +1759,8 @@ def check_plan(config, given, checkpoint, training, vocab):
     prompt = read_prompt(sample, vocab) if sample.prompt and not RANK else ([], vocab)
     if config.run.generate:
         Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(sample.samples_dir, os.W_OK):
+            raise UserError(f"{sample.samples_dir} cannot be written to: pass another --samples-dir")
     return prompt
 
 

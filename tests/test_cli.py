@@ -325,6 +325,12 @@ def test_few_pieces_without_notes_are_counted_and_none_with_notes_is_an_error(tr
     assert pianogpt("--generate") == 2 and "no piece has notes" in capsys.readouterr().err
 
 
+def test_samples_folder_that_cannot_be_written_is_said_before_training(folder, here, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode, real=os.access: path != "samples" and real(path, mode))
+    assert train("--generate") == 2 and not Path("pianogpt.pt").exists()
+    assert "samples cannot be written to: pass another --samples-dir" in capsys.readouterr().err
+
+
 def test_piece_that_cannot_be_written_is_named_and_leaves_no_file(trained, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert pianogpt("--generate --bars 2") == 2 and not [*Path("samples").iterdir()]
