@@ -1502,7 +1502,7 @@ def usable_pieces(folder, vocab, cache_dir):
         f"{sum(len(p.ids) for p in pieces):,} tokens")
     changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
     if changes:
-        say("changed: " + ", ".join(f"{number:,} {change}" for change, number in changes.items()))
+        say("changed: " + ", ".join(f"{change}: {number:,}" for change, number in changes.items()))
     return pieces
 
 

@@ -127,7 +127,7 @@ def test_run_says_in_five_lines_at_most_what_it_does(folder, here, capsys):
     assert names == ("skipped", "music", "changed", "split", "model") and err == ""
     assert lines[0].startswith("2 files") and "page.mid (not a MIDI file" in lines[0] and "drums.mid (only drum" in lines[0]
     assert re.fullmatch(r"13 files under midi, [\d.]+ hours, 1,009 notes, [\d,]+ tokens", lines[1])
-    assert "11 notes outside the piano's range dropped" in lines[2]
+    assert "notes outside the piano's range dropped: 11" in lines[2]
     assert re.fullmatch(r"13 works \(\d+ train, \d+ validation, 0 test\)", lines[3])
     assert re.match(r"[\d,]+ parameters, b?float\d+ on cpu, peak learning rate 0.0003 at width 1024", lines[4])
 
