@@ -1651,7 +1651,7 @@ def run_training(config, checkpoint, vocab, device):
     how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * (trainer.loss != trainer.model.loss)
     say(f"model: {parameters:,} parameters, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
         f"{f', from step {trainer.step} on' * bool(trainer.step)}, peak learning rate {train.lr:g} at width "
-        f"{LR_WIDTH}; Ctrl-C saves and stops")
+        f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
 
     def save(last=False):
         try:
