@@ -195,7 +195,7 @@ class TrainConfig:
     eval_every: int = option(250, "steps between validations", 1, resumable=True)
     save_every: int = option(0, "steps between checkpoints; 0: every two minutes", 0, resumable=True)
     accumulate: int = option(1, "split each batch into N parts to save memory", 1, resumable=True)
-    seed: int = option(0, "random seed; the same seed gives the same bytes", 0, 2**31 - 1)
+    seed: int = option(0, "random seed; --generate draws one if none is given", 0, 2**31 - 1)
 
 
 @dataclass
