@@ -1024,6 +1024,8 @@ def parse_midi(data):
     """The bytes of a MIDI file as a score. Raises UserError or an error of symusic."""
     if data[:4] != b"MThd":
         raise UserError("not a MIDI file")
+    if data[12:14] == b"\0\0":
+        raise UserError("no ticks in a quarter note")
     if data[8:10] == b"\0\2":
         raise UserError("MIDI format 2, several songs in one file: save each as a file of its own")
     return Score.from_midi(data)
@@ -1328,10 +1330,20 @@ def lock_checkpoint(path):
         raise UserError(f"another run is training {path}: wait, or pass another --checkpoint") from None
 
 
-def free_path(folder, stem, suffix):
-    """The path folder/stem-001.suffix, or with the first number that no file has, of any suffix."""
-    taken, names = {old.stem for old in folder.iterdir()}, (f"{stem}-{n:03d}" for n in itertools.count(1))
-    return folder / (next(name for name in names if name not in taken) + suffix)
+def write_new(folder, stem, suffix, data):
+    """Write data to folder/stem-001.suffix, or the first number without a file of any suffix; its path."""
+    for number in itertools.count(1):
+        path = folder / f"{stem}-{number:03d}{suffix}"
+        if all(old.stem != path.stem for old in folder.iterdir()):
+            with contextlib.suppress(FileExistsError):
+                path.touch(exist_ok=False)  # so that no other run gets it
+                break
+    try:
+        write_atomically(path, data)
+    except BaseException:
+        path.unlink()
+        raise
+    return path
 
 
 def add_texts(data, texts):
@@ -1467,11 +1479,12 @@ def catch_signals():
     """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list."""
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program
-    caught = []
+        signal.signal(number, old[number])  # a second one ends the program
+    caught, old = [], {}
     with contextlib.ExitStack() as stack:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            stack.callback(signal.signal, number, signal.signal(number, catch))
+            old[number] = signal.signal(number, catch)
+            stack.callback(signal.signal, number, old[number])
         yield caught
 
 
@@ -1602,8 +1615,7 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
         texts = [(0, f"PianoGPT {json.dumps(origin | {'piece': number, 'key': key})}")]
         texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
         data = add_texts(score.dumps_midi(), texts)
-        path, written = free_path(Path(settings.samples_dir), "sample", ".mid"), written + 1
-        write_atomically(path, data)
+        path, written = write_new(Path(settings.samples_dir), "sample", ".mid", data), written + 1
         run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), names, corpus)
         bars, seconds = shown.count(vocab.bar), score.to("second").end()
         say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
@@ -1644,7 +1656,8 @@ def run_training(config, checkpoint, vocab, device):
     batches = Batches(ids.to(device), vocab, config)
     trainer = make_trainer(config, checkpoint, kept, vocab, device)
     if config.run.fresh and path.exists() and not RANK:
-        old = path.rename(free_path(path.parent, f"{path.stem}-old", path.suffix))
+        old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
+        path.unlink()
         os.path.exists(f"{path}.csv") and os.rename(f"{path}.csv", f"{old}.csv")
         say(f"kept the old checkpoint as {old}; to continue, leave out --fresh")
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -1657,7 +1670,7 @@ def run_training(config, checkpoint, vocab, device):
         try:
             RANK or save_checkpoint(path, kept | {"trainer": trainer.state()})
         except OSError as e:
-            if last:
+            if last and e.filename == str(path):  # without its log the model is still whole
                 raise
             say(f"cannot save {e.filename} ({e.strerror}): training continues and tries again")
 

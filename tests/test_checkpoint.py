@@ -156,7 +156,24 @@ def test_what_a_killed_run_left_is_written_over(tmp_path):
     assert os.listdir(tmp_path) == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == b"new"
 
 
-def test_free_path_has_the_first_number_that_no_file_has(tmp_path):
+def test_new_file_has_the_first_number_that_no_file_has_even_while_another_run_writes(tmp_path, monkeypatch):
+    def write(path, data, real=pg.write_atomically):
+        if data == b"ours":
+            assert pg.write_new(tmp_path, "sample", ".mid", b"theirs").name == "sample-005.mid"
+        real(path, data)
+
     for name in ("sample-001.mid", "sample-002.wav", "sample-004.mid"):
         (tmp_path / name).touch()
-    assert pg.free_path(tmp_path, "sample", ".mid") == tmp_path / "sample-003.mid"
+    monkeypatch.setattr(pg, "write_atomically", write)
+    assert pg.write_new(tmp_path, "sample", ".mid", b"ours") == tmp_path / "sample-003.mid"
+    assert [(tmp_path / f"sample-00{n}.mid").read_bytes() for n in (3, 5)] == [b"ours", b"theirs"]
+
+
+def test_new_file_that_cannot_be_written_leaves_none_and_is_named(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError) as e:
+        pg.write_new(tmp_path, "sample", ".mid", b"x")
+    assert e.value.filename.endswith("sample-001.mid") and os.listdir(tmp_path) == []

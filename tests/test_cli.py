@@ -325,6 +325,12 @@ def test_few_pieces_without_notes_are_counted_and_none_with_notes_is_an_error(tr
     assert pianogpt("--generate") == 2 and "no piece has notes" in capsys.readouterr().err
 
 
+def test_log_that_cannot_be_written_is_said_and_the_model_saved_and_used(folder, here, capsys):
+    Path("pianogpt.pt.csv").mkdir()
+    assert train("--generate --bars 2") == 0 and state()["step"] == 30 and len([*Path("samples").iterdir()]) == 3
+    assert "cannot save pianogpt.pt.csv (Is a directory)" in capsys.readouterr().out
+
+
 def test_samples_folder_that_cannot_be_written_is_said_before_training(folder, here, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda path, mode, real=os.access: path != "samples" and real(path, mode))
     assert train("--generate") == 2 and not Path("pianogpt.pt").exists()
