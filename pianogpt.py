@@ -221,7 +221,7 @@ def check_options(config):
             value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
             off = "0 or " if "off" in f.metadata else ""
             if low is not None and not (low <= value <= high or off and value == 0):
-                raise UserError(f"{flag(f.name)} is {value} but must be {off}from {low:g} to {high:g}")
+                raise UserError(f"{flag(f.name)} is {value} but must be {off}from {low:,} to {high:,}")
     B = config.train.batch_size
     if B % (PROCESSES * config.train.accumulate):
         raise UserError(f"--batch-size {B} must be a multiple of {PROCESSES} processes x --accumulate")
@@ -650,17 +650,16 @@ class PianoGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
 
-    def tables(self):
-        """Embeddings and weights of the logits, each (V, C): a row of its own plus what its features add."""
-        shared_in, shared_out = (F.linear(self.features, w) for w in (self.alike_in, self.alike_out))
-        return self.embedding + shared_in, self.head + shared_out
+    def table(self, rows, alike):
+        """Embeddings or weights of the logits (V, C): a row for each token plus what its features add."""
+        return rows + F.linear(self.features, alike)
 
     def embed(self, idx, cache=None):
         """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT of them old; cos, sin (B, 1, T, hs)."""
         cache = cache or Cache(self, len(idx), keep=False)
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
-        x = torch.cat([cache.recent, F.embedding(idx, cache.tables[0])], 1)
+        x = torch.cat([cache.recent, F.embedding(idx, cache.embedding)], 1)
         cache.recent, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
         angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
         return x, angle.cos(), angle.sin()
@@ -676,7 +675,7 @@ class PianoGPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for n, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.keys_values[n], cache.length - T) if cache else block(x, cos, sin)
-        head = (cache.tables if cache else self.tables())[1]
+        head = cache.head if cache else self.table(self.head, self.alike_out)
         return F.linear(torch.layer_norm(x, x.shape[-1:], self.norm), head).unflatten(0, (-1, T))
 
     def loss(self, x, cos, sin, targets):
@@ -697,7 +696,8 @@ class Cache:
         c, device = model.config, model.says.device
         shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
         self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
-        self.tables = model.tables()
+        self.embedding = model.table(model.embedding, model.alike_in)
+        self.head = model.table(model.head, model.alike_out) if keep else None
         recent = torch.zeros(batch_size, RECENT, c.n_embd, device=device)
         bar_start = torch.zeros(batch_size, device=device)
         self.start = recent, model.says[:, :1].expand(-1, batch_size), bar_start
@@ -1248,16 +1248,16 @@ def save_checkpoint(path, content):
     write_atomically(Path(f"{path}.csv"), "".join(",".join(map(str, row)) + "\n" for row in log).encode())
 
 
-def is_like(value, model):
-    """Whether a value is built as a model of it: types, keys, shapes; its numbers are finite."""
-    if isinstance(model, dict):
-        return value.keys() == model.keys() and all(is_like(value[key], model[key]) for key in model)
-    if isinstance(model, list):
-        return isinstance(value, list) and all(is_like(part, model[0]) for part in value)
-    if isinstance(model, Tensor):
-        same = (value.shape, value.dtype, value.layout) == (model.shape, model.dtype, model.layout)
+def is_like(value, example):
+    """Whether a value is built as an example is: types, keys, shapes; and its numbers are finite."""
+    if isinstance(example, dict):
+        return value.keys() == example.keys() and all(is_like(value[key], example[key]) for key in example)
+    if isinstance(example, list):
+        return isinstance(value, list) and all(is_like(part, example[0]) for part in value)
+    if isinstance(example, Tensor):
+        same = (value.shape, value.dtype, value.layout) == (example.shape, example.dtype, example.layout)
         return same and bool(value.isfinite().all())
-    return type(value) is type(model) and (isinstance(model, str) or math.isfinite(value))
+    return type(value) is type(example) and (isinstance(example, str) or math.isfinite(value))
 
 
 def check_content(content):
@@ -1267,17 +1267,18 @@ def check_content(content):
     for name in STORED:
         vars(getattr(config, name)).update(content["config"][name])
     check_options(config)
-    with torch.device("meta"):  # takes no memory
-        model = PianoGPT(config.model, torch.ones(7, len(content["vocabulary"]), device="cpu"))
-    best, step, rows = model.state_dict(), trainer["step"], trainer["history"]
+    c, V, stored = config.model, len(content["vocabulary"]), sum(w.numel() for w in trainer["best"].values())
+    if c.n_embd * max(V, c.n_layer * c.n_embd) > stored:
+        raise ValueError("its weights do not fit")  # before memory is taken for them
+    best, step, rows = PianoGPT(c, torch.ones(7, V)).state_dict(), trainer["step"], trainer["history"]
     weights = best if trainer["weights"] else {}  # export leaves them out
     moments = {i: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w}
                for i, w in enumerate(weights.values()) if step}
     state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "best": best,
              "optimizer": moments, "history": [ROW]}
-    model = {"format": "", "about": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""],
-             "pieces": [""], "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
-    fits = is_like(content | {"trainer": trainer | {"history": [ROW | row for row in rows]}}, model)
+    example = {"format": "", "about": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""],
+               "pieces": [""], "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
+    fits = is_like(content | {"trainer": trainer | {"history": [ROW | row for row in rows]}}, example)
     steps = [0, *(row["step"] for row in rows), step + 1]
     if not fits or steps != sorted(set(steps)) or (intervals == PIECE_END).sum() > len(content["pieces"]):
         raise ValueError("its parts do not fit")

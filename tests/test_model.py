@@ -13,12 +13,29 @@ V = len(VOCAB.words)
 
 @pytest.fixture
 def model():
-    """A small model in evaluation; its head and mixture of recent tokens are not near zero, so that logits differ."""
+    """A small model in evaluation; nothing that counts is near zero, so that logits differ."""
     torch.manual_seed(0)
     model = pg.PianoGPT(CONFIG, VOCAB.says).eval()
     torch.nn.init.normal_(model.head)
-    torch.nn.init.normal_(model.recent)
+    for weight in (model.recent, model.alike_in, model.alike_out):
+        torch.nn.init.normal_(weight, std=0.1 if weight is not model.recent else 1.0)
     return model
+
+
+def test_like_tokens_have_like_features_and_an_octave_shares_its_pitch_class(vocab):
+    features, ids = pg.token_features(vocab.says), vocab.tokenizer.vocab
+    one, near, far = (features[[ids[f"Velocity_{v}"] for v in sorted(vocab.tokenizer.velocities)]][[3, 4, 28]])
+    assert (one - near).norm() < (one - far).norm() / 3 and one @ features[ids["Position_5"]] == 0
+    c4, d4, c5, c = (features[ids[word]][-12:] for word in ("Pitch_60", "Pitch_62", "Pitch_72", "Chord_C:min"))
+    assert c4 @ c5 == c4 @ c == 1 and c4 @ d4 == 0 and not features[ids["Velocity_59"]][-12:].any()
+
+
+def test_what_is_learned_of_a_token_moves_its_neighbors_too(vocab):
+    model, ids = pg.PianoGPT(pg.ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), vocab.says), vocab.tokenizer.vocab
+    for rows, alike in ((model.embedding, model.alike_in), (model.head, model.alike_out)):
+        model.table(rows, alike)[ids["Pitch_60"]].sum().backward()
+        moved = torch.nn.functional.linear(model.features, alike.grad).sum(1)
+        assert moved[ids["Pitch_60"]] > moved[ids["Pitch_61"]] > moved[ids["Pitch_90"]] and rows.grad[ids["Pitch_61"]].eq(0).all()
 
 
 def test_initial_loss_is_near_ln_v():
