@@ -1167,15 +1167,12 @@ def read_folder(folder, vocab, cache_dir):
 
 
 def read_split_tables(folder):
-    """{path: split} of the files that tables like MAESTRO's name (columns split, midi_filename)."""
+    """{path: split} of the files that MAESTRO's tables name (columns split, midi_filename)."""
     table = {}
-    for path in sorted(folder.rglob("*.csv")):
-        try:
-            for row in csv.DictReader(read_bytes(path).decode(errors="replace").splitlines()):
-                if row.get("split") in SPLITS and row.get("midi_filename"):
-                    table[path.parent / row["midi_filename"]] = row["split"]
-        except (OSError, csv.Error, UserError) as e:
-            say(f"{path} cannot be read as a table ({e}), so no split is taken from it")
+    for path in filter(Path.is_file, sorted(folder.rglob("maestro*.csv"))):
+        for row in csv.DictReader(path.read_text(errors="replace").splitlines()):
+            if row.get("split") in SPLITS and row.get("midi_filename"):
+                table[path.parent / row["midi_filename"]] = row["split"]
     return table
 
 
