@@ -151,7 +151,6 @@ class SampleConfig:
     chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
     temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: greedy", 0.01, 10, off=True)
-    top_p: float = option(0.0, "sample from the likeliest tokens with this total probability; 0: off", 0, 1)
     min_p: float = option(0.003, "drop tokens less likely than this fraction of the likeliest; 0: off", 0, 1)
     samples_dir: str = option("samples", "folder for the new files; nothing is overwritten")
 
@@ -887,29 +886,21 @@ class Trainer:
         bar.close()
 
 
-# ---------- 5. Writing: logits -> legal -> filtered -> drawn -> a piece ----------
+# ---------- 5. Writing: logits -> legal -> drawn -> a piece ----------
 
 LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given length may and must end
 CHECK_EVERY = 32  # tokens between checks whether the pieces are over
 
 
-def filter_logits(logits, config):
-    """logits (B, V) divided by the temperature; minus infinity where a filter drops the token."""
-    logits, drop = logits / config.temperature, -math.inf
-    if config.min_p:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(config.min_p), drop)
-    if 0 < config.top_p < 1:
-        ordered = logits.sort(descending=True).values
-        below = ordered.softmax(-1).cumsum(-1)[:, :-1] < config.top_p
-        logits = logits.masked_fill(logits < ordered.gather(1, below.sum(1, keepdim=True)), drop)
-    return logits
-
-
 def draw(logits, config, rng):
-    """The next ids (B,), drawn from logits (B, V)."""
+    """The next ids (B,), drawn from logits (B, V); none less likely than min_p times the likeliest."""
     if config.temperature == 0:
         return logits.argmax(-1)
-    cumulative = filter_logits(logits, config).softmax(-1).cumsum(-1)  # (B, V)
+    logits = logits / config.temperature
+    if config.min_p:
+        least = logits.amax(-1, keepdim=True) + math.log(config.min_p)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
     u = torch.rand(len(logits), 1, generator=rng, device=logits.device)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]  # never one with p = 0
 
