@@ -1547,8 +1547,6 @@ def prepare_data(config, vocab):
     seen, held_out = ([p for p in pieces if p.split == split] for split in SPLITS[:2])
     if not seen:
         raise UserError(f"no piece under {folder} is left to train on: see which are held out above")
-    if not held_out:
-        say("no piece is held out: no validation loss; the last weights count")
     ids, val_ids = (np.concatenate([[], *(np.r_[vocab.bos, p.ids, vocab.eos] for p in side)]).astype(np.int16)
                     for side in (seen, held_out))
     intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
@@ -1596,6 +1594,7 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
         shown = ids[old:] if settings.continuation_only else ids
         score = vocab.decode(shown, settings.tempo)
         if not score.note_num():
+            say(f"piece {number} has no notes, so it is not written: train longer")
             continue
         signature, key = find_key(score)
         score.key_signatures.append(signature)
@@ -1609,8 +1608,6 @@ def write_samples(config, checkpoint, vocab, device, prompt, stopped):
         bars, seconds = shown.count(vocab.bar), score.to("second").end()
         say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
             f"longest known run {count(run, 'note')}{f' ({name})' * bool(name)}, {path}")
-    if empty := len(pieces) - written:
-        say(f"{empty} of {len(pieces)} pieces had no notes: train longer")
     return written
 
 
@@ -1667,8 +1664,7 @@ def run_training(config, checkpoint, vocab, device):
         try:
             trainer.run(batches, windows, lambda: bool(caught), save)
         except FloatingPointError as e:
-            last = f"continue from the last {path}" if path.exists() else "start again"
-            raise UserError(f"{e}: {last} with a smaller --lr") from None
+            raise UserError(f"{e}: try again with a smaller --lr, from the last checkpoint if any") from None
         except Exception:
             save()
             raise
@@ -1730,12 +1726,9 @@ def open_checkpoint(path, given, run, stack):
 def run_generation(config, given, vocab, device, prompt):
     """Write the samples and say how many there are; 0 or 128 + the signal that stopped it."""
     checkpoint = load_checkpoint(Path(config.run.checkpoint))
-    step, steps = checkpoint["trainer"]["step"], checkpoint["config"]["train"]["steps"]
-    if step < steps:
-        say(f"{config.run.checkpoint} is trained for {step} of {steps} steps, on {checkpoint['folder']}, "
-            "and writes as it is")
-    if checkpoint["about"]:
-        say(f"about {config.run.checkpoint}: {checkpoint['about']}")
+    steps, about = checkpoint["config"]["train"]["steps"], checkpoint["about"]
+    say(f"written by: {config.run.checkpoint}, step {checkpoint['trainer']['step']} of {steps}, trained on "
+        f"{checkpoint['folder']}{f' ({about})' * bool(about)}")
     if "seed" not in given:
         config.train.seed = int(np.random.default_rng().integers(10**6))
         say(f"seed: {config.train.seed}; with this --seed the pieces come again")

@@ -138,7 +138,7 @@ def test_one_file_trains_without_validation_and_another_is_skipped_by_a_name_tha
     Path("midi/x\nval_loss: 0\x1b[2J.mid").write_text("no music")
     assert train() == 0
     out = capsys.readouterr().out
-    assert "no piece is held out" in out and "caf\\udce9.mid (not a MIDI file" in out
+    assert "1 work (1 train, 0 validation, 0 test)" in out and "caf\\udce9.mid (not a MIDI file" in out
     assert "x\\nval_loss: 0\\x1b[2J.mid (not a MIDI file" in out and "\nval_" not in out
 
 
@@ -308,9 +308,9 @@ def test_loss_that_is_no_number_says_how_to_continue_and_a_smaller_rate_does(fol
     with monkeypatch.context() as patch:
         patch.setattr(pg.Trainer, "add_gradients", add_gradients)
         assert train() == 2
-        assert re.search(r"loss became nan \(gradient .+\) after 7 steps: start again with a smaller --lr", capsys.readouterr().err)
+        assert re.search(r"loss became nan \(gradient .+\) after 7 steps: try again with a smaller --lr", capsys.readouterr().err)
         assert not Path("pianogpt.pt").exists() and train("--save-every 5") == 2
-        assert "continue from the last pianogpt.pt with a smaller --lr" in capsys.readouterr().err and state()["step"] == 5
+        assert "from the last checkpoint" in capsys.readouterr().err and state()["step"] == 5
     assert train("--save-every 5 --lr 1e-4") == 0 and state()["step"] == 30
     assert state()["history"][-1]["lr"] < 1e-4
 
@@ -320,7 +320,7 @@ def test_few_pieces_without_notes_are_counted_and_none_with_notes_is_an_error(tr
     monkeypatch.setattr(pg, "generate", lambda *args: [*good(*args), empty])
     assert pianogpt("--generate --bars 1 --num-samples 2 --seed 1") == 0
     out = capsys.readouterr().out
-    assert "1 of 3 pieces had no notes" in out and "sample: 1 bar, " in out and len([*Path("samples").iterdir()]) == 2
+    assert "piece 3 has no notes, so it is not written" in out and "sample: 1 bar, " in out and len([*Path("samples").iterdir()]) == 2
     monkeypatch.setattr(pg, "generate", lambda *args: [empty] * 2)
     assert pianogpt("--generate") == 2 and "no piece has notes" in capsys.readouterr().err
 
@@ -393,7 +393,7 @@ def test_mode_and_steps_decide_whether_to_train(given, trains, here, monkeypatch
 def test_generating_leaves_an_unfinished_run_as_it_is_unless_steps_are_given(folder, here, monkeypatch, capsys):
     assert interrupt_at_ten(monkeypatch) == 130
     assert len(generate("--bars 2")) == 3 and state()["step"] == 10
-    assert "pianogpt.pt is trained for 10 of 30 steps, on midi, and writes as it is" in capsys.readouterr().out
+    assert "written by: pianogpt.pt, step 10 of 30, trained on midi\n" in capsys.readouterr().out
     assert len(generate("--bars 2 --steps 20 --midi-dir midi")) == 3 and state()["step"] == 20
     assert len(generate("--bars 2 --steps 15 --midi-dir midi")) == 3 and state()["step"] == 20
 
@@ -642,7 +642,7 @@ def test_model_is_handed_on_writes_the_same_music_and_starts_another_run(trained
     assert [pianogpt(f"--evaluate midi --checkpoint {name}.pt") for name in ("pianogpt", "small")] == [0, 0]
     whole, small = (float(x) for x in re.findall(r"nats_per_note: ([\d.]+)", capsys.readouterr().out))
     assert whole == pytest.approx(small, rel=1e-3) and len(generate("--bars 2 --checkpoint small.pt")) == 3
-    assert "about small.pt: scales, public domain" in capsys.readouterr().out
+    assert "step 30 of 30, trained on midi (scales, public domain)" in capsys.readouterr().out
     assert pianogpt("--steps 40 --midi-dir midi --checkpoint small.pt") == 2
     assert "small.pt was exported: pass --init-from small.pt" in capsys.readouterr().err
     write_folder(Path("mine")).joinpath("piece00.mid").unlink()
