@@ -18,21 +18,19 @@ token, and drawing one token after another writes new music. This bar has 16 tok
     Position_48  Chord_F:maj                  two beats later, and the harmony changes
     Pitch_65  Velocity_67  Duration_1.0.24    F4, softer, for one beat
 
-Part I is the idea, and you may stop after it: 1 settings, 2 music, 3 model, 4 learning, 5 writing. Part II is
-the machinery: 6 folder, 7 files, 8 copies and figures, 9 command line.
+Part I, sections 1 to 5, is the idea; you may stop there. Part II, 6 to 9, is the machinery.
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
 
 The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
-    format       "pianogpt 7"; other formats are refused
+    format       "pianogpt 8"; other formats are refused
     about        a note: what it started from, what it learned from
     config       the settings of the groups data, music, model and train
     vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
     folder       the folder of MIDI files; files: "size name" of each, to see what has changed
     pieces       names of the training pieces; intervals: their melodic intervals, to find known runs
-    trainer      step, seconds, history (a row per validation), weights (the last), best (the weights that
-                 validated best, used to generate), optimizer, losses since the last validation; --export
-                 leaves out all weights but the best, and the optimizer
+    trainer      step, seconds, history (a row per validation), losses since the last row, optimizer, weights,
+                 best (the weights that validated best, used to generate; all that --export leaves of them)
 
 A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i and the
 dropout of step i are drawn from (seed, i) alone, and all other state is in the checkpoint.
@@ -61,7 +59,6 @@ import signal
 import sys
 import threading
 import time
-import timeit
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -137,7 +134,7 @@ class RunConfig:
     fresh: bool = option(False, "start over; an existing checkpoint is renamed")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = option("auto", "of matrix products in training", choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile; auto: for long runs only", choices=("auto", "on", "off"))
+    compile: bool = option(False, "torch.compile the model: long runs train faster")
 
 
 @dataclass
@@ -168,8 +165,7 @@ class MusicConfig:
     """How music becomes tokens."""
     grid: int = option(24, "positions per beat; 24 holds triplets and thirty-seconds exactly", 1, 48)
     velocities: int = option(32, "levels of loudness", 1, 127)
-    chord_tokens: int = option(1, "1: the harmony is written as tokens too; 0: it is not", 0, 1)
-    pedal: str = option("fold", "sustain pedal: fold it into the note lengths?", choices=("fold", "ignore"))
+    pedal: str = option("fold", "sustain pedal: fold it into note lengths?", choices=("fold", "ignore"))
 
 
 @dataclass
@@ -221,12 +217,10 @@ def check_options(config):
             off = "0 or " if "off" in f.metadata else ""
             if low is not None and not (low <= value <= high or off and value == 0):
                 raise UserError(f"{flag(f.name)} is {value} but must be {off}from {low:,} to {high:,}")
-    B = config.train.batch_size
-    if B % (PROCESSES * config.train.accumulate):
-        raise UserError(f"--batch-size {B} must be a multiple of {PROCESSES} processes x --accumulate")
-    n_embd, n_head = config.model.n_embd, config.model.n_head
-    if n_embd % (2 * n_head):
-        raise UserError(f"--n-embd {n_embd} must be a multiple of 2 x --n-head {n_head}")
+    if config.train.batch_size % (PROCESSES * config.train.accumulate):
+        raise UserError(f"--batch-size must be a multiple of {PROCESSES} processes x --accumulate")
+    if config.model.n_embd % (2 * config.model.n_head):
+        raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
 # ---------- 2. Music: one score read as one piano, and what every token id means ----------
@@ -254,8 +248,7 @@ NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see fi
 def fold_pedal(parts, controls, tpq):
     """Let notes that end while the pedal is down ring until it is lifted; how many presses were too long.
 
-    parts, controls: arrays for each track of one instrument; tpq: ticks per quarter note. A note that ends
-    just as the pedal goes down is not held.
+    parts, controls: arrays for each track of one instrument; tpq: ticks per quarter note.
     """
     end = max((part["time"] + part["duration"]).max() for part in parts)
     times, steps = [], []
@@ -340,10 +333,8 @@ def find_chords(track, beats, tpq):
         best = total.argmax()
         before[i] = np.where(total >= total[best] - CHORD_CHANGE, np.arange(len(total)), best)
         total = np.maximum(total, total[best] - CHORD_CHANGE) + fit
-    path = [total.argmax()]
-    for row in before[:0:-1]:
-        path.append(row[path[-1]])
-    return np.array(path[::-1])
+    path = itertools.accumulate(before[:0:-1], lambda i, row: row[i], initial=total.argmax())
+    return np.array([*path])[::-1]
 
 
 class Tokenizer(miditok.REMI):
@@ -353,29 +344,24 @@ class Tokenizer(miditok.REMI):
         super().__init__(miditok.TokenizerConfig(
             pitch_range=PIANO, special_tokens=["PAD", "BOS", "EOS"], num_velocities=music.velocities,
             beat_res={(0, 4): music.grid, (4, LONGEST_NOTE): max(1, music.grid // 2)},
-            use_chords=bool(music.chord_tokens), chord_tokens_with_root_note=True, chord_unknown=None,
+            use_chords=True, chord_tokens_with_root_note=True, chord_unknown=None,
             chord_maps={quality: above for quality, (_, above) in QUALITIES.items()},
             use_tempos=True, num_tempos=TEMPO_STEPS, tempo_range=TEMPO_RANGE, log_tempos=True,
             delete_equal_successive_tempo_changes=True, use_time_signatures=True,
             time_signature_range=TIME_SIGNATURES, use_pitchdrum_tokens=False))
-        self.finds_chords, self.config.use_chords = self.config.use_chords, False  # MidiTok's finder is slow
+        self.config.use_chords = False  # now that it has the words: MidiTok's finder is slow
 
     def _create_chords_tokens(self):
         return [*super()._create_chords_tokens(), "Chord_none"]  # in the order of CHORDS
 
-    def _create_track_events(self, track, ticks_per_beat, time_division, ticks_bars, ticks_beats, *rest):
-        events = super()._create_track_events(
-            track, ticks_per_beat, time_division, ticks_bars, ticks_beats, *rest)
-        if not self.finds_chords:
-            return events
-        words = self._create_chords_tokens()
-        beats = np.r_[np.array(ticks_beats)[np.array(ticks_beats) < track.end()], track.end()]
-        onsets = np.unique(track.notes.numpy()["time"])
-        bar, beat = (np.searchsorted(ticks, onsets, side="right") - 1 for ticks in (ticks_bars, beats))
-        chord = find_chords(track, beats, time_division)[beat]
+    def _create_track_events(self, track, ticks_per_beat, tpq, bars, beats, *rest):
+        words, onsets = self._create_chords_tokens(), np.unique(track.notes.numpy()["time"])
+        within = np.r_[np.array(beats)[np.array(beats) < track.end()], track.end()]
+        bar, beat = (np.searchsorted(ticks, onsets, side="right") - 1 for ticks in (bars, within))
+        chord = find_chords(track, within, tpq)[beat]
         new = np.r_[True, (np.diff(bar) > 0) | (np.diff(chord) != 0)]
         found = [miditok.Event("Chord", words[i][6:], tick) for i, tick in zip(chord[new], onsets[new])]
-        return found + events
+        return found + super()._create_track_events(track, ticks_per_beat, tpq, bars, beats, *rest)
 
 
 def parse_chords(text):
@@ -431,8 +417,8 @@ class Vocabulary:
         self.pad, self.bos, self.eos, self.bar = (ids[f"{kind}_None"] for kind in KINDS[:4])
         pitches = sorted(self.tokenizer.token_ids_of_type("Pitch"))
         self.pitches = range(pitches[0], pitches[-1] + 1)  # a semitone is one id
-        chord = ids.get("Chord_C:maj", 0)
-        self.chords = range(chord, chord and chord + len(CHORDS) - 1)  # 12 roots of each quality
+        chord = ids["Chord_C:maj"]
+        self.chords = range(chord, chord + len(CHORDS) - 1)  # 12 roots of each quality
         assert self.pad == 0 and pitches == list(self.pitches), pitches
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
         kind = self.says[KIND]
@@ -601,17 +587,11 @@ class Block(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         qk, v = qkv[:2], qkv[2]
         q, k = torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, -1), sin)  # rotated; each (B, nh, T, hs)
-        if self.training and self.dropout:  # drops a token's value from a head: fast
-            v = v * F.dropout(v.new_ones(B, self.n_head, T, 1), self.dropout)
         if past is not None:
             past = past[:, :, :, : start + T]
             past[:, :, :, start:] = torch.stack((k, v))
             k, v = past.unbind()  # 2 x (B, nh, start + T, hs)
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # PyTorch's backward pass is slow there
-            future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-            y = (q * q.size(3) ** -0.5 @ k.mT + future).softmax(3) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B * T, C)
 
     def add(self, x, y, weight):
@@ -634,13 +614,12 @@ class PianoGPT(nn.Module):
 
     def __init__(self, config, says):
         super().__init__()
-        self.config, C, V = config, config.n_embd, says.size(1)
+        self.config, C, V, features = config, config.n_embd, says.size(1), token_features(says)
         grid = says[BAR_LENGTH, 0].item() / 4  # positions per beat
-        token_time = TOKEN_TIME * grid * torch.arange(config.block_size)
-        self.register_buffer("says", says, persistent=False)
-        self.register_buffer("token_time", token_time, persistent=False)
-        self.register_buffer("speeds", rotary_speeds(C // config.n_head, grid), persistent=False)
-        self.register_buffer("features", features := token_features(says), persistent=False)
+        tables = {"says": says, "token_time": TOKEN_TIME * grid * torch.arange(config.block_size),
+                  "speeds": rotary_speeds(C // config.n_head, grid), "features": features}
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
         # What the features add to embeddings and to the weights of the logits, nothing at first.
         self.alike_in, self.alike_out = (nn.Parameter(torch.zeros(C, features.size(1))) for _ in range(2))
@@ -684,7 +663,6 @@ class PianoGPT(nn.Module):
 
     def forward(self, idx, cache=None):
         """idx (B, T) -> logits (B, T, V); T must be 1 once the cache holds tokens."""
-        assert not cache or cache.length == 0 or idx.size(1) == 1, (cache.length, idx.shape)
         return self.logits(*self.embed(idx, cache), cache)
 
 
@@ -697,9 +675,8 @@ class Cache:
         self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
         self.embedding = model.table(model.embedding, model.alike_in)
         self.head = model.table(model.head, model.alike_out) if keep else None
-        recent = torch.zeros(batch_size, RECENT, c.n_embd, device=device)
-        bar_start = torch.zeros(batch_size, device=device)
-        self.start = recent, model.says[:, :1].expand(-1, batch_size), bar_start
+        self.start = (torch.zeros(batch_size, RECENT, c.n_embd, device=device),
+                      model.says[:, :1].expand(-1, batch_size), torch.zeros(batch_size, device=device))
         self.clear()
 
     def clear(self):
@@ -815,13 +792,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for x, y in zip(idx.chunk(self.config.accumulate), targets.chunk(self.config.accumulate)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                embedded = self.model.embed(x)
-                try:
-                    loss = self.loss(*embedded, y) / targets.numel()
-                except torch._dynamo.exc.TorchDynamoException as e:
-                    say(f"torch.compile does not work here ({type(e).__name__}): training without it")
-                    self.loss = self.model.loss
-                    loss = self.loss(*embedded, y) / targets.numel()
+                loss = self.loss(*self.model.embed(x), y) / targets.numel()
             loss.backward()
             total += loss.detach()
         if dist.is_initialized():
@@ -831,12 +802,12 @@ class Trainer:
         return average_over_processes(total).item()
 
     def train_step(self, idx, targets):
-        """Learn from one batch (B, T); the mean loss in nats. Raises FloatingPointError."""
+        """Learn from one batch (B, T); the mean loss in nats. Raises UserError."""
         torch.manual_seed((self.config.seed << 32) + (RANK << 26) + self.step)  # for dropout
         loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"the loss became {loss:g} (gradient {norm:g}) after {self.step} steps")
+            raise UserError(f"the loss became {loss:g} after {self.step} steps: pass a smaller --lr")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * fraction
         self.optimizer.step()
@@ -990,7 +961,7 @@ class Piece:
 def write_atomically(path, data):
     """Write a file so that path always holds all of the old bytes or all new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(f"{path}.tmp")  # if a killed run has left one, it is overwritten
+    new = Path(f"{path}.tmp")  # what a killed run left is overwritten
     try:
         with open(new, "wb") as file:
             file.write(data)
@@ -1024,8 +995,7 @@ def parse_midi(data):
 
 def count_changes(piano, quantized):
     """{change: how many} of what the tokens represent differently, beyond the rounding to the grid."""
-    notes, tempos, signatures = (
-        part.numpy() for part in (piano.tracks[0].notes, piano.tempos, piano.time_signatures))
+    notes, signatures = piano.tracks[0].notes.numpy(), piano.time_signatures.numpy()
     inside = (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])
     signature = np.searchsorted(signatures["time"], notes["time"], side="right")
     beats = notes["duration"] / piano.tpq * np.r_[4, signatures["denominator"]][signature] / 4
@@ -1035,7 +1005,7 @@ def count_changes(piano, quantized):
     return {"notes outside the piano's range dropped": int((~inside).sum()),
             "repeated notes in one grid position merged": int(inside.sum()) - quantized.note_num(),
             f"notes longer than {LONGEST_NOTE} beats shortened": int((inside & (beats > LONGEST_NOTE)).sum()),
-            "tempos outside 20 to 300 changed": int(((tempos["mspq"] > 3e6) | (tempos["mspq"] < 2e5)).sum()),
+            "tempos outside 20 to 300 changed": sum(not 20 <= tempo.qpm <= 300 for tempo in piano.tempos),
             "time signatures moved or ignored": len(changed - {*kept})}
 
 
@@ -1073,7 +1043,7 @@ def read_piece(path, vocab):
 def start_worker(vocab):
     """Give a worker its vocabulary and a limit of memory; it ends on Ctrl-C and with its parent."""
     torch.set_num_threads(1)  # the others do not survive a fork
-    gc.disable()  # there are no cycles to find, and in a million notes the search takes a third of the time
+    gc.disable()  # there are no cycles to find, and the search takes a quarter of the time
     start_worker.vocab, parent = vocab, multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1109,7 +1079,7 @@ def read_in_workers(paths, vocab, alone=False):
         pool.shutdown(wait=False, cancel_futures=True)
     if unread and alone:
         yield paths[0], Piece(problem="crashed or hung the MIDI parser")
-    else:  # a crash breaks a pool: new pools read half of what is left each, until the culprit is alone
+    else:  # a crash breaks a pool: two new pools read the rest, until the culprit is alone
         for half in filter(None, (unread[::2], unread[1::2])):
             yield from read_in_workers(half, vocab, alone=len(half) == 1)
 
@@ -1146,25 +1116,11 @@ def read_folder(folder, vocab, cache_dir):
         pieces[path] = piece
         if cache_dir and piece.content:
             entry = json.dumps(vars(piece) | {"ids": piece.ids.tolist()})
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                (cache / f"{piece.content}.gz").write_bytes(gzip.compress(entry.encode(), 1))
-            except OSError as e:
-                say(f"cannot write to the cache {cache_dir} ({e.strerror}), so files will be read again")
-                cache_dir = ""
+            cache.mkdir(parents=True, exist_ok=True)
+            (cache / f"{piece.content}.gz").write_bytes(gzip.compress(entry.encode(), 1))
     for path in paths:
         pieces[path].path = path.relative_to(folder).as_posix()
     return [pieces[path] for path in paths]
-
-
-def read_split_tables(folder):
-    """{path: split} of the files that MAESTRO's tables name (columns split, midi_filename)."""
-    table = {}
-    for path in filter(Path.is_file, sorted(folder.rglob("maestro*.csv"))):
-        for row in csv.DictReader(path.read_text(errors="replace").splitlines()):
-            if row.get("split") in SPLITS and row.get("midi_filename"):
-                table[path.parent / row["midi_filename"]] = row["split"]
-    return table
 
 
 def pitch_intervals(ids, pitches):
@@ -1187,14 +1143,17 @@ def join_recordings(pieces, pitches):
 
 
 def split_pieces(pieces, folder, data, pitches):
-    """Set each piece's split: its work's, by csv or folder, else by hash."""
-    table, named = read_split_tables(folder), collections.defaultdict(set)
+    """Set each piece's split: its work's, by MAESTRO's table or folder, else by hash."""
+    table = {path.parent / (row.get("midi_filename") or ""): row.get("split")
+             for path in sorted(folder.rglob("maestro*.csv")) if path.is_file()
+             for row in csv.DictReader(path.read_text(errors="replace").splitlines())}
+    named = collections.defaultdict(set)
     for piece in pieces:
         piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
     join_recordings(pieces, pitches)
     for piece in pieces:
-        folders = [part for part in Path(piece.path).parts[:-1] if part in SPLITS]
-        named[piece.work].add(table.get(folder / piece.path) or ["", *folders][-1])
+        said = [*Path(piece.path).parts[:-1], table.get(folder / piece.path)]
+        named[piece.work].add(["", *(split for split in said if split in SPLITS)][-1])
     # A work assigned to both sides is held out entirely.
     splits = {work: max(names, key=("", *SPLITS).index) for work, names in named.items()}
     if "validation" not in splits.values():
@@ -1221,7 +1180,7 @@ def make_windows(ids, block_size, stride, limit=10**9):
 
 # ---------- 7. Files: the checkpoint, its log, its lock, names that are free ----------
 
-FORMAT = "pianogpt 7"
+FORMAT = "pianogpt 8"
 STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
 ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "lr": 0.0, "train_loss": 0.0,  # of the history
        "val_loss": 0.0, "val_nats_per_note": 0.0}  # these two only where something is held out
@@ -1379,7 +1338,6 @@ def find_key(score):
 
 # ---------- 9. Command line: parse, choose the device, call, print ----------
 
-COMPILE_STEPS = 3000  # from here on compiling pays
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 5e-5, "eval_every": 25}  # the defaults with --init-from
 
 
@@ -1409,8 +1367,7 @@ def parse(argv):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser.format_help().split(), cutoff=0)[0]
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)}; do you mean {near}?; "
-                        "python pianogpt.py --help lists the flags")
+        raise UserError(f"there is no flag {unknown[0]}: do you mean {near}? --help lists all of them")
     needs = dict.fromkeys(vars(SampleConfig()), "generate") | {
         "prompt_bars": "prompt", "continuation_only": "prompt", "about": "export"}
     for name in vars(given):
@@ -1431,8 +1388,7 @@ def make_config(given, checkpoint, training):
             value = given.get(f.name, saved.get(f.name, f.default))
             free = f.metadata.get("resumable") if training else f.name in ("steps", "seed")
             if f.name in saved and not free and value != saved[f.name]:
-                raise UserError(f"{flag(f.name)} is {value}, but the checkpoint has {saved[f.name]}: "
-                                "leave it out, pass another --checkpoint, or start over with --fresh")
+                raise UserError(f"the checkpoint has {flag(f.name)} {saved[f.name]}: omit it or pass --fresh")
             setattr(settings, f.name, value)
     check_options(config)
     return config
@@ -1447,20 +1403,6 @@ def choose_device(name):
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
-
-
-def choose_speed(run, device, steps):
-    """Whether to train in bfloat16, and to compile; steps: all of them, so that resuming changes nothing."""
-    def seconds(dtype):
-        x, weight = torch.ones(2048, 128, dtype=dtype), torch.ones(384, 128, dtype=dtype)
-        return min(timeit.repeat(lambda: F.linear(x, weight), number=1, repeat=10))
-
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if device.type == "cpu" and run.precision == "auto":  # not every CPU that has bfloat16 is faster in it
-        fast = seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
-    bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[run.precision]
-    pays = steps >= COMPILE_STEPS and device.type in ("cuda", "cpu")
-    return bfloat16, {"auto": pays, "on": True, "off": False}[run.compile]
 
 
 @contextlib.contextmanager
@@ -1493,10 +1435,9 @@ def print_block(values):
 def usable_pieces(folder, vocab, cache_dir):
     """The pieces of a folder that have music; prints what was skipped and changed."""
     found = read_folder(Path(folder), vocab, cache_dir)
-    pieces, skipped = [p for p in found if not p.problem], [p for p in found if p.problem]
-    if skipped:
-        names = "; ".join(f"{p.path} ({p.problem})" for p in skipped)
-        say(f"skipped: {count(len(skipped), 'file')}: {names}")
+    pieces, bad = [p for p in found if not p.problem], [p for p in found if p.problem]
+    if bad:
+        say(f"skipped: {count(len(bad), 'file')}: {'; '.join(f'{p.path} ({p.problem})' for p in bad)}")
     if not pieces:
         raise UserError(f"none of the {len(found)} MIDI files under {folder} holds piano music: try another")
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
@@ -1558,13 +1499,12 @@ def prepare_data(config, vocab):
 
 
 def read_prompt(settings, vocab):
-    """The ids of the prompt up to a bar line, where sounding notes end; a vocabulary with its tempos."""
+    """The ids of the prompt up to a bar line, where sounding notes end; vocab gets its tempos."""
     path = Path(settings.prompt)
     [(_, piece)] = read_in_workers([path], vocab)
     if piece.problem:
         raise UserError(f"{path} cannot be continued ({piece.problem}): pass another --prompt")
-    ids, vocab = piece.ids.tolist(), copy.copy(vocab)
-    vocab.says = vocab.says.clone()
+    ids = piece.ids.tolist()
     for tempo in parse_midi(path.read_bytes()).tempos:  # a continuation keeps them exactly
         vocab.says[TEMPO, vocab.tempo_id(tempo.qpm)] = tempo.qpm
     at = vocab.bar_lines(torch.tensor(ids))[0].tolist()
@@ -1579,36 +1519,30 @@ def read_prompt(settings, vocab):
     ids = vocab.encode(vocab.quantize(score))
     signature = next(i for i in reversed(ids) if vocab.words[i].startswith("TimeSig"))
     ids += [vocab.bar, signature] * (bars - ids.count(vocab.bar))  # silent bars count
-    return ids, vocab
+    return ids
 
 
-def write_samples(config, checkpoint, vocab, device, prompt, stopped):
-    """Write new pieces, with their origin, key, chords and the prompt's end; how many were written."""
-    model, settings, seed = load_model(checkpoint, vocab, device), config.sample, config.train.seed
-    names, corpus = checkpoint["pieces"], checkpoint["intervals"].numpy().tobytes()
-    origin = asdict(settings) | {"samples_dir": "", "prompt": Path(settings.prompt).name, "seed": seed}
-    origin["step"], written, old = checkpoint["trainer"]["step"], 0, len(prompt)
-    prompt_end = vocab.bar_lines(torch.tensor(prompt))[1][-1].item() if prompt else 0
-    pieces = generate(model, vocab, settings, seed, prompt, stopped)
-    for number, ids in enumerate(pieces, 1):
-        shown = ids[old:] if settings.continuation_only else ids
-        score = vocab.decode(shown, settings.tempo)
-        if not score.note_num():
-            say(f"piece {number} has no notes, so it is not written: train longer")
-            continue
-        signature, key = find_key(score)
-        score.key_signatures.append(signature)
-        if prompt and not settings.continuation_only:
-            score.markers.append(TextMeta(round(prompt_end * score.tpq), "end of prompt"))
-        texts = [(0, f"PianoGPT {json.dumps(origin | {'piece': number, 'key': key})}")]
-        texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
-        data = add_texts(score.dumps_midi(), texts)
-        path, written = write_new(Path(settings.samples_dir), "sample", ".mid", data), written + 1
-        run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), names, corpus)
-        bars, seconds = shown.count(vocab.bar), score.to("second").end()
-        say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
-            f"longest known run {count(run, 'note')}{f' ({name})' * bool(name)}, {path}")
-    return written
+def write_sample(ids, old, settings, origin, vocab, checkpoint):
+    """Write a piece, its first `old` ids the prompt, with origin, key and chords; whether it has notes."""
+    shown = ids[old:] if settings.continuation_only else ids
+    score = vocab.decode(shown, settings.tempo)
+    if not score.note_num():
+        say(f"piece {origin['piece']} has no notes, so it is not written: train longer")
+        return False
+    signature, key = find_key(score)
+    score.key_signatures.append(signature)
+    if old and not settings.continuation_only:
+        end = vocab.bar_lines(torch.tensor(ids[:old]))[1][-1].item()
+        score.markers.append(TextMeta(round(end * score.tpq), "end of prompt"))
+    texts = [(0, f"PianoGPT {json.dumps(origin | {'key': key})}")]
+    texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
+    path = write_new(Path(settings.samples_dir), "sample", ".mid", add_texts(score.dumps_midi(), texts))
+    new, learned = pitch_intervals(np.array(ids[old:]), vocab.pitches), checkpoint["intervals"]
+    run, name = longest_known_run(new, checkpoint["pieces"], learned.numpy().tobytes())
+    bars, seconds = shown.count(vocab.bar), score.to("second").end()
+    say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
+        f"longest known run {count(run, 'note')}{f' ({name})' * bool(name)}, {path}")
+    return True
 
 
 def make_trainer(config, checkpoint, kept, vocab, device):
@@ -1619,11 +1553,13 @@ def make_trainer(config, checkpoint, kept, vocab, device):
     try:
         torch.empty(6 * weights + activations, device=device)  # asks for it, and gives it back
     except RuntimeError:
-        raise UserError(f"training needs about {(6 * weights + activations) / 2**28:,.0f} GB of memory: pass "
-                        "--accumulate N or a smaller --batch-size, --block-size, --n-layer or --n-embd")
+        needed = f"about {(6 * weights + activations) / 2**28:,.0f} GB of memory"
+        raise UserError(f"training needs {needed}: pass --accumulate N, or smaller sizes") from None
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
-    trainer = Trainer(model, config.train, *choose_speed(config.run, device, config.train.steps))
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()  # few CPUs are faster in it
+    bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[config.run.precision]
+    trainer = Trainer(model, config.train, bfloat16, config.run.compile)
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
         kept["about"] = checkpoint["about"]
@@ -1647,7 +1583,7 @@ def run_training(config, checkpoint, vocab, device):
         os.path.exists(f"{path}.csv") and os.rename(f"{path}.csv", f"{old}.csv")
         say(f"kept the old checkpoint as {old}; to continue, leave out --fresh")
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * (trainer.loss != trainer.model.loss)
+    how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * config.run.compile
     say(f"model: {parameters:,} parameters, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
         f"{f', from step {trainer.step} on' * bool(trainer.step)}, peak learning rate {train.lr:g} at width "
         f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
@@ -1663,10 +1599,10 @@ def run_training(config, checkpoint, vocab, device):
     with catch_signals() as caught:
         try:
             trainer.run(batches, windows, lambda: bool(caught), save)
-        except FloatingPointError as e:
-            raise UserError(f"{e}: try again with a smaller --lr, from the last checkpoint if any") from None
-        except Exception:
-            save()
+        except Exception as e:
+            isinstance(e, UserError) or save()
+            if isinstance(e, torch._dynamo.exc.TorchDynamoException):
+                raise UserError("torch.compile does not work here: leave out --compile") from None
             raise
         save(last=True)
     if trainer.step < train.steps:
@@ -1724,34 +1660,36 @@ def open_checkpoint(path, given, run, stack):
 
 
 def run_generation(config, given, vocab, device, prompt):
-    """Write the samples and say how many there are; 0 or 128 + the signal that stopped it."""
-    checkpoint = load_checkpoint(Path(config.run.checkpoint))
-    steps, about = checkpoint["config"]["train"]["steps"], checkpoint["about"]
-    say(f"written by: {config.run.checkpoint}, step {checkpoint['trainer']['step']} of {steps}, trained on "
-        f"{checkpoint['folder']}{f' ({about})' * bool(about)}")
+    """Write the samples; 0 or 128 + the signal that stopped it. Raises UserError if none has notes."""
+    checkpoint, settings = load_checkpoint(Path(config.run.checkpoint)), config.sample
+    step, about = checkpoint["trainer"]["step"], checkpoint["about"]
+    say(f"written by: {config.run.checkpoint}, step {step} of {checkpoint['config']['train']['steps']}, "
+        f"trained on {checkpoint['folder']}{f' ({about})' * bool(about)}")
     if "seed" not in given:
         config.train.seed = int(np.random.default_rng().integers(10**6))
         say(f"seed: {config.train.seed}; with this --seed the pieces come again")
+    model, origin = load_model(checkpoint, vocab, device), asdict(settings) | {"samples_dir": ""}
+    origin |= {"prompt": Path(settings.prompt).name, "seed": config.train.seed, "step": step}
     with catch_signals() as caught:
-        written = write_samples(config, checkpoint, vocab, device, prompt, lambda: bool(caught))
+        pieces = generate(model, vocab, settings, config.train.seed, prompt, lambda: bool(caught))
+        written = sum(write_sample(ids, len(prompt), settings, origin | {"piece": n}, vocab, checkpoint)
+                      for n, ids in enumerate(pieces, 1))
     if caught:
-        say(f"stopped: {written} of {config.sample.num_samples} pieces were finished")
+        say(f"stopped: {written} of {settings.num_samples} pieces were finished")
     elif not written:
         raise UserError("no piece has notes: train longer")
     return 128 + caught[0] if caught else 0
 
 
 def check_plan(config, given, checkpoint, training, vocab):
-    """Find what is missing before the work begins; the prompt and its vocabulary. Raises UserError."""
+    """Find what is missing before the work begins; the prompt's ids. Raises UserError."""
     beside, sample = Path(__file__).parent / config.run.midi_dir, config.sample
     if "midi_dir" not in given and not Path(config.run.midi_dir).exists() and beside.is_dir():
         config.run.midi_dir = str(beside)
     if checkpoint and checkpoint["files"]:  # those of an exported model are not known
         from_rank_0(lambda: compare_music(config.run, given, checkpoint, training))
     parse_chords(sample.chords)
-    if sample.chords and not config.music.chord_tokens:
-        raise UserError("--chords needs a model that was trained with --chord-tokens 1")
-    prompt = read_prompt(sample, vocab) if sample.prompt and not RANK else ([], vocab)
+    prompt = read_prompt(sample, vocab) if sample.prompt and not RANK else []
     if config.run.generate:
         Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(sample.samples_dir, os.W_OK):
@@ -1776,14 +1714,14 @@ def run(argv, stack):
         return export_checkpoint(Path(asked.export), checkpoint, asked.about)
     if asked.evaluate:
         return run_evaluation(config, checkpoint, vocab, device)
-    (prompt, tempos), code = check_plan(config, given, checkpoint, training, vocab), 0
+    prompt, code = check_plan(config, given, checkpoint, training, vocab), 0
     if training:
         code = run_training(config, checkpoint, vocab, device)
     elif not asked.generate:
         say(f"{path} is finished: pass a larger --steps to train on, or --fresh to start over")
     if code or RANK or not asked.generate:
         return code
-    return run_generation(config, given, tempos, device, prompt)
+    return run_generation(config, given, vocab, device, prompt)
 
 
 def main(argv=None):

@@ -208,12 +208,6 @@ def test_what_a_killed_run_left_in_the_cache_is_written_over(folder, tmp_path, v
     assert {entry: entry.stat().st_size for entry in (tmp_path / "cache").rglob("*") if entry.is_file()} == sizes
 
 
-def test_cache_that_cannot_be_written_is_said_once(folder, tmp_path, vocab, capsys):
-    (tmp_path / "cache").touch()
-    assert len(read(folder, vocab, tmp_path / "cache")) == 12
-    assert capsys.readouterr().out.count("cannot write to the cache") == 1
-
-
 def test_split_is_the_same_in_every_process_and_moves_no_old_piece_when_a_new_one_comes(tmp_path):
     names = [f"{i}.mid" for i in range(300)]
     before, after = split(names, tmp_path), split([*names, "new.mid", "b.mid"], tmp_path)

@@ -11,7 +11,7 @@ import torch
 from conftest import notes_of, pg, read_piano, scale, write_midi
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
-VOCABULARIES = [pg.Vocabulary(pg.MusicConfig(*music)) for music in ((24, 32, 1), (4, 8, 0), (12, 64, 1))]
+VOCABULARIES = [pg.Vocabulary(pg.MusicConfig(*music)) for music in ((24, 32), (4, 8), (12, 64))]
 EVERY_GRID = pytest.mark.parametrize("vocab", VOCABULARIES, ids=["grid 24", "grid 4", "grid 12"])
 
 
@@ -174,9 +174,9 @@ def test_last_notes_ring_on_where_a_piece_ends_and_are_cut_where_it_is(vocab):
 
 def test_vocabulary_is_that_of_one_piano_and_of_its_settings(vocab):
     assert {"Tempo_120.0", "Pitch_21", "Pitch_108"} <= {*vocab.words}
-    for v, positions, levels, chords in ((vocab, 24 * 12, 32, 97), (VOCABULARIES[1], 4 * 12, 8, 0)):
+    for v, positions, levels in ((vocab, 24 * 12, 32), (VOCABULARIES[1], 4 * 12, 8)):
         count = collections.Counter(word.split("_")[0] for word in v.words)
-        assert [count[k] for k in ("Pitch", "Position", "Velocity", "Chord")] == [88, positions, levels, chords]
+        assert [count[k] for k in ("Pitch", "Position", "Velocity", "Chord")] == [88, positions, levels, 97]
         assert {*count} <= {*pg.KINDS}
 
 
@@ -307,7 +307,7 @@ def test_bar_lines_lie_where_miditok_plays_them_under_changing_metre(vocab):
 
 def prompt(path, vocab, **sample):
     """The ids of a prompt, the number of its bars, its notes."""
-    ids, _ = pg.read_prompt(pg.SampleConfig(prompt=str(path), **sample), vocab)
+    ids = pg.read_prompt(pg.SampleConfig(prompt=str(path), **sample), vocab)
     return ids, ids.count(vocab.bar), notes_of(vocab.decode(ids))
 
 
