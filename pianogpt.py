@@ -580,7 +580,7 @@ class Block(nn.Module):
         self.expand, self.contract = matrix(2 * inner, C), matrix(C, inner, small)
         vars(self).update(self._parameters)  # nn.Module is slow to find them
 
-    def attention(self, x, cos, sin, past, start):
+    def attention(self, x, cos, sin, past, n_past):
         """x (B T, C) -> what the heads read, (B T, C): causal attention, also to the tokens in past."""
         B, T, C = cos.size(0), cos.size(2), x.size(1)
         qkv = F.linear(x, self.qkv).view(B, T, 3, self.n_head, C // self.n_head)
@@ -588,9 +588,9 @@ class Block(nn.Module):
         qk, v = qkv[:2], qkv[2]
         q, k = torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, -1), sin)  # rotated; each (B, nh, T, hs)
         if past is not None:
-            past = past[:, :, :, : start + T]
-            past[:, :, :, start:] = torch.stack((k, v))
-            k, v = past.unbind()  # 2 x (B, nh, start + T, hs)
+            past = past[:, :, :, : n_past + T]
+            past[:, :, :, n_past:] = torch.stack((k, v))
+            k, v = past.unbind()  # 2 x (B, nh, n_past + T, hs)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B * T, C)
 
@@ -600,10 +600,10 @@ class Block(nn.Module):
             return x + F.dropout(F.linear(y, weight), self.dropout)
         return torch.addmm(x, y, weight.mT)  # the same, faster
 
-    def forward(self, x, cos, sin, past=None, start=0):
-        """x (B T, C) -> (B T, C); past (2, B, nh, block, hs): keys, values of `start` tokens, to extend."""
+    def forward(self, x, cos, sin, past=None, n_past=0):
+        """x (B T, C) -> (B T, C); past (2, B, nh, block, hs): keys, values of n_past tokens, to extend."""
         y = torch.layer_norm(x, x.shape[-1:], self.norm_1)
-        x = self.add(x, self.attention(y, cos, sin, past, start), self.proj)
+        x = self.add(x, self.attention(y, cos, sin, past, n_past), self.proj)
         y = torch.layer_norm(x, x.shape[-1:], self.norm_2)
         hidden, gate = F.linear(y, self.expand).chunk(2, -1)  # each (B T, 8/3 C)
         return self.add(x, hidden * F.silu(gate), self.contract)
@@ -637,8 +637,8 @@ class PianoGPT(nn.Module):
         cache = cache or Cache(self, len(idx), keep=False)
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
-        x = torch.cat([cache.recent, F.embedding(idx, cache.embedding)], 1)
-        cache.recent, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
+        x = torch.cat([cache.latest, F.embedding(idx, cache.embedding)], 1)
+        cache.latest, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
         angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
         return x, angle.cos(), angle.sin()
 
@@ -675,13 +675,13 @@ class Cache:
         self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
         self.embedding = model.table(model.embedding, model.alike_in)
         self.head = model.table(model.head, model.alike_out) if keep else None
-        self.start = (torch.zeros(batch_size, RECENT, c.n_embd, device=device),
+        self.empty = (torch.zeros(batch_size, RECENT, c.n_embd, device=device),
                       model.says[:, :1].expand(-1, batch_size), torch.zeros(batch_size, device=device))
         self.clear()
 
     def clear(self):
         """Forget the tokens; a new window begins."""
-        self.length, (self.recent, self.now, self.bar_start) = 0, self.start
+        self.length, (self.latest, self.now, self.bar_start) = 0, self.empty
 
 
 # ---------- 4. Learning: batch number i, transposition, learning rates, the trainer ----------
@@ -839,7 +839,7 @@ class Trainer:
 
     def run(self, batches, windows, stopped, save):
         """Train to the last step or until stopped(); save() is called periodically."""
-        bar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step", position=0)
+        pbar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step", position=0)
         every, saved, clock = self.config.save_every, time.monotonic(), time.monotonic()
         while self.step < self.config.steps:
             if average_over_processes(torch.tensor(float(stopped()), device=self.device)):
@@ -849,12 +849,12 @@ class Trainer:
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
                 self.validate(windows, batches)
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
+            pbar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            pbar.update()
             if self.step % every == 0 if every else clock - saved > 120:  # seconds
                 save()
                 saved = clock
-        bar.close()
+        pbar.close()
 
 
 # ---------- 5. Writing: logits -> legal -> drawn -> a piece ----------
@@ -883,16 +883,16 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
     asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
     bar = torch.full_like(ids[:, 0], -1)  # number of the bar among the new ones
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
-    start = cache.now  # where the window begins
+    before = cache.now  # the state where the window begins
     while True:
         new = window[-1][:, None]
         if cache.length in (0, size):  # First read what fits; when full, the newer half as a new window.
             keep = size // 2 if cache.length else size
             old, window = window[:-keep], window[-keep:]
             if old:
-                start = advance(model.says, torch.stack(old, 1), start)[:, :, -1]
+                before = advance(model.says, torch.stack(old, 1), before)[:, :, -1]
             cache.clear()
-            new, cache.now = torch.stack(window, 1), start
+            new, cache.now = torch.stack(window, 1), before
         logits = model(new, cache)[:, -1]  # (B, V)
         logits[:, vocab.eos].add_(hold)
         wanted = None
@@ -917,18 +917,18 @@ def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
     old_bars, open_end = prompt.count(vocab.bar), not config.bars
     if open_end:
         config = replace(config, bars=old_bars + MOST_BARS)
-    start = [vocab.bos, *prompt] + [vocab.bar] * bool(prompt)  # the continuation begins with a bar line
-    ids = torch.tensor([start] * config.num_samples, device=model.head.device)
+    opening = [vocab.bos, *prompt] + [vocab.bar] * bool(prompt)  # the continuation begins with a bar line
+    ids = torch.tensor([opening] * config.num_samples, device=model.head.device)
     hold = torch.full((len(ids),), -math.inf, device=ids.device)
     stream, pieces, ends = draw_tokens(model.eval(), vocab, config, ids, seed, hold), [], [None] * len(ids)
-    with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False, position=0) as bar:
+    with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False, position=0) as pbar:
         while None in ends and not stopped():
             ids = torch.cat([ids, torch.stack(list(itertools.islice(stream, CHECK_EVERY)), 1)], 1)
             pieces = ids[:, 1:].cpu()
             ends = [find_end(piece, vocab, config) for piece in pieces]
             if open_end:  # a piece with a given length ends there, not before
                 hold[(ids == vocab.bar).sum(1) >= old_bars + LEAST_BARS] = 0
-            bar.update(CHECK_EVERY)
+            pbar.update(CHECK_EVERY)
     return [piece[:end].tolist() for piece, end in zip(pieces, ends) if end]
 
 
