@@ -147,8 +147,7 @@ class SampleConfig:
     bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 24 new bars", 0)
     chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
-    temperature: float = option(1.0, "below 1 safer, above 1 wilder; 0: greedy", 0.01, 10, off=True)
-    min_p: float = option(0.003, "drop tokens less likely than this fraction of the likeliest; 0: off", 0, 1)
+    temperature: float = option(0.85, "of pitches and chords; low is safe, 0: greedy", 0.01, 10, off=True)
     samples_dir: str = option("samples", "folder for the new files; nothing is overwritten")
 
 
@@ -667,7 +666,7 @@ class PianoGPT(nn.Module):
 
 
 class Cache:
-    """The state that embed() moves on, and, to generate (keep), keys and values of the tokens read so far."""
+    """What embed() carries from token to token; to generate (keep), also keys and values."""
 
     def __init__(self, model, batch_size, keep=True):
         c, device = model.config, model.says.device
@@ -863,15 +862,16 @@ LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given le
 CHECK_EVERY = 32  # tokens between checks whether the pieces are over
 
 
-def draw(logits, config, rng):
-    """The next ids (B,), drawn from logits (B, V); none less likely than min_p times the likeliest."""
-    if config.temperature == 0:
+def draw(logits, vocab, temperature, rng):
+    """The next ids (B,), drawn from logits (B, V); the temperature is for pitches and chords alone."""
+    if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / config.temperature
-    if config.min_p:
-        least = logits.amax(-1, keepdim=True) + math.log(config.min_p)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
+    p = logits.softmax(-1)  # (B, V)
+    for span in (vocab.pitches, vocab.chords):  # their totals stay, and so does the density
+        span = slice(span.start, span.stop)
+        likely = (logits[:, span] / temperature).softmax(-1).nan_to_num()  # zeros if none is legal
+        p[:, span] = likely * p[:, span].sum(-1, keepdim=True)
+    cumulative = p.cumsum(-1)
     u = torch.rand(len(logits), 1, generator=rng, device=logits.device)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]  # never one with p = 0
 
@@ -901,7 +901,7 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
             twelfth = (12 * cache.now[POSITION] // cache.now[BAR_LENGTH]).long()
             wanted = asked[bar % len(asked), twelfth]
         legal = vocab.legal(cache.now, wanted)
-        window.append(draw(torch.where(legal, logits, -math.inf), config, rng))
+        window.append(draw(torch.where(legal, logits, -math.inf), vocab, config.temperature, rng))
         yield window[-1]
 
 
@@ -1367,7 +1367,7 @@ def parse(argv):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser.format_help().split(), cutoff=0)[0]
-        raise UserError(f"there is no flag {unknown[0]}: do you mean {near}? --help lists all of them")
+        raise UserError(f"there is no flag {unknown[0]}: do you mean {near}? --help lists all")
     needs = dict.fromkeys(vars(SampleConfig()), "generate") | {
         "prompt_bars": "prompt", "continuation_only": "prompt", "about": "export"}
     for name in vars(given):
@@ -1527,7 +1527,7 @@ def write_sample(ids, old, settings, origin, vocab, checkpoint):
     shown = ids[old:] if settings.continuation_only else ids
     score = vocab.decode(shown, settings.tempo)
     if not score.note_num():
-        say(f"piece {origin['piece']} has no notes, so it is not written: train longer")
+        say(f"piece {origin['piece']} has no notes and is left out: train longer")
         return False
     signature, key = find_key(score)
     score.key_signatures.append(signature)

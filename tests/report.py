@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pianogpt as pg  # noqa: E402
 
-FLAGS = "checkpoint device midi_dir cache_dir seed num_samples bars temperature min_p".split()
+FLAGS = "checkpoint device midi_dir cache_dir seed num_samples bars temperature".split()
 SECONDS, NOTES_A_BAR = np.geomspace(0.02, 8, 17), np.r_[0, np.geomspace(1, 128, 15)] - 0.01  # edges of bins
 LAGS = {"short": (1, 2), "medium": (3, 8), "long": (9, 16)}  # bars
 ROUNDS, AXES, SHRINKAGE = 20, 8, 0.1  # random halvings; of the Frechet distance

@@ -310,7 +310,7 @@ def test_few_pieces_without_notes_are_counted_and_none_with_notes_is_an_error(tr
     monkeypatch.setattr(pg, "generate", lambda *args: [*good(*args), empty])
     assert pianogpt("--generate --bars 1 --num-samples 2 --seed 1") == 0
     out = capsys.readouterr().out
-    assert "piece 3 has no notes, so it is not written" in out and "sample: 1 bar, " in out and len([*Path("samples").iterdir()]) == 2
+    assert "piece 3 has no notes and is left out" in out and "sample: 1 bar, " in out and len([*Path("samples").iterdir()]) == 2
     monkeypatch.setattr(pg, "generate", lambda *args: [empty] * 2)
     assert pianogpt("--generate") == 2 and "no piece has notes" in capsys.readouterr().err
 
@@ -605,7 +605,7 @@ def test_each_sample_says_in_itself_what_made_it_and_where_the_prompt_ends(promp
     second = generate(f"{CONTINUE} --seed 7")[1]
     made, ends = origin(Path("samples/sample-002.mid")), [m.time for m in second.markers if m.text == "end of prompt"]
     assert ends == [12 * second.tpq] and (made["seed"], made["step"], made["piece"], made["bars"]) == (7, 30, 2, 8)
-    assert made["prompt"] == "my prompt é.mid" and made["min_p"] == pg.SampleConfig().min_p
+    assert made["prompt"] == "my prompt é.mid" and made["temperature"] == pg.SampleConfig().temperature
 
 
 def test_sample_says_its_key_in_its_line_and_as_a_key_signature_and_its_chords_as_text(trained, capsys):

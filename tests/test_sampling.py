@@ -9,8 +9,6 @@ import torch
 from conftest import pg
 from test_music import assert_grammar, ids_of, random_walk
 
-FILTERS = [{"min_p": 0.003}, {"temperature": 0.0}, {"temperature": 10.0}, {"min_p": 1.0}]
-
 
 def make_model(vocab, n_layer=1):
     """An untrained model: it proposes everything, so the grammar has all the work."""
@@ -33,18 +31,18 @@ def write(model, vocab, seed=1, prompt=(), **settings):
 
 
 @pytest.fixture(scope="module")
-def prompt_and_unfiltered(model, vocab):
-    """A prompt of three bars, and pieces of six bars that no filter changed."""
-    return write(model, vocab, seed=3, bars=3, num_samples=1)[0], write(model, vocab, bars=6, min_p=0.0)
+def prompt_and_as_learned(model, vocab):
+    """A prompt of three bars, and pieces of six bars that are drawn as learned."""
+    return write(model, vocab, seed=3, bars=3, num_samples=1)[0], write(model, vocab, bars=6, temperature=1.0)
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_filtered_pieces_and_continuations_have_their_bars_keep_the_grammar_and_are_heard_whole(
-        filters, prompt_and_unfiltered, model, vocab):
-    prompt, unfiltered = prompt_and_unfiltered
+@pytest.mark.parametrize("temperature", [0.85, 0.0, 0.01, 10.0])
+def test_pieces_and_continuations_have_their_bars_keep_the_grammar_and_are_heard_whole_at_every_temperature(
+        temperature, prompt_and_as_learned, model, vocab):
+    prompt, as_learned = prompt_and_as_learned
     for start in ([], prompt):
-        pieces = write(model, vocab, prompt=start, bars=6, **{"min_p": 0.0} | filters)
-        assert len(pieces) == 6 and pieces != unfiltered
+        pieces = write(model, vocab, prompt=start, bars=6, temperature=temperature)
+        assert len(pieces) == 6 and pieces != as_learned
         for ids in pieces:
             assert ids[: len(start)] == start and ids.count(vocab.bar) == 6 and vocab.eos not in ids
             assert_grammar(ids, vocab)
@@ -131,26 +129,28 @@ def test_cached_generation_equals_uncached_past_the_window(length, vocab):
         ids = torch.cat([ids, drawn[:, None]], 1)
 
 
-@pytest.mark.parametrize("min_p, kept", [(0.0, {0, 2, 3}), (0.3, {0, 2}), (0.5, {0})])
-def test_min_p_keeps_the_likeliest_tokens(min_p, kept):
-    logits, rng = torch.tensor([0.5, 0.2, 0.2, 0.1]).log() + torch.tensor([0, -math.inf, 0, 0]), torch.Generator()
-    drawn = pg.draw(logits.repeat(1000, 1), pg.SampleConfig(min_p=min_p), rng)
-    assert {*drawn.tolist()} == kept
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_the_temperature_makes_them_likely(temperature):
-    p, rng = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), torch.Generator().manual_seed(0)
-    config = pg.SampleConfig(temperature=temperature, min_p=0.0)
-    share = pg.draw(p.log().repeat(20_000, 1), config, rng).bincount(minlength=6) / 20_000
-    expected = p ** (1 / temperature)
-    assert torch.allclose(share, expected / expected.sum(), atol=0.02) and not share[p == 0].any()
+def test_temperature_decides_which_pitch_and_chord_is_drawn_but_not_how_often_one_is(temperature, vocab):
+    """Of three kinds of token two of each: only inside pitches and chords the shares depend on the temperature."""
+    p, rng = torch.zeros(len(vocab.words)), torch.Generator().manual_seed(0)
+    pairs = torch.tensor([[kind.start, kind.stop - 1] for kind in (vocab.pitches, vocab.chords)] + [[0, vocab.bar]])
+    p[pairs] = torch.tensor([[0.3, 0.1], [0.02, 0.18], [0.25, 0.15]])
+    share = pg.draw(p.log().repeat(20_000, 1), vocab, temperature, rng).bincount(minlength=len(p)) / 20_000
+    sharp = p[pairs[:2]] ** (1 / temperature)
+    expected = torch.cat([sharp * (p[pairs[:2]].sum(1) / sharp.sum(1))[:, None], p[pairs[2:]]])
+    assert torch.allclose(share[pairs], expected, atol=0.02) and not share[p == 0].any()
 
 
-def test_token_without_probability_is_not_drawn_at_the_edges_of_chance(monkeypatch):
+def test_temperature_changes_nothing_where_no_pitch_or_chord_is_legal(vocab):
+    logits = torch.full((4, len(vocab.words)), -math.inf)
+    logits[:, vocab.bar] = 0.0
+    assert pg.draw(logits, vocab, 0.85, torch.Generator()).tolist() == [vocab.bar] * 4
+
+
+def test_token_without_probability_is_not_drawn_at_the_edges_of_chance(vocab, monkeypatch):
     logits = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
     logits[:, :9] = logits[:, 300:] = -math.inf
     for u in (0.0, 1 - 2**-24):  # the least and the most that torch.rand can give
         monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **options: torch.full(shape, u))
-        drawn = pg.draw(logits, pg.SampleConfig(min_p=0.0), None)
+        drawn = pg.draw(logits, vocab, 1.0, None)
         assert drawn.min() >= 9 and drawn.max() < 300
