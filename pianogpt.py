@@ -145,7 +145,7 @@ class SampleConfig:
     prompt_bars: int = option(0, "bars of the prompt to use; 0: all of it", 0)
     continuation_only: bool = option(False, "leave the prompt out of the file")
     bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 24 new bars", 0)
-    chords: str = option("", 'harmony to follow, a chord per bar, over and over, such as "C Am F,G7 C"')
+    chords: str = option("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
     tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
     temperature: float = option(0.85, "of pitches and chords; low is safe, 0: greedy", 0.01, 10, off=True)
     samples_dir: str = option("samples", "folder for the new files; nothing is overwritten")
@@ -164,7 +164,7 @@ class MusicConfig:
     """How music becomes tokens."""
     grid: int = option(24, "positions per beat; 24 holds triplets and thirty-seconds exactly", 1, 48)
     velocities: int = option(32, "levels of loudness", 1, 127)
-    pedal: str = option("fold", "sustain pedal: fold it into note lengths?", choices=("fold", "ignore"))
+    pedal: str = option("fold", "sustain pedal: fold it into lengths?", choices=("fold", "ignore"))
 
 
 @dataclass
@@ -337,7 +337,7 @@ def find_chords(track, beats, tpq):
 
 
 class Tokenizer(miditok.REMI):
-    """REMI for one piano, with a Chord token at the first note of each bar and of each harmony."""
+    """REMI, with a Chord token at the first note of each bar and of each harmony."""
 
     def __init__(self, music):
         super().__init__(miditok.TokenizerConfig(
@@ -377,7 +377,7 @@ def parse_chords(text):
 
 
 def is_in(ids, span):
-    """Which of ids, an array or tensor, are in a range."""
+    """Which of ids, an array or tensor, are in a slice of the vocabulary."""
     return (ids >= span.start) & (ids < span.stop)
 
 
@@ -414,19 +414,19 @@ class Vocabulary:
         ids = self.tokenizer.vocab
         self.words = sorted(ids, key=ids.get)
         self.pad, self.bos, self.eos, self.bar = (ids[f"{kind}_None"] for kind in KINDS[:4])
-        pitches = sorted(self.tokenizer.token_ids_of_type("Pitch"))
-        self.pitches = range(pitches[0], pitches[-1] + 1)  # a semitone is one id
+        of_type = self.tokenizer.token_ids_of_type
+        pitches, positions = sorted(of_type("Pitch")), sorted(of_type("Position"))
+        self.pitches = slice(pitches[0], pitches[-1] + 1)  # a semitone is one id
+        self.positions = slice(positions[1], positions[-1] + 1)  # all but the first
         chord = ids["Chord_C:maj"]
-        self.chords = range(chord, chord + len(CHORDS) - 1)  # 12 roots of each quality
-        assert self.pad == 0 and pitches == list(self.pitches), pitches
+        self.harmonies = slice(chord, chord + len(CHORDS))
+        self.chords = slice(chord, chord + len(CHORDS) - 1)  # 12 roots of each quality
+        assert self.pad == 0 and np.ptp(pitches) < len(pitches)
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
         kind = self.says[KIND]
         follows = torch.tensor([[after in FOLLOWS[before].split() for after in KINDS] for before in KINDS])
         self.follows = follows[:, kind.long()]  # (kinds, V)
-        first = ids["Position_0"]
-        self.follows[:, first] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
-        self.no_position, self.no_note = (kind != KINDS.index(name) for name in ("Position", "Pitch"))
-        self.no_position[first] = True
+        self.follows[:, positions[0]] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
 
     def to(self, device):
         """This vocabulary with its tensors on a device."""
@@ -443,7 +443,7 @@ class Vocabulary:
             said[POSITION] = said[CHORD] = 0
         elif kind == "Chord":
             i = said[CHORD] = self.tokenizer.vocab[f"Chord_{value}"]
-            said[PITCH] = 48 + (i - self.chords.start) % 12 if i in self.chords else -1
+            said[PITCH] = 48 + (i - self.chords.start) % 12 if i < self.chords.stop else -1
         elif kind == "TimeSig":
             beats, said[UNIT] = map(int, value.split("/"))
             said[BAR_LENGTH] = beats * grid
@@ -458,14 +458,15 @@ class Vocabulary:
         wanted, ids (B,), they are written before the next note, and no others.
         """
         kind, position, length, _, _, pitch, chord = now[:, :, None].unbind()  # (B, 1) each
-        _, at, _, _, _, height, said = self.says.unbind()
+        at, height = self.says[POSITION, self.positions], self.says[PITCH, self.pitches]
         legal = self.follows.index_select(0, kind[:, 0].long())
-        legal &= self.no_position | (at > position) & (at < length)
-        legal &= self.no_note | (height > pitch * (kind == DURATION))  # after a note a higher one, else any
-        if wanted is None:
-            return legal
-        due = chord != wanted[:, None]
-        return legal & torch.where(said > 0, due & (said == wanted[:, None]), ~due | self.no_note)
+        legal[:, self.positions].logical_and_((at > position) & (at < length))
+        legal[:, self.pitches].logical_and_(height > pitch * (kind == DURATION))  # after a note a higher one
+        if wanted is not None:
+            due, said = chord != wanted[:, None], self.says[CHORD, self.harmonies]
+            legal[:, self.pitches].logical_and_(~due)
+            legal[:, self.harmonies].logical_and_(due & (said == wanted[:, None]))
+        return legal
 
     def tempo_id(self, tempo):
         """The id of the Tempo token nearest to a tempo."""
@@ -692,9 +693,9 @@ EMBEDDING_RATE, REST_RATE = 80, 30  # x --lr: the embedding; norms and recent; f
 def transpose_ids(ids, shifts, vocab):
     """ids (B, T) with row b moved by shifts[b] semitones, as far as the piano allows; chords too."""
     pitches, movable, is_chord = vocab.pitches, is_in(ids, vocab.pitches), is_in(ids, vocab.chords)
-    lowest = ids.masked_fill(~movable, pitches[-1]).amin(1)
-    highest = ids.masked_fill(~movable, pitches[0]).amax(1)
-    shifts = shifts.clamp(pitches[0] - lowest, pitches[-1] - highest)[:, None]
+    lowest = ids.masked_fill(~movable, pitches.stop - 1).amin(1)
+    highest = ids.masked_fill(~movable, pitches.start).amax(1)
+    shifts = shifts.clamp(pitches.start - lowest, pitches.stop - 1 - highest)[:, None]
     root = (ids - vocab.chords.start) % 12  # twelve ids in a row have one quality
     return ids + shifts * movable + ((root + shifts) % 12 - root) * is_chord
 
@@ -759,7 +760,7 @@ def average_over_processes(values):
 
 
 class Trainer:
-    """A model in training: all that changes from step to step, and so all that a checkpoint must hold."""
+    """A model in training: all that changes from step to step, and so is in checkpoints."""
     KEPT = ("step", "seconds", "history", "losses", "best")
 
     def __init__(self, model, config, bfloat16=False, compiled=False):
@@ -867,8 +868,7 @@ def draw(logits, vocab, temperature, rng):
     if temperature == 0:
         return logits.argmax(-1)
     p = logits.softmax(-1)  # (B, V)
-    for span in (vocab.pitches, vocab.chords):  # their totals stay, and so does the density
-        span = slice(span.start, span.stop)
+    for span in (vocab.pitches, vocab.harmonies):  # their totals stay, and so does the density
         likely = (logits[:, span] / temperature).softmax(-1).nan_to_num()  # zeros if none is legal
         p[:, span] = likely * p[:, span].sum(-1, keepdim=True)
     cumulative = p.cumsum(-1)
@@ -1041,7 +1041,7 @@ def read_piece(path, vocab):
 
 
 def start_worker(vocab):
-    """Give a worker its vocabulary and a limit of memory; it ends on Ctrl-C and with its parent."""
+    """Give a worker its vocabulary and its limits; it ends on Ctrl-C and with its parent."""
     torch.set_num_threads(1)  # the others do not survive a fork
     gc.disable()  # there are no cycles to find, and the search takes a quarter of the time
     start_worker.vocab, parent = vocab, multiprocessing.parent_process()
@@ -1099,9 +1099,9 @@ def find_files(folder):
 
 
 def read_folder(folder, vocab, cache_dir):
-    """Every MIDI file under folder as a piece, in the order of their paths; cached by content."""
+    """Every MIDI file under folder as a piece, by path; cached by content."""
     paths, pieces = find_files(folder), {}
-    # All that decides what a file gives; the last number counts changes of this script.
+    # What decides what a file gives; the last number counts changes of this script.
     settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 8))
     cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
     for path in paths:
@@ -1208,7 +1208,7 @@ def is_like(value, example):
 
 
 def check_content(content):
-    """Raise an error unless the content of a checkpoint is built as a run with its settings builds it."""
+    """Raise an error unless a checkpoint is built as a run with its settings builds it."""
     config, intervals, trainer = Config(), content["intervals"], content["trainer"]
     settings = {name: asdict(getattr(config, name)) for name in STORED}
     for name in STORED:
@@ -1250,7 +1250,7 @@ def load_checkpoint(path):
 
 
 def export_checkpoint(path, content, about):
-    """Write the best weights of a checkpoint, in 16 bits, and what it takes to write music with them."""
+    """Write the best weights of a checkpoint, in 16 bits, and what generating needs; 0."""
     if path.exists():
         raise UserError(f"{path} is there already: name another file to export to")
     best = {k: v.half() for k, v in content["trainer"]["best"].items()}
@@ -1311,7 +1311,7 @@ KEY_PROFILES = ((6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.2
 
 
 def longest_known_run(intervals, names, corpus):
-    """How many notes in a row also stand in the corpus, the intervals of pieces, in any key; and in which."""
+    """How many notes in a row also stand in the corpus, intervals of pieces; and in which."""
     length, found = 0, 0
     for start in range(len(intervals)):
         while (end := start + length + 1) < len(intervals) and (at := corpus.find(intervals[start:end])) >= 0:
@@ -1395,7 +1395,7 @@ def make_config(given, checkpoint, training):
 
 
 def choose_device(name):
-    """The device of a --device flag; auto is the GPU if there is one, else the CPU."""
+    """The device of that name; auto: the GPU if there is one, else the CPU."""
     try:
         if name == "auto":
             gpu = torch.accelerator.current_accelerator(check_available=True)
@@ -1450,7 +1450,7 @@ def usable_pieces(folder, vocab, cache_dir):
 
 
 def compare_music(run, given, checkpoint, training):
-    """Say how the folder differs from the one that a checkpoint learned. Raises UserError."""
+    """Say how the folder differs from what a checkpoint learned. Raises UserError."""
     folder, learned, named = run.midi_dir, checkpoint["folder"], "midi_dir" in given
     now = then = set(checkpoint["files"])
     if training or named or folder == learned and Path(folder).is_dir():
@@ -1725,7 +1725,7 @@ def run(argv, stack):
 
 
 def main(argv=None):
-    """The program; 0, or 2 for what the user can mend, or 128 + a signal's number."""
+    """0, or 2 for what the user can mend, or 128 + a signal's number."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -336,7 +336,7 @@ def test_transposing_moves_the_roots_of_chords_as_far_as_the_pitches():
     ids = torch.tensor([[200, 50, 211, 224], [212, 50, 223, 199], [205, 89, 217, 0]])
     moved = pg.transpose_ids(ids, torch.tensor([3, -1, 5]), KINDS)
     assert moved.tolist() == [[203, 53, 202, 224], [223, 49, 222, 199], [207, 91, 219, 0]]
-    without = SimpleNamespace(pitches=KINDS.pitches, chords=range(0))
+    without = SimpleNamespace(pitches=KINDS.pitches, chords=slice(0, 0))
     assert pg.transpose_ids(ids, torch.tensor([3, 3, 3]), without)[0].tolist() == [200, 53, 211, 224]
 
 

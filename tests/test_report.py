@@ -137,7 +137,7 @@ def loop(ids, vocab, rng):
 def transpose_bars(ids, vocab, rng):
     """Each bar in another key."""
     keys = [(bar, int(rng.integers(-6, 6))) for bar in split_bars(ids, vocab)]
-    return [i + shift * (i in vocab.pitches) for bar, shift in keys for i in bar]
+    return [i + shift * (vocab.pitches.start <= i < vocab.pitches.stop) for bar, shift in keys for i in bar]
 
 
 @pytest.fixture(scope="module")
