@@ -124,7 +124,7 @@ def test_run_says_in_five_lines_at_most_what_it_does(folder, here, capsys):
     assert re.fullmatch(r"13 files under midi, [\d.]+ hours, 1,009 notes, [\d,]+ tokens", lines[1])
     assert "notes outside the piano's range dropped: 11" in lines[2]
     assert re.fullmatch(r"13 works \(\d+ train, \d+ validation, 0 test\)", lines[3])
-    assert re.match(r"[\d,]+ parameters, b?float\d+ on cpu, peak learning rate 0.0003 at width 1024", lines[4])
+    assert re.match(r"[\d,]+ parameters, b?float\d+ on cpu, peak learning rate 0.0003 at width 1536", lines[4])
 
 
 def test_one_file_trains_without_validation_and_another_is_skipped_by_a_name_that_prints(here, capsys):

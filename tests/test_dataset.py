@@ -323,7 +323,16 @@ def test_targets_are_the_inputs_one_token_later_even_if_the_corpus_is_shorter(le
 
 def test_every_token_of_the_corpus_is_drawn():
     part = batches(torch.arange(200).short(), transpose=0)
-    assert {*torch.cat([part[i][1].flatten() for i in range(100)]).tolist()} == {*range(1, 200)}
+    assert {*torch.cat([part[i][1].flatten() for i in range(100)]).tolist()} == {*range(200)}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_windows_are_spread_evenly_at_any_time(seed):
+    part = batches(torch.arange(10_000).short(), seed=seed, transpose=0)
+    starts = torch.cat([part[i][0][:, 0] for i in range(50)])
+    for n in (len(starts) // 5, len(starts)):
+        gaps = torch.cat([starts[:n], starts[:n].min()[None] + 10_000]).sort().values.diff()
+        assert gaps.max() < 3 * gaps.min(), "of random numbers the largest gap is hundreds of times the smallest"
 
 
 def test_transposing_moves_pitches_alone_and_never_out_of_the_piano():

@@ -99,11 +99,11 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner
     model = pg.PianoGPT(pg.ModelConfig(n_layer=1, n_embd=n_embd), VOCAB.says)
     optimizer = pg.make_optimizer(model, pg.TrainConfig(lr=1.0))
     found = {p: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    expected = {"head": (1024 / n_embd, 0.1), "embedding": (80, 0)}
-    expected |= dict.fromkeys(("alike_in", "alike_out"), (1024 / 100, 0.1))
-    expected |= dict.fromkeys(("recent", "norm", "norm_1", "norm_2"), (30, 0))
+    expected = {"head": (1536 / n_embd, 0.5), "embedding": (120, 0)}
+    expected |= dict.fromkeys(("alike_in", "alike_out"), (1536 / 100, 0.5))
+    expected |= dict.fromkeys(("recent", "norm", "norm_1", "norm_2"), (45, 0))
     for name, fan_in in (("qkv", n_embd), ("proj", n_embd), ("expand", n_embd), ("contract", inner)):
-        expected[name] = (1024 / fan_in, 0.1)
+        expected[name] = (1536 / fan_in, 0.5)
     assert {name.split(".")[-1]: found[p] for name, p in model.named_parameters()} == expected
 
 
