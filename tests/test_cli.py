@@ -465,7 +465,7 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
     ("--about mine", "--about does nothing without --export"),
     ("--generate --prompt-bars 8", "--prompt-bars does nothing without --prompt"),
     ("--generate --evaluate midi", "--generate and --evaluate cannot be done at once"),
-    ("--export pianogpt.pt", "pianogpt.pt is there already: name another file to export to"),
+    ("--export pianogpt.pt", "pianogpt.pt is there already: name another file"),
     ("--export a.pt --evaluate midi", "--evaluate and --export cannot be done at once"),
     ("--steps 99 --midi-dir midi --init-from shifted.pt", "pianogpt.pt did not start from shifted.pt: pass another --checkpoint"),
     ("--midi-dir midi --checkpoint new.pt --cache-dir pianogpt.pt", "cannot be used: Not a directory"),
@@ -638,7 +638,7 @@ def test_model_is_handed_on_writes_the_same_music_and_starts_another_run(trained
     assert content["about"] == "started from small.pt; scales, public domain"
     assert len(content["pieces"]) > 11, "what was learned before stays known"
     config = pg.make_config({}, content, training=True).train
-    assert (config.lr, config.warmup, config.steps, config.batch_size) == (5e-5, 50, 20, 8)
+    assert (config.lr, config.warmup, config.steps, config.batch_size) == (3.3e-5, 50, 20, 8)
 
 
 def test_continuation_only_leaves_the_prompt_and_its_marker_out(prompt):
