@@ -589,7 +589,7 @@ class Block(nn.Module):
         q, k = torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, -1), sin)  # rotated; each (B, nh, T, hs)
         if past is not None:
             past = past[:, :, :, : n_past + T]
-            past[:, :, :, n_past:] = torch.stack((k, v))
+            past[0, :, :, n_past:], past[1, :, :, n_past:] = k, v
             k, v = past.unbind()  # 2 x (B, nh, n_past + T, hs)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         return y.transpose(1, 2).reshape(B * T, C)
