@@ -1522,7 +1522,7 @@ def read_prompt(settings, vocab):
     return ids
 
 
-def write_sample(ids, old, settings, origin, vocab, checkpoint):
+def write_sample(ids, old, settings, origin, vocab, known):
     """Write a piece, its first `old` ids the prompt, with origin, key and chords; whether it has notes."""
     shown = ids[old:] if settings.continuation_only else ids
     score = vocab.decode(shown, settings.tempo)
@@ -1537,8 +1537,7 @@ def write_sample(ids, old, settings, origin, vocab, checkpoint):
     texts = [(0, f"PianoGPT {json.dumps(origin | {'key': key})}")]
     texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
     path = write_new(Path(settings.samples_dir), "sample", ".mid", add_texts(score.dumps_midi(), texts))
-    new, learned = pitch_intervals(np.array(ids[old:]), vocab.pitches), checkpoint["intervals"]
-    run, name = longest_known_run(new, checkpoint["pieces"], learned.numpy().tobytes())
+    run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), *known)
     bars, seconds = shown.count(vocab.bar), score.to("second").end()
     say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
         f"longest known run {count(run, 'note')}{f' ({name})' * bool(name)}, {path}")
@@ -1670,9 +1669,10 @@ def run_generation(config, given, vocab, device, prompt):
         say(f"seed: {config.train.seed}; with this --seed the pieces come again")
     model, origin = load_model(checkpoint, vocab, device), asdict(settings) | {"samples_dir": ""}
     origin |= {"prompt": Path(settings.prompt).name, "seed": config.train.seed, "step": step}
+    known = checkpoint["pieces"], checkpoint["intervals"].numpy().tobytes()
     with catch_signals() as caught:
         pieces = generate(model, vocab, settings, config.train.seed, prompt, lambda: bool(caught))
-        written = sum(write_sample(ids, len(prompt), settings, origin | {"piece": n}, vocab, checkpoint)
+        written = sum(write_sample(ids, len(prompt), settings, origin | {"piece": n}, vocab, known)
                       for n, ids in enumerate(pieces, 1))
     if caught:
         say(f"stopped: {written} of {settings.num_samples} pieces were finished")
