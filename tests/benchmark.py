@@ -102,15 +102,14 @@ def plain_stepper(config, V, batch):
     return step
 
 
-def has_bfloat16(device):
-    """Whether --precision auto trains in bfloat16 here."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+def make_trainer(config, vocab, device, **run):
+    """A new trainer, in the precision and compiled or not, as pianogpt.py makes it with these flags."""
+    return pg.make_trainer(replace(config, run=pg.RunConfig(**run)), None, {}, vocab, device)
 
 
-def our_stepper(config, vocab, batch, bfloat16, compiled):
+def our_stepper(model, vocab, batch, **run):
     """A function that trains PianoGPT by one step."""
-    model = pg.PianoGPT(config, vocab.says).to(batch.device)
-    trainer = pg.Trainer(model, pg.TrainConfig(), bfloat16, compiled)
+    trainer = make_trainer(pg.Config(model=model), vocab, batch.device, **run)
     return lambda: trainer.train_step(*batch)
 
 
@@ -149,10 +148,11 @@ def measure_training(vocab, device, rounds):
     """Training tokens/s of both, in the precision this machine is best at and in float32."""
     config, V, B = pg.ModelConfig(), len(vocab.words), pg.TrainConfig().batch_size
     batch = torch.randint(V, (2, B, config.block_size), device=device)
-    bfloat16, works = has_bfloat16(device), {"plain": plain_stepper(config, V, batch)}
-    for name, *speed in (("fast", bfloat16, True), ("eager", bfloat16, False), ("float32", False, True)):
-        works[name] = our_stepper(config, vocab, batch, *speed)
+    works = {"plain": plain_stepper(config, V, batch)}
+    for name, precision, compiled in (("fast", "auto", True), ("eager", "auto", False), ("float32", "float32", True)):
+        works[name] = our_stepper(config, vocab, batch, precision=precision, compile=compiled)
     rows, tokens = compare(rounds, works, times=3), B * config.block_size
+    bfloat16 = make_trainer(pg.Config(), vocab, device).bfloat16
     out = {"train_precision": ("float32", "bfloat16")[bfloat16] + " compiled"}
     out |= {f"train_tokens_per_second_{name}": round(tokens / median(row[name] for row in rows)) for name in works}
     for end, name in (("", "fast"), ("_eager", "eager"), ("_float32", "float32")):
@@ -198,14 +198,14 @@ def measure_reading(vocab, files):
 def measure_growth(vocab, device):
     """A table: tokens/s of training and of generating one sequence, and the fraction of the matrix-product peak."""
     n, V = 2048 if device.type == "cpu" else 8192, len(vocab.words)
-    bfloat16 = has_bfloat16(device)
+    bfloat16 = make_trainer(pg.Config(), vocab, device).bfloat16
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     peak = 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
     print(f"matrix_product_tflops: {peak / 1e12:.2f}\nn_embd  block_size  train_tok/s  share_of_peak  generate_tok/s")
     for n_embd, block_size in product((128, 256, 512), (256, 1024)):
         config = pg.ModelConfig(n_embd=n_embd, block_size=block_size)
         batch = torch.randint(V, (2, 4096 // block_size, block_size), device=device)
-        step = our_stepper(config, vocab, batch, bfloat16, False)
+        step = our_stepper(config, vocab, batch)
         taken = median([seconds(step) for _ in range(4)][1:])
         model = pg.PianoGPT(config, vocab.says).to(device).eval()
         matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - V * n_embd
@@ -268,17 +268,16 @@ def seconds_to(loss, curve):
 def measure_recipe(vocab, folder, minutes, device):
     """Held-out nats per note after the same minutes by the plain recipe and by ours."""
     config = pg.Config(run=pg.RunConfig(midi_dir=folder), data=pg.DataConfig(piece_is_folder=True))
-    speed = has_bfloat16(device), True  # compiled
     ids, windows, _ = pg.prepare_data(config, vocab)
     batches = pg.Batches(ids.to(device), vocab, config)
+    ours = make_trainer(config, vocab, device, compile=True)
     torch.manual_seed(0)
     model = PlainRecipe(config.model, vocab.says).to(device)
-    plain = pg.Trainer(model, pg.TrainConfig(steps=10**9, warmup=0), *speed)  # so early in its fall, lr is constant
+    constant = pg.TrainConfig(steps=10**9, warmup=0)  # so early in its fall, the learning rate stands still
+    plain = pg.Trainer(model, constant, ours.bfloat16, compiled=True)
     plain.optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-4}], lr=3e-4, fused=True)
     untransposed = replace(batches, config=replace(config, data=replace(config.data, transpose=0)))
     slow = train_for(minutes, plain, untransposed, windows, falling=False)
-    torch.manual_seed(0)
-    ours = pg.Trainer(pg.PianoGPT(config.model, vocab.says).to(device), config.train, *speed)
     curve = train_for(minutes, ours, batches, windows, falling=True)
     print("seconds  plain_nats_per_note  nats_per_note")
     for (second, plain_loss), (_, loss) in zip(slow, curve):
