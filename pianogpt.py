@@ -23,17 +23,18 @@ Part I, sections 1 to 5, is the idea; you may stop there. Part II, 6 to 9, is th
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
 
 The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
-    format       "pianogpt 8"; other formats are refused
+    format       "pianogpt 9"; other formats are refused
     about        a note: what it started from, what it learned from
     config       the settings of the groups data, music, model and train
     vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
-    folder       the folder of MIDI files; files: "size name" of each, to see what has changed
+    folder       where the MIDI files were; files: "size name" of each, to see what has changed
     pieces       names of the training pieces; intervals: their melodic intervals, to find known runs
     trainer      step, seconds, history (a row per validation), losses since the last row, optimizer, weights,
-                 best (the weights that validated best, used to generate; all that --export leaves of them)
+                 average (of the weights), best (the average that validated best, used to generate; all that
+                 --export leaves of the weights)
 
 A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i and the
-dropout of step i are drawn from (seed, i) alone, and all other state is in the checkpoint.
+dropout of step i depend on (seed, i) alone, and all other state is in the checkpoint.
 
 References: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et
 al., "Attention Is All You Need", 2017. Su et al., "RoFormer" (RoPE), 2021. Shazeer, "GLU Variants", 2020.
@@ -91,7 +92,7 @@ class UserError(Exception):
 
 def say(text, stream="stdout"):
     """Print one line, above the progress bar; only rank 0 prints."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # file names may hold anything
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # as in some file names
     try:
         if RANK == 0:
             tqdm.write(text, file=getattr(sys, stream))
@@ -110,13 +111,13 @@ def progress(*args, **options):
     return tqdm(*args, disable=True if RANK else None, mininterval=0.5, **options)
 
 
-# ========== Part I: the idea ==========
+# ==== Part I: the idea ====
 
-# ---------- 1. Settings: flags, --help and checkpoints all read these fields ----------
+# ---- 1. Settings: flags, --help and checkpoints all read these fields ----
 
 
 def option(default, text, low=None, high=10**9, **more):
-    """A field that becomes a flag; more: choices; off: 0 is allowed; resumable: a later run may change it."""
+    """A field that becomes a flag; more: choices; off: 0 is allowed; resumable: may change later."""
     return field(default=default, metadata=dict(text=text, low=low, high=high, **more))
 
 
@@ -164,7 +165,6 @@ class MusicConfig:
     """How music becomes tokens."""
     grid: int = option(24, "positions per beat; 24 holds triplets and thirty-seconds exactly", 1, 48)
     velocities: int = option(32, "levels of loudness", 1, 127)
-    pedal: str = option("fold", "sustain pedal: fold it into lengths?", choices=("fold", "ignore"))
 
 
 @dataclass
@@ -222,7 +222,7 @@ def check_options(config):
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
-# ---------- 2. Music: one score read as one piano, and what every token id means ----------
+# ---- 2. Music: one score read as one piano, and what every token id means ----
 
 TIME_SIGNATURES = {4: (1, 12), 8: (1, 12), 16: (1, 12)}  # beat unit: least and most beats in a bar
 LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
@@ -247,7 +247,7 @@ NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see fi
 def fold_pedal(parts, controls, tpq):
     """Let notes that end while the pedal is down ring until it is lifted; how many presses were too long.
 
-    parts, controls: arrays for each track of one instrument; tpq: ticks per quarter note.
+    parts, controls: arrays of the tracks of one instrument; tpq: ticks per quarter note.
     """
     end = max((part["time"] + part["duration"]).max() for part in parts)
     times, steps = [], []
@@ -287,14 +287,14 @@ def repair_overlaps(notes):
     return take(notes, np.lexsort((notes["pitch"], notes["time"])))
 
 
-def make_piano(score, fold):
+def make_piano(score):
     """A score as one piano track, and {change: how many}. Raises UserError."""
     tracks = [t for t in score.tracks if not t.is_drum]  # one without notes may still carry the pedal
     hands, too_long = [], 0
     for program in dict.fromkeys(t.program for t in tracks):  # tracks of one instrument share its pedal
         same = [t for t in tracks if t.program == program]
         parts = [t.notes.numpy() for t in same if t.note_num()]
-        if fold and parts:
+        if parts:
             too_long += fold_pedal(parts, [t.controls.numpy() for t in same], score.tpq)
         hands += parts
     if not hands:
@@ -515,7 +515,7 @@ class Vocabulary:
         return score
 
 
-# ---------- 3. Model: a causal Transformer in musical time and pitch ----------
+# ---- 3. Model: a causal Transformer in musical time and pitch ----
 
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
@@ -684,7 +684,7 @@ class Cache:
         self.length, (self.latest, self.now, self.bar_start) = 0, self.empty
 
 
-# ---------- 4. Learning: batch number i, transposition, learning rates, the trainer ----------
+# ---- 4. Learning: batch number i, transposition, learning rates, the trainer ----
 
 LR_WIDTH = 1536  # fan-in at which a matrix learns at --lr
 EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: the embedding; norms and recent; found by trial
@@ -759,32 +759,36 @@ def average_over_processes(values):
     return values
 
 
+def copy_weights(model):
+    """A copy of a model's weights on the CPU."""
+    return {k: v.cpu().clone() for k, v in model.state_dict().items()}
+
+
 class Trainer:
     """A model in training: all that changes from step to step, and so is in checkpoints."""
     KEPT = ("step", "seconds", "history", "losses", "best")
 
     def __init__(self, model, config, bfloat16=False, compiled=False):
         self.model, self.config, self.bfloat16, self.device = model, config, bfloat16, model.head.device
+        self.average = copy.deepcopy(model)  # of the weights over about the last tenth of the steps
         # Only this is compiled. The backward pass of a compiled embedding is not deterministic.
         self.loss = torch.compile(model.loss) if compiled else model.loss
         self.optimizer = make_optimizer(model, config)
-        self.step, self.seconds, self.best = 0, 0.0, {}  # the weights that validated best
+        self.step, self.seconds, self.best = 0, 0.0, {}  # the average that validated best
         self.history, self.losses = [], []  # a row for each validation; the losses since the last
-
-    def weights(self):
-        """A copy of the model's weights on the CPU."""
-        return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
     def state(self):
         """All of the trainer but its settings, for load_state."""
-        weights, optimizer = self.weights(), self.optimizer.state_dict()["state"]
-        state = {k: vars(self)[k] for k in self.KEPT} | {"weights": weights, "optimizer": optimizer}
-        return state if self.history else state | {"best": weights}
+        average = copy_weights(self.average)
+        state = {k: vars(self)[k] for k in self.KEPT} | {"average": average, "weights": copy_weights(self.model),
+                                                         "optimizer": self.optimizer.state_dict()["state"]}
+        return state if self.history else state | {"best": average}
 
     def load_state(self, state):
         """Continue where another trainer's state() was taken, with the same bits."""
         vars(self).update({k: state[k] for k in self.KEPT})
         self.model.load_state_dict(state["weights"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
 
     def add_gradients(self, idx, targets):
@@ -813,6 +817,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        with torch.no_grad():
+            for average, weight in zip(self.average.parameters(), self.model.parameters()):
+                average.lerp_(weight, 10 / (9 + self.step))
         self.losses.append(loss)
         return loss
 
@@ -821,20 +828,20 @@ class Trainer:
         return min(self.history, key=lambda row: row.get("val_loss", 1e9 - row["step"]))
 
     def validate(self, windows, batches):
-        """Add a row to the history; keep the weights if they are the best so far."""
+        """Add a row to the history; keep the average if it is the best so far."""
         row = {"step": self.step, "seconds": self.seconds,
                "tokens": self.step * self.config.batch_size * self.model.config.block_size,
                "lr": self.config.lr * learning_rate(self.step - 1, self.config),
                "train_loss": sum(self.losses) / max(1, len(self.losses))}
         text, self.losses = f"training loss {row['train_loss']:.4f}", []
         if len(windows[0]):
-            total, targets = evaluate(self.model, windows), windows[1]
+            total, targets = evaluate(self.average, windows), windows[1]
             row["val_loss"] = total / (targets != IGNORE).sum().item()
             row["val_nats_per_note"] = total / max(1, is_in(targets, batches.vocab.pitches).sum().item())
             text += f", validation loss {row['val_loss']:.4f}"
         self.history.append(row)
         if self.best_row() is row:
-            self.best = self.weights()
+            self.best = copy_weights(self.average)
         say(f"step {self.step} of {self.config.steps}: {text}, {self.seconds:.0f} seconds")
 
     def run(self, batches, windows, stopped, save):
@@ -857,7 +864,7 @@ class Trainer:
         pbar.close()
 
 
-# ---------- 5. Writing: logits -> legal -> drawn -> a piece ----------
+# ---- 5. Writing: logits -> legal -> drawn -> a piece ----
 
 LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given length may and must end
 CHECK_EVERY = 32  # tokens between checks whether the pieces are over
@@ -932,9 +939,9 @@ def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
     return [piece[:end].tolist() for piece, end in zip(pieces, ends) if end]
 
 
-# ========== You may stop here. Part II: the machinery ==========
+# ==== You may stop here. Part II: the machinery ====
 
-# ---------- 6. Folder: find, read in worker processes, cache, split, cut into windows ----------
+# ---- 6. Folder: find, read in worker processes, cache, split, cut into windows ----
 
 SPLITS = "train", "validation", "test"
 SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a row, of 8 kinds
@@ -1023,7 +1030,7 @@ def read_piece(path, vocab):
     try:
         data = read_bytes(path)
         content = hashlib.sha256(data).hexdigest()
-        piano, changes = make_piano(parse_midi(data), vocab.music.pedal == "fold")
+        piano, changes = make_piano(parse_midi(data))
         seconds = float(piano.to("second").end())
         if not (seconds < DAY and piano.end() < DAY * piano.tpq):
             raise UserError(f"longer than a day, or {DAY:,} quarter notes")
@@ -1102,7 +1109,7 @@ def read_folder(folder, vocab, cache_dir):
     """Every MIDI file under folder as a piece, by path; cached by content."""
     paths, pieces = find_files(folder), {}
     # What decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, vocab.music, version("miditok"), version("symusic"), 8))
+    settings = repr((vocab.words, version("miditok"), version("symusic"), 8))
     cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
     for path in paths:
         with contextlib.suppress(Exception):  # not there, damaged, or of another version
@@ -1178,9 +1185,9 @@ def make_windows(ids, block_size, stride, limit=10**9):
     return x[chosen], y[chosen]
 
 
-# ---------- 7. Files: the checkpoint, its log, its lock, names that are free ----------
+# ---- 7. Files: the checkpoint, its log, its lock, names that are free ----
 
-FORMAT = "pianogpt 8"
+FORMAT = "pianogpt 9"
 STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
 ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "lr": 0.0, "train_loss": 0.0,  # of the history
        "val_loss": 0.0, "val_nats_per_note": 0.0}  # these two only where something is held out
@@ -1221,7 +1228,7 @@ def check_content(content):
     weights = best if trainer["weights"] else {}  # export leaves them out
     moments = {i: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w}
                for i, w in enumerate(weights.values()) if step}
-    state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "best": best,
+    state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "average": weights, "best": best,
              "optimizer": moments, "history": [ROW]}
     example = {"format": "", "about": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""],
                "pieces": [""], "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
@@ -1254,7 +1261,7 @@ def export_checkpoint(path, content, about):
     if path.exists():
         raise UserError(f"{path} is there already: name another file")
     best = {k: v.half() for k, v in content["trainer"]["best"].items()}
-    state = content["trainer"] | {"best": best, "weights": {}, "optimizer": {}, "losses": []}
+    state = content["trainer"] | {"best": best, "weights": {}, "average": {}, "optimizer": {}, "losses": []}
     save_checkpoint(path, content | {"about": about or content["about"], "files": [], "trainer": state})
     say(f"exported: {path}, {path.stat().st_size / 2**20:.1f} MB")
     return 0
@@ -1263,8 +1270,9 @@ def export_checkpoint(path, content, about):
 def start_from(path, about):
     """A checkpoint at step 0 with the best weights, sizes and tokens of another."""
     base = load_checkpoint(path)
+    weights = base["trainer"]["best"]
     state = {"step": 0, "seconds": 0.0, "history": [], "losses": [], "best": {}, "optimizer": {},
-             "weights": base["trainer"]["best"]}
+             "weights": weights, "average": weights}
     config = {"music": base["config"]["music"], "model": base["config"]["model"], "train": FINE_TUNING}
     return base | {"about": about + base["about"], "config": config, "files": [], "trainer": state}
 
@@ -1302,7 +1310,7 @@ def add_texts(data, texts):
     return data[:10] + (1 + int.from_bytes(data[10:12], "big")).to_bytes(2, "big") + data[12:] + track
 
 
-# ---------- 8. Copies and figures ----------
+# ---- 8. Copies and figures ----
 
 # How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
 KEY_NAMES = "C Db D Eb E F F# G Ab A Bb B".split(), "C C# D Eb E F F# G G# A Bb B".split()
@@ -1336,7 +1344,7 @@ def find_key(score):
     return KeySignature(0, sharps, minor), f"{KEY_NAMES[minor][tonic]} {('major', 'minor')[minor]}"
 
 
-# ---------- 9. Command line: parse, choose the device, call, print ----------
+# ---- 9. Command line: parse, choose the device, call, print ----
 
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}  # the defaults with --init-from
 

@@ -275,6 +275,7 @@ def measure_recipe(vocab, folder, minutes, device):
     model = PlainRecipe(config.model, vocab.says).to(device)
     constant = pg.TrainConfig(steps=10**9, warmup=0)  # so early in its fall, the learning rate stands still
     plain = pg.Trainer(model, constant, ours.bfloat16, compiled=True)
+    plain.average = model  # the usual recipe is measured by its weights themselves
     plain.optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak": 3e-4}], lr=3e-4, fused=True)
     untransposed = replace(batches, config=replace(config, data=replace(config.data, transpose=0)))
     slow = train_for(minutes, plain, untransposed, windows, falling=False)

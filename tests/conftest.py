@@ -117,9 +117,9 @@ def run_on_two_ranks(folder, out, line):
     elastic_launch(config, run_on_rank)(line)
 
 
-def read_piano(path, fold=True):
+def read_piano(path):
     """A file as one piano."""
-    return pg.make_piano(pg.parse_midi(path.read_bytes()), fold)[0]
+    return pg.make_piano(pg.parse_midi(path.read_bytes()))[0]
 
 
 def notes_of(score):

@@ -18,7 +18,7 @@ def content(vocab):
     config = pg.Config(model=pg.ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
     trainer = pg.Trainer(pg.PianoGPT(config.model, vocab.says), config.train)
     trainer.train_step(*torch.randint(len(vocab.words), (2, 2, 8)))
-    trainer.step, trainer.best = 20, trainer.weights()
+    trainer.step, trainer.best = 20, pg.copy_weights(trainer.average)
     trainer.history = [pg.ROW | {"step": 10, "val_loss": 2.5}, {k: v for k, v in pg.ROW.items() if "val" not in k} | {"step": 20}]
     return {"about": "", "config": {name: asdict(getattr(config, name)) for name in pg.STORED}, "vocabulary": vocab.words,
             "folder": "midi", "files": ["9 a.mid", "9 b.mid"], "pieces": ["a.mid", "b.mid"],

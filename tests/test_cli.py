@@ -60,7 +60,7 @@ def same_run(*paths):
     """Whether two runs ended with the same weights, bit for bit, and the same log but for the seconds."""
     a, b = map(state, paths)
     one, two = (re.sub(r"(?m)^(\w+),[^,]+", r"\1", Path(f"{p}.csv").read_text()) for p in paths)
-    return one == two and all(torch.equal(a[which][k], b[which][k]) for which in ("weights", "best") for k in a[which])
+    return one == two and all(torch.equal(a[which][k], b[which][k]) for which in ("weights", "average", "best") for k in a[which])
 
 
 @pytest.fixture(scope="session")
@@ -438,7 +438,7 @@ def test_fresh_starts_over_and_keeps_the_old_file(trained):
 
 def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights(trained, vocab, capsys):
     content = pg.load_checkpoint(Path("pianogpt.pt"))
-    content["trainer"]["weights"] = {k: v + 1 for k, v in content["trainer"]["weights"].items()}
+    content["trainer"] |= dict.fromkeys(("weights", "average"), {k: v + 1 for k, v in content["trainer"]["weights"].items()})
     pg.save_checkpoint(Path("pianogpt.pt"), content)
     assert pianogpt("--evaluate midi") == 0
     keys, numbers = zip(*re.findall(r"^(\w+): ([\d.]+)$", capsys.readouterr().out, re.M))

@@ -195,7 +195,7 @@ def test_cache_saves_reading_and_notices_changed_content_and_settings(folder, tm
     one.write_bytes(damaged)
     other.write_bytes(sorted(cache.rglob("*.gz"))[2].read_bytes())  # what another file gave
     assert read(folder, vocab, cache) == pieces and new == [13, 1, 13, 2]
-    read(folder, pg.Vocabulary(pg.MusicConfig(pedal="ignore")), cache)  # the same words
+    read(folder, pg.Vocabulary(pg.MusicConfig(velocities=16)), cache)
     assert new == [13, 1, 13, 2, 13]
 
 

@@ -100,13 +100,6 @@ def test_of_notes_struck_together_the_loudest_velocity_and_the_longest_length_su
     assert found == [(0, 960, 90), (960, 960, 70)]
 
 
-def test_pedal_can_be_ignored(tmp_path):
-    path = write_midi(tmp_path / "a.mid", [[(0, 1, 60, 80)]], **pedal())
-    for choice, end in (("fold", 4), ("ignore", 1)):
-        vocab = pg.Vocabulary(pg.MusicConfig(pedal=choice))
-        assert notes_of(vocab.decode(pg.read_piece(path, vocab).ids.tolist())) == [(0, end, 60)]
-
-
 @pytest.mark.parametrize("tracks, drums, problem", [
     ([[(0, 1, 38, 90)]], [0], "only drums"), ([], [], "no notes"), ([[(0, 1, 10, 90)]], [], "no notes within the"),
     ([[(0, 1, 60, 80), (2 * 60 * 60 * 25, 1, 60, 80)]], [], "longer than a day")])

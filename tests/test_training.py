@@ -49,13 +49,13 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch)
         second.load_state(pg.load_checkpoint(tmp_path / "m.pt")["trainer"])
         assert second.step == stop and same(second.state()["best"], first.state()["best"])
         run(second, *data)
-        assert same(second.weights(), whole.weights()) and same(second.best, whole.best)
+        assert all(same(second.state()[key], whole.state()[key]) for key in ("weights", "average", "best"))
         one, other = ([row | {"seconds": 0} for row in t.history] for t in (second, whole))
         assert one == other and len(one) == 3
 
 
 def test_another_seed_gives_other_weights_and_another_step_drops_other_activations():
-    assert not same(*(run(*make_parts(seed=seed), until=1).weights() for seed in (1, 2)))
+    assert not same(*(pg.copy_weights(run(*make_parts(seed=seed), until=1).model) for seed in (1, 2)))
     trainer, batches, _ = make_parts(lr=0.0)
     assert trainer.train_step(*batches[0]) != trainer.train_step(*batches[0])
 
@@ -107,19 +107,33 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner
     assert {name.split(".")[-1]: found[p] for name, p in model.named_parameters()} == expected
 
 
-def test_best_validation_weights_are_kept():
+def test_average_that_validates_best_is_kept():
     trainer, batches, windows = make_parts(steps=20, lr=3e-3)
     run(trainer, batches, windows)
     good, row = trainer.best, trainer.best_row()
-    torch.nn.init.normal_(trainer.model.head)
+    torch.nn.init.normal_(trainer.average.head)
     trainer.validate(windows, batches)
     assert trainer.history[-1]["val_loss"] > row["val_loss"] and trainer.best_row() is row and trainer.best is good
 
 
-def test_run_without_validation_keeps_the_last_weights():
+def test_run_without_validation_keeps_the_last_average():
     trainer = run(*make_parts(steps=12)[:2], pg.make_windows(IDS[:0], 32, 32))
-    assert same(trainer.best, trainer.weights()) and trainer.best_row() is trainer.history[-1]
+    assert same(trainer.best, pg.copy_weights(trainer.average)) and trainer.best_row() is trainer.history[-1]
     assert ["val_loss" in row for row in trainer.history] == [False, False]
+
+
+def test_average_is_of_about_the_last_tenth_of_the_steps():
+    trainer, batches, _ = make_parts()
+    weights = []
+    for n in range(40):
+        trainer.train_step(*batches[n])
+        weights.append(trainer.model.head.detach().clone())
+    shares = torch.zeros(40)
+    for n in range(40):  # what each step has in the average
+        shares = shares * n / (n + 10) if n else shares
+        shares[n] = 10 / (n + 10)
+    expected = (shares[:, None, None] * torch.stack(weights)).sum(0)
+    assert torch.allclose(trainer.average.head, expected, atol=1e-6) and shares[20:].sum() > 0.99
 
 
 def test_validation_is_not_compiled_and_gives_the_loss_per_token_and_per_note():
@@ -135,19 +149,19 @@ def test_validation_is_not_compiled_and_gives_the_loss_per_token_and_per_note():
 def test_loss_that_is_no_number_stops_the_run_before_it_is_saved_or_learned():
     (trainer, *data), saved = make_parts(save_every=1), []
     torch.nn.init.constant_(trainer.model.head, math.inf)
-    before = trainer.weights()
+    before = trainer.state()
     with pytest.raises(pg.UserError, match="the loss became nan after 0 steps: pass a smaller --lr"):
         run(trainer, *data, save=lambda: saved.append(1))
-    assert not saved and same(trainer.weights(), before)
+    assert not saved and all(same(trainer.state()[key], before[key]) for key in ("weights", "average"))
 
 
-def test_weights_before_the_first_validation_are_the_best_so_far():
+def test_average_before_the_first_validation_is_the_best_so_far():
     trainer = run(*make_parts(), until=3)
-    assert not trainer.history and same(trainer.state()["best"], trainer.weights())
+    assert not trainer.history and same(trainer.state()["best"], pg.copy_weights(trainer.average))
     resumed, *data = make_parts()
     resumed.load_state(trainer.state())
     run(resumed, *data, until=6)
-    assert same(resumed.state()["best"], resumed.weights()), "not those of the step at which it was saved"
+    assert same(resumed.state()["best"], pg.copy_weights(resumed.average)), "not those of the step at which it was saved"
 
 
 def test_validation_beats_any_row_without_one():
