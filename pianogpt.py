@@ -18,7 +18,7 @@ token, and drawing one token after another writes new music. This bar has 16 tok
     Position_48  Chord_F:maj                  two beats later, and the harmony changes
     Pitch_65  Velocity_67  Duration_1.0.24    F4, softer, for one beat
 
-Part I, sections 1 to 5, is the idea; you may stop there. Part II, 6 to 9, is the machinery.
+Part I, sections 1 to 5, is the idea; Part II is the machinery.
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
 
@@ -33,12 +33,11 @@ The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
                  average (of the weights), best (the average that validated best, used to generate; all that
                  --export leaves of the weights)
 
-A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i and the
-dropout of step i depend on (seed, i) alone, and all other state is in the checkpoint.
+A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i depends on
+(seed, i) alone, and all other state is in the checkpoint.
 
-References: Huang & Yang, "Pop Music Transformer" (REMI), 2020. Fradet et al., "MidiTok", 2021. Vaswani et
-al., "Attention Is All You Need", 2017. Su et al., "RoFormer" (RoPE), 2021. Shazeer, "GLU Variants", 2020.
-Yang et al., "Tensor Programs V" (learning rates), 2022.
+References: Huang & Yang 2020 (REMI), Fradet et al. 2021 (MidiTok), Vaswani et al. 2017 (the Transformer), Su
+et al. 2021 (RoPE), Shazeer 2020 (SwiGLU), Yang et al. 2022 (Tensor Programs V: learning rates).
 """
 
 import argparse
@@ -117,7 +116,7 @@ def progress(*args, **options):
 
 
 def option(default, text, low=None, high=10**9, **more):
-    """A field that becomes a flag; more: choices; off: 0 is allowed; resumable: may change later."""
+    """A field that becomes a flag; more: off: 0 is allowed; resumable: a later run may change it."""
     return field(default=default, metadata=dict(text=text, low=low, high=high, **more))
 
 
@@ -134,7 +133,7 @@ class RunConfig:
     about: str = option("", "note to export with the weights: training music, license")
     fresh: bool = option(False, "start over; an existing checkpoint is renamed")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    precision: str = option("auto", "of matrix products in training", choices=("auto", "float32", "bfloat16"))
+    float32: bool = option(False, "no bfloat16, even on a GPU that has it")
     compile: bool = option(False, "torch.compile the model: long runs train faster")
 
 
@@ -163,7 +162,7 @@ class DataConfig:
 @dataclass
 class MusicConfig:
     """How music becomes tokens."""
-    grid: int = option(24, "positions per beat; 24 holds triplets and thirty-seconds exactly", 1, 48)
+    grid: int = option(24, "positions per beat; 24 holds triplets and 32nd notes exactly", 1, 48)
     velocities: int = option(32, "levels of loudness", 1, 127)
 
 
@@ -174,7 +173,6 @@ class ModelConfig:
     n_head: int = option(4, "attention heads per layer", 1, 1000)
     n_embd: int = option(128, "channels", 2, 65_536)
     block_size: int = option(256, "context in tokens", 8, 65_536)
-    dropout: float = option(0.0, "fraction of activations to drop in training", 0, 0.9, resumable=True)
 
 
 @dataclass
@@ -185,7 +183,6 @@ class TrainConfig:
     lr: float = option(3e-4, "peak learning rate at width 1536, scaled by fan-in", 0, 1, resumable=True)
     warmup: int = option(200, "steps of learning rate warmup", 0, resumable=True)
     weight_decay: float = option(0.5, "weight decay of the matrices; 0: off", 0)
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit", 0)
     eval_every: int = option(250, "steps between validations", 1, resumable=True)
     save_every: int = option(0, "steps between checkpoints; 0: every two minutes", 0, resumable=True)
     accumulate: int = option(1, "split each batch into N parts to save memory", 1, resumable=True)
@@ -227,7 +224,7 @@ def check_options(config):
 TIME_SIGNATURES = {4: (1, 12), 8: (1, 12), 16: (1, 12)}  # beat unit: least and most beats in a bar
 LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
 TEMPO_RANGE, TEMPO_STEPS = (120 / 1.02**91, 120 * 1.02**47), 139  # 19.8 to 304, in steps of 2 %, with 120
-PIANO, SUSTAIN = (21, 108), 64  # MIDI pitches of the outer keys; controller number of the right pedal
+PIANO, SUSTAIN = (21, 108), 64  # MIDI pitches of the outer keys; controller number
 LONGEST_PEDAL, NEVER_LIFTED = 48, 16  # quarter notes; held longer, or longer and never lifted, it is ignored
 QUALITIES = {  # of chords: the symbol after the root, semitones above the root
     "maj": ("", (0, 4, 7)), "min": ("m", (0, 3, 7)), "dim": ("dim", (0, 3, 6)), "aug": ("aug", (0, 4, 8)),
@@ -235,12 +232,14 @@ QUALITIES = {  # of chords: the symbol after the root, semitones above the root
     "7halfdim": ("m7b5", (0, 3, 6, 10))}
 ROOTS = "C C# D Eb E F F# G Ab A Bb B".split()
 CHORDS = [root + symbol for symbol, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]
-CHORD_VECTORS = np.array([np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
-                          for _, above in QUALITIES.values() for root in range(12)])  # (chords, 12), length 1
-SYMBOLS = {letter + sign + symbol: 12 * number + (step + shift) % 12  # the index in CHORDS
-           for number, (symbol, _) in enumerate(QUALITIES.values())
-           for letter, step in zip("CDEFGAB", (0, 2, 4, 5, 7, 9, 11))
-           for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
+CHORD_VECTORS = np.array([  # (chords, 12), length 1
+    np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
+    for _, above in QUALITIES.values() for root in range(12)])
+SYMBOLS = {
+    letter + sign + symbol: 12 * number + (step + shift) % 12  # the index in CHORDS
+    for number, (symbol, _) in enumerate(QUALITIES.values())
+    for letter, step in zip("CDEFGAB", (0, 2, 4, 5, 7, 9, 11))
+    for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
 NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see find_chords
 
 
@@ -343,7 +342,7 @@ class Tokenizer(miditok.REMI):
         super().__init__(miditok.TokenizerConfig(
             pitch_range=PIANO, special_tokens=["PAD", "BOS", "EOS"], num_velocities=music.velocities,
             beat_res={(0, 4): music.grid, (4, LONGEST_NOTE): max(1, music.grid // 2)},
-            use_chords=True, chord_tokens_with_root_note=True, chord_unknown=None,
+            use_chords=True, chord_tokens_with_root_note=True,
             chord_maps={quality: above for quality, (_, above) in QUALITIES.items()},
             use_tempos=True, num_tempos=TEMPO_STEPS, tempo_range=TEMPO_RANGE, log_tempos=True,
             delete_equal_successive_tempo_changes=True, use_time_signatures=True,
@@ -370,8 +369,8 @@ def parse_chords(text):
         symbols = bar.split(",")
         for symbol in symbols:
             if symbol not in SYMBOLS or 12 % len(symbols):
-                raise UserError(f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, '
-                                "Eaug, Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
+                raise UserError(f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, Bb7, '
+                                "Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
             twelfths += [SYMBOLS[symbol]] * (12 // len(symbols))
     return np.array(twelfths, int).reshape(-1, 12)
 
@@ -413,26 +412,15 @@ class Vocabulary:
         self.music, self.tokenizer = music, Tokenizer(music)
         ids = self.tokenizer.vocab
         self.words = sorted(ids, key=ids.get)
-        self.pad, self.bos, self.eos, self.bar = (ids[f"{kind}_None"] for kind in KINDS[:4])
-        of_type = self.tokenizer.token_ids_of_type
-        pitches, positions = sorted(of_type("Pitch")), sorted(of_type("Position"))
-        self.pitches = slice(pitches[0], pitches[-1] + 1)  # a semitone is one id
-        self.positions = slice(positions[1], positions[-1] + 1)  # all but the first
-        chord = ids["Chord_C:maj"]
-        self.harmonies = slice(chord, chord + len(CHORDS))
-        self.chords = slice(chord, chord + len(CHORDS) - 1)  # 12 roots of each quality
-        assert self.pad == 0 and np.ptp(pitches) < len(pitches)
+        self.bos, self.eos, self.bar = (ids[f"{kind}_None"] for kind in KINDS[1:4])
+        of_types = map(self.tokenizer.token_ids_of_type, ("Pitch", "Position", "Chord"))
+        self.pitches, positions, self.harmonies = (slice(min(of), max(of) + 1) for of in of_types)
+        self.positions = slice(positions.start + 1, positions.stop)  # all but the first
+        self.chords = slice(self.harmonies.start, self.harmonies.stop - 1)  # 12 roots of each quality
         self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
-        kind = self.says[KIND]
         follows = torch.tensor([[after in FOLLOWS[before].split() for after in KINDS] for before in KINDS])
-        self.follows = follows[:, kind.long()]  # (kinds, V)
-        self.follows[:, positions[0]] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
-
-    def to(self, device):
-        """This vocabulary with its tensors on a device."""
-        moved = copy.copy(self)
-        vars(moved).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
-        return moved
+        self.follows = follows[:, self.says[KIND].long()]  # (kinds, V)
+        self.follows[:, positions.start] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
 
     def meaning(self, kind, value):
         """The seven numbers of one token."""
@@ -520,8 +508,7 @@ class Vocabulary:
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
 RECENT = 3  # preceding tokens that are mixed into each embedding
-WAVES = 8  # features that say where a token stands among those of its kind
-IGNORE = -1  # a target that is not scored: padding, or scored in the window before
+IGNORE = -100  # a target that is not scored: padding, or scored in the window before
 
 
 def place(says, idx, now, bar_start):
@@ -549,19 +536,6 @@ def rotary_speeds(hs, grid):
     return torch.cat([-speeds, speeds], 1)
 
 
-def token_features(says):
-    """(V, 11 WAVES + 12): like tokens have like features, so what is learned of one serves the others.
-
-    Number i of the n tokens of a kind, in the order of ids, has the features cos(pi k (i + 1/2) / n), k = 0,
-    1, ...: near values have near features. Pitches also have their pitch class, chords that of their root.
-    """
-    kinds = F.one_hot(says[KIND].long(), len(KINDS))  # (V, 11)
-    halves = (kinds.cumsum(0) - 0.5) / kinds.sum(0).clamp(min=1)
-    angles = math.pi * halves[:, :, None] * torch.arange(WAVES, device=says.device)  # (V, 11, WAVES)
-    classes = F.one_hot(says[PITCH].long() % 12, 12) * (says[PITCH, :, None] >= 0)
-    return torch.cat([(angles.cos() * kinds[:, :, None]).flatten(1), classes], 1)
-
-
 def matrix(rows, columns, scale=1.0):
     """Random weights that keep the size of the vectors they multiply, times `scale`."""
     return nn.Parameter(torch.randn(rows, columns) * scale * columns**-0.5)
@@ -572,7 +546,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout, C = config.n_head, config.dropout, config.n_embd
+        self.n_head, C = config.n_head, config.n_embd
         inner = 16 * max(1, round(C / 6))  # 8/3 C: as many weights as 4 C without a gate
         small = (2 * config.n_layer) ** -0.5  # so that the sum over all layers keeps its size
         self.norm_1, self.norm_2 = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
@@ -596,8 +570,8 @@ class Block(nn.Module):
 
     def add(self, x, y, weight):
         """The residual connection: x plus y times a matrix."""
-        if self.training:
-            return x + F.dropout(F.linear(y, weight), self.dropout)
+        if torch.is_autocast_enabled(x.device.type):
+            return x + F.linear(y, weight)  # the sum stays in float32
         return torch.addmm(x, y, weight.mT)  # the same, faster
 
     def forward(self, x, cos, sin, past=None, n_past=0):
@@ -614,30 +588,24 @@ class PianoGPT(nn.Module):
 
     def __init__(self, config, says):
         super().__init__()
-        self.config, C, V, features = config, config.n_embd, says.size(1), token_features(says)
+        self.config, C, V = config, config.n_embd, says.size(1)
         grid = says[BAR_LENGTH, 0].item() / 4  # positions per beat
-        tables = {"says": says, "token_time": TOKEN_TIME * grid * torch.arange(config.block_size),
-                  "speeds": rotary_speeds(C // config.n_head, grid), "features": features}
+        token_time = TOKEN_TIME * grid * torch.arange(config.block_size)
+        tables = {"says": says, "token_time": token_time, "speeds": rotary_speeds(C // config.n_head, grid)}
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
-        # What the features add to embeddings and to the weights of the logits, nothing at first.
-        self.alike_in, self.alike_out = (nn.Parameter(torch.zeros(C, features.size(1))) for _ in range(2))
         # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
         self.recent = nn.Parameter(torch.zeros(RECENT, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
-
-    def table(self, rows, alike):
-        """Embeddings or weights of the logits (V, C): a row for each token plus what its features add."""
-        return rows + F.linear(self.features, alike)
 
     def embed(self, idx, cache=None):
         """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT of them old; cos, sin (B, 1, T, hs)."""
         cache = cache or Cache(self, len(idx), keep=False)
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
-        x = torch.cat([cache.latest, F.embedding(idx, cache.embedding)], 1)
+        x = torch.cat([cache.latest, F.embedding(idx, self.embedding)], 1)
         cache.latest, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
         angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
         return x, angle.cos(), angle.sin()
@@ -650,16 +618,14 @@ class PianoGPT(nn.Module):
         for n, weight in enumerate(self.recent):
             x = torch.addcmul(x, padded[:, n : n + T], weight)
         x = torch.layer_norm(x, x.shape[-1:]).flatten(0, 1)  # (B T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
         for n, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.keys_values[n], cache.length - T) if cache else block(x, cos, sin)
-        head = cache.head if cache else self.table(self.head, self.alike_out)
-        return F.linear(torch.layer_norm(x, x.shape[-1:], self.norm), head).unflatten(0, (-1, T))
+        return F.linear(torch.layer_norm(x, x.shape[-1:], self.norm), self.head).unflatten(0, (-1, T))
 
     def loss(self, x, cos, sin, targets):
         """The summed cross-entropy, in nats, of embed()'s output and the ids that follow, (B, T)."""
         logits = self.logits(x, cos, sin).float().flatten(0, 1)  # (B T, V)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
     def forward(self, idx, cache=None):
         """idx (B, T) -> logits (B, T, V); T must be 1 once the cache holds tokens."""
@@ -673,8 +639,6 @@ class Cache:
         c, device = model.config, model.says.device
         shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
         self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
-        self.embedding = model.table(model.embedding, model.alike_in)
-        self.head = model.table(model.head, model.alike_out) if keep else None
         self.empty = (torch.zeros(batch_size, RECENT, c.n_embd, device=device),
                       model.says[:, :1].expand(-1, batch_size), torch.zeros(batch_size, device=device))
         self.clear()
@@ -688,6 +652,7 @@ class Cache:
 
 LR_WIDTH = 1536  # fan-in at which a matrix learns at --lr
 EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: the embedding; norms and recent; found by trial
+STEP_SIZE = 67  # x --lr: the size of a step of a matrix in the blocks
 
 
 def transpose_ids(ids, shifts, vocab):
@@ -728,6 +693,17 @@ def learning_rate(step, config):
     return min((step + 1) / max(1, config.warmup), 1 - fallen)
 
 
+def orthogonalize(x):
+    """A matrix like x, with the same singular vectors, but all singular values near 1 (Newton-Schulz)."""
+    if x.size(0) > x.size(1):
+        return orthogonalize(x.mT).mT
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x
+
+
 def make_optimizer(model, config):
     """AdamW, with a group for each parameter, and in it its "peak" learning rate. Only matrices decay.
 
@@ -746,7 +722,6 @@ def make_optimizer(model, config):
 @torch.no_grad()
 def evaluate(model, windows, batch_size=32):
     """The summed loss, in nats, of windows: inputs and targets, each (W, T); in float32."""
-    model.eval()
     parts = zip(*(w.to(model.head.device).split(batch_size) for w in windows))
     return sum(model.loss(*model.embed(x), y).item() for x, y in parts)
 
@@ -779,9 +754,9 @@ class Trainer:
 
     def state(self):
         """All of the trainer but its settings, for load_state."""
-        average = copy_weights(self.average)
-        state = {k: vars(self)[k] for k in self.KEPT} | {"average": average, "weights": copy_weights(self.model),
-                                                         "optimizer": self.optimizer.state_dict()["state"]}
+        average, weights = copy_weights(self.average), copy_weights(self.model)
+        state = {k: vars(self)[k] for k in self.KEPT} | {"average": average, "weights": weights}
+        state["optimizer"] = self.optimizer.state_dict()["state"]
         return state if self.history else state | {"best": average}
 
     def load_state(self, state):
@@ -805,21 +780,29 @@ class Trainer:
             nn.utils.vector_to_parameters(average, gradients)
         return average_over_processes(total).item()
 
-    def train_step(self, idx, targets):
-        """Learn from one batch (B, T); the mean loss in nats. Raises UserError."""
-        torch.manual_seed((self.config.seed << 32) + (RANK << 26) + self.step)  # for dropout
-        loss, fraction = self.add_gradients(idx, targets), learning_rate(self.step, self.config)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
-        if not math.isfinite(loss + norm):
-            raise UserError(f"the loss became {loss:g} after {self.step} steps: pass a smaller --lr")
+    @torch.no_grad()
+    def update(self, fraction):
+        """Move the weights, at this fraction of the peak rates, and their averages."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * fraction
+        matrices = [p for p in self.model.blocks.parameters() if p.dim() == 2]
+        before = [p.clone() for p in matrices]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for p, old in zip(matrices, before):  # as in Muon (Jordan et al.), but from the step of AdamW
+            size = STEP_SIZE * self.config.lr * fraction * max(1, p.size(0) / p.size(1)) ** 0.5
+            p.copy_(old + size * orthogonalize(p - old))
+        for average, p in zip(self.average.parameters(), self.model.parameters()):
+            average.lerp_(p, 10 / (10 + self.step))
+
+    def train_step(self, idx, targets):
+        """Learn from one batch (B, T); the mean loss in nats. Raises UserError."""
+        loss = self.add_gradients(idx, targets)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        if not math.isfinite(loss + norm):
+            raise UserError(f"the loss became {loss:g} after {self.step} steps: pass a smaller --lr")
+        self.update(learning_rate(self.step, self.config))
         self.step += 1
-        with torch.no_grad():
-            for average, weight in zip(self.average.parameters(), self.model.parameters()):
-                average.lerp_(weight, 10 / (9 + self.step))
         self.losses.append(loss)
         return loss
 
@@ -831,7 +814,6 @@ class Trainer:
         """Add a row to the history; keep the average if it is the best so far."""
         row = {"step": self.step, "seconds": self.seconds,
                "tokens": self.step * self.config.batch_size * self.model.config.block_size,
-               "lr": self.config.lr * learning_rate(self.step - 1, self.config),
                "train_loss": sum(self.losses) / max(1, len(self.losses))}
         text, self.losses = f"training loss {row['train_loss']:.4f}", []
         if len(windows[0]):
@@ -851,7 +833,6 @@ class Trainer:
         while self.step < self.config.steps:
             if average_over_processes(torch.tensor(float(stopped()), device=self.device)):
                 break
-            self.model.train()
             loss = self.train_step(*batches[self.step])
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
@@ -886,7 +867,8 @@ def draw(logits, vocab, temperature, rng):
 @torch.inference_mode()
 def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
-    vocab, size, window = vocab.to(ids.device), model.config.block_size, list(ids.unbind(1))
+    vocab, size, window = copy.copy(vocab), model.config.block_size, list(ids.unbind(1))
+    vocab.says, vocab.follows = model.says, vocab.follows.to(ids.device)
     asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
     bar = torch.full_like(ids[:, 0], -1)  # number of the bar among the new ones
     rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
@@ -927,7 +909,7 @@ def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
     opening = [vocab.bos, *prompt] + [vocab.bar] * bool(prompt)  # the continuation begins with a bar line
     ids = torch.tensor([opening] * config.num_samples, device=model.head.device)
     hold = torch.full((len(ids),), -math.inf, device=ids.device)
-    stream, pieces, ends = draw_tokens(model.eval(), vocab, config, ids, seed, hold), [], [None] * len(ids)
+    stream, pieces, ends = draw_tokens(model, vocab, config, ids, seed, hold), [], [None] * len(ids)
     with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False, position=0) as pbar:
         while None in ends and not stopped():
             ids = torch.cat([ids, torch.stack(list(itertools.islice(stream, CHECK_EVERY)), 1)], 1)
@@ -957,7 +939,7 @@ class Piece:
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
     notes: int = 0
     seconds: float = 0.0
-    changes: dict[str, int] = field(default_factory=dict)  # see make_piano and count_changes
+    changes: dict[str, int] = field(default_factory=dict)
     problem: str = ""
     content: str = ""  # hash of what was read; none if the problem may pass
     path: str = ""  # relative to the folder, with forward slashes
@@ -996,7 +978,7 @@ def parse_midi(data):
     if data[12:14] == b"\0\0":
         raise UserError("no ticks in a quarter note")
     if data[8:10] == b"\0\2":
-        raise UserError("MIDI format 2, several songs in one file: save each as a file of its own")
+        raise UserError("MIDI format 2, several songs in one file: save each by itself")
     return Score.from_midi(data)
 
 
@@ -1189,7 +1171,7 @@ def make_windows(ids, block_size, stride, limit=10**9):
 
 FORMAT = "pianogpt 9"
 STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
-ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "lr": 0.0, "train_loss": 0.0,  # of the history
+ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "train_loss": 0.0,  # of the history
        "val_loss": 0.0, "val_nats_per_note": 0.0}  # these two only where something is held out
 
 
@@ -1359,13 +1341,13 @@ def make_parser():
         settings = group.default_factory()
         section = parser.add_argument_group(f"{group.name}: {settings.__doc__.rstrip('.').lower()}")
         for f in fields(settings):
-            kind, text, choices = type(f.default), f.metadata["text"], f.metadata.get("choices")
+            kind, text = type(f.default), f.metadata["text"]
             if kind is bool:
                 section.add_argument(flag(f.name), action="store_true", help=text)
             else:
-                name = "|".join(choices or ()) or {int: "N", float: "X", str: "TEXT"}[kind]
+                name = {int: "N", float: "X", str: "TEXT"}[kind]
                 text += f" (default: {'none' if f.default == '' else f.default})"
-                section.add_argument(flag(f.name), type=kind, choices=choices, metavar=name, help=text)
+                section.add_argument(flag(f.name), type=kind, metavar=name, help=text)
     return parser
 
 
@@ -1431,7 +1413,7 @@ def load_model(checkpoint, vocab, device):
     """The model of a checkpoint, with the weights that validated best."""
     model = PianoGPT(ModelConfig(**checkpoint["config"]["model"]), vocab.says)
     model.load_state_dict(checkpoint["trainer"]["best"])
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def print_block(values):
@@ -1565,7 +1547,7 @@ def make_trainer(config, checkpoint, kept, vocab, device):
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()  # few CPUs are faster in it
-    bfloat16 = {"auto": fast, "float32": False, "bfloat16": True}[config.run.precision]
+    bfloat16 = fast and not config.run.float32
     trainer = Trainer(model, config.train, bfloat16, config.run.compile)
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
@@ -1589,9 +1571,9 @@ def run_training(config, checkpoint, vocab, device):
         path.unlink()
         os.path.exists(f"{path}.csv") and os.rename(f"{path}.csv", f"{old}.csv")
         say(f"kept the old checkpoint as {old}; to continue, leave out --fresh")
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    parameters = f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters"
     how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * config.run.compile
-    say(f"model: {parameters:,} parameters, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
+    say(f"model: {parameters}, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
         f"{f', from step {trainer.step} on' * bool(trainer.step)}, peak learning rate {train.lr:g} at width "
         f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
 
@@ -1615,11 +1597,8 @@ def run_training(config, checkpoint, vocab, device):
     if trainer.step < train.steps:
         say(f"stopped at step {trainer.step}, saved {path}: the same command continues, without --generate")
         return 128 + (caught or [signal.SIGTERM])[0]
-    row, best = trainer.history[-1], trainer.best_row()
-    print_block({"steps": trainer.step, "tokens": row["tokens"], "seconds": row["seconds"],
-                 "tokens_per_second": round(row["tokens"] / row["seconds"]), "train_loss": row["train_loss"],
-                 **{key: value for key, value in best.items() if "val" in key},
-                 "parameters": parameters, "checkpoint": path})
+    best = {key: value for key, value in trainer.best_row().items() if "val" in key}
+    print_block(trainer.history[-1] | best | {"checkpoint": path})
     return 0
 
 
@@ -1640,12 +1619,11 @@ def run_evaluation(config, checkpoint, vocab, device):
 def open_checkpoint(path, given, run, stack):
     """The checkpoint, if there is one, and whether to train; then the stack holds its lock.
 
-                            no checkpoint        unfinished           finished
-        no mode             train                train on             say that it is finished
-        --generate          train, then write    write                write
-        with --steps N      train to N           train on to N        train on to N
-        --evaluate          an error             as it is             as it is
-        --export            an error             as it is             as it is
+                              no checkpoint      unfinished     finished
+        no mode               train              train on       say that it is finished
+        --generate            train, then write  write          write
+        with --steps N        train to N         train on to N  train on to N
+        --evaluate, --export  an error           as it is       as it is
 
     With --fresh there is none. One that is named must be there to generate, unless its music is named too.
     """

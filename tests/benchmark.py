@@ -149,8 +149,8 @@ def measure_training(vocab, device, rounds):
     config, V, B = pg.ModelConfig(), len(vocab.words), pg.TrainConfig().batch_size
     batch = torch.randint(V, (2, B, config.block_size), device=device)
     works = {"plain": plain_stepper(config, V, batch)}
-    for name, precision, compiled in (("fast", "auto", True), ("eager", "auto", False), ("float32", "float32", True)):
-        works[name] = our_stepper(config, vocab, batch, precision=precision, compile=compiled)
+    for name, float32, compiled in (("fast", False, True), ("eager", False, False), ("float32", True, True)):
+        works[name] = our_stepper(config, vocab, batch, float32=float32, compile=compiled)
     rows, tokens = compare(rounds, works, times=3), B * config.block_size
     bfloat16 = make_trainer(pg.Config(), vocab, device).bfloat16
     out = {"train_precision": ("float32", "bfloat16")[bfloat16] + " compiled"}
@@ -164,8 +164,8 @@ def measure_training(vocab, device, rounds):
 def measure_generation(vocab, device, rounds):
     """Tokens/s of one sequence and of 32, beside plain's one, once their windows are full; what a late token costs."""
     config, V = pg.ModelConfig(), len(vocab.words)
-    size, model = config.block_size, pg.PianoGPT(config, vocab.says).to(device).eval()
-    plain = plain_tokens(PlainGPT(config, V).to(device).eval(), torch.randint(V, (1, size), device=device))
+    size, model = config.block_size, pg.PianoGPT(config, vocab.says).to(device)
+    plain = plain_tokens(PlainGPT(config, V).to(device), torch.randint(V, (1, size), device=device))
     one, many = our_tokens(model, vocab, 1), our_tokens(model, vocab, 32)
     rows = compare(rounds, {"plain": lambda: list(islice(plain, 16)), "one": lambda: list(islice(one, size)),
                             "many": lambda: list(islice(many, size))})
@@ -207,7 +207,7 @@ def measure_growth(vocab, device):
         batch = torch.randint(V, (2, 4096 // block_size, block_size), device=device)
         step = our_stepper(config, vocab, batch)
         taken = median([seconds(step) for _ in range(4)][1:])
-        model = pg.PianoGPT(config, vocab.says).to(device).eval()
+        model = pg.PianoGPT(config, vocab.says).to(device)
         matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - V * n_embd
         # 2 for a product and a sum, 3 for forward and the two gradients; the causal half of the attention scores
         share = 6 * 4096 * (matrices + config.n_layer * block_size * n_embd) / taken / peak
@@ -223,8 +223,7 @@ class PlainRecipe(pg.PianoGPT):
     def __init__(self, config, says):
         super().__init__(config, says)
         self.positions = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))
-        for unused in (self.recent, self.alike_in, self.alike_out):
-            unused.requires_grad_(False)
+        self.recent.requires_grad_(False)  # not used
 
     def embed(self, idx, cache=None):
         """idx (B, T) -> embeddings (B, T, C), and the cos and sin (B, 1, T, 1) of no angle: nothing rotates."""
@@ -249,7 +248,6 @@ def train_for(minutes, trainer, batches, windows, falling):
     if falling:
         trainer.config.steps = int(0.95 * 60 * minutes / taken)  # so that the learning rate falls to the end
     while trainer.step < trainer.config.steps and trainer.seconds < 60 * minutes:
-        trainer.model.train()
         trainer.seconds += seconds(lambda: trainer.train_step(*batches[trainer.step]))
         if trainer.seconds >= 3 * minutes * (len(curve) + 1) or trainer.step == trainer.config.steps:
             trainer.validate(windows, batches)

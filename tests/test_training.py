@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import pg
 
-MODEL = pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1)
+MODEL = pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32)
 VOCAB = pg.Vocabulary(pg.MusicConfig())
 IDS = np.arange(500) * 7 % len(VOCAB.words)
 
@@ -54,17 +54,14 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch)
         assert one == other and len(one) == 3
 
 
-def test_another_seed_gives_other_weights_and_another_step_drops_other_activations():
+def test_another_seed_gives_other_weights():
     assert not same(*(pg.copy_weights(run(*make_parts(seed=seed), until=1).model) for seed in (1, 2)))
-    trainer, batches, _ = make_parts(lr=0.0)
-    assert trainer.train_step(*batches[0]) != trainer.train_step(*batches[0])
 
 
 def test_batch_split_in_parts_leaves_the_gradient_of_the_whole():
     gradients = []
     for accumulate in (1, 4):
         trainer, batches, _ = make_parts(batch_size=8, accumulate=accumulate)
-        trainer.model.eval()  # without dropout, which would differ
         loss = trainer.add_gradients(*batches[0])
         gradients.append(torch.cat([torch.tensor([loss]), *(p.grad.flatten() for p in trainer.model.parameters())]))
     assert gradients[0].any() and torch.allclose(*gradients, atol=1e-6)
@@ -86,11 +83,12 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
 
 
 def test_step_takes_the_scheduled_rate_and_clips_the_gradient():
-    trainer, batches, _ = make_parts(grad_clip=1e-3)
+    trainer, batches, _ = make_parts()
+    torch.nn.init.normal_(trainer.model.head, std=10.0)
     norms, parameters = [], [*trainer.model.parameters()]
     trainer.optimizer.step = lambda: norms.append(sum(p.grad.square().sum() for p in parameters).sqrt().item())
     trainer.train_step(*batches[0])
-    assert norms == pytest.approx([1e-3], rel=1e-3)
+    assert norms == pytest.approx([1.0], rel=1e-3)
     assert all(g["lr"] == pytest.approx(g["peak"] / 5) for g in trainer.optimizer.param_groups)
 
 
@@ -100,11 +98,24 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner
     optimizer = pg.make_optimizer(model, pg.TrainConfig(lr=1.0))
     found = {p: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     expected = {"head": (1536 / n_embd, 0.5), "embedding": (120, 0)}
-    expected |= dict.fromkeys(("alike_in", "alike_out"), (1536 / 100, 0.5))
     expected |= dict.fromkeys(("recent", "norm", "norm_1", "norm_2"), (45, 0))
     for name, fan_in in (("qkv", n_embd), ("proj", n_embd), ("expand", n_embd), ("contract", inner)):
         expected[name] = (1536 / fan_in, 0.5)
     assert {name.split(".")[-1]: found[p] for name, p in model.named_parameters()} == expected
+
+
+def test_step_of_a_matrix_in_the_blocks_is_orthogonal_and_of_the_scheduled_size():
+    (trainer, batches, _), rate = make_parts(lr=1e-3, warmup=4, weight_decay=0.0), 1e-3 / 4 * 67
+    before = pg.copy_weights(trainer.model)
+    trainer.train_step(*batches[0])
+    for name, weight in pg.copy_weights(trainer.model).items():
+        step = weight - before[name]
+        if name.startswith("blocks") and step.dim() == 2:
+            sizes = torch.linalg.svdvals(step) / (rate * max(1, step.size(0) / step.size(1)) ** 0.5)
+            assert 0.6 < sizes.min() and sizes.max() < 1.25
+        elif name != "embedding":  # AdamW's first step: its rate, in the direction of the gradient's sign
+            peak = next(g["lr"] for g, (n, _) in zip(trainer.optimizer.param_groups, trainer.model.named_parameters()) if n == name)
+            assert step.abs().max() == pytest.approx(peak, rel=1e-2)
 
 
 def test_average_that_validates_best_is_kept():
