@@ -37,12 +37,10 @@ A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads 
 (seed, i) alone, and all other state is in the checkpoint.
 
 References: Huang & Yang 2020 (REMI), Fradet et al. 2021 (MidiTok), Vaswani et al. 2017 (the Transformer), Su
-et al. 2021 (RoPE), Shazeer 2020 (SwiGLU), Yang et al. 2022 (Tensor Programs V: learning rates).
+et al. 2021 (RoPE), Shazeer 2020 (SwiGLU), Yang et al. 2022 (learning rates), Jordan et al. 2024 (Muon).
 """
 
 import argparse
-import collections
-import contextlib
 import copy
 import csv
 import difflib
@@ -53,14 +51,16 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing as mp
 import os
 import signal
 import sys
 import threading
 import time
 import zipfile
+from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -110,9 +110,9 @@ def progress(*args, **options):
     return tqdm(*args, disable=True if RANK else None, mininterval=0.5, **options)
 
 
-# ==== Part I: the idea ====
+# ==== Part I: the idea
 
-# ---- 1. Settings: flags, --help and checkpoints all read these fields ----
+# ---- 1. Settings: flags, --help and checkpoints all read these fields
 
 
 def option(default, text, low=None, high=10**9, **more):
@@ -219,7 +219,7 @@ def check_options(config):
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
-# ---- 2. Music: one score read as one piano, and what every token id means ----
+# ---- 2. Music: one score read as one piano, and what every token id means
 
 TIME_SIGNATURES = {4: (1, 12), 8: (1, 12), 16: (1, 12)}  # beat unit: least and most beats in a bar
 LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
@@ -503,7 +503,7 @@ class Vocabulary:
         return score
 
 
-# ---- 3. Model: a causal Transformer in musical time and pitch ----
+# ---- 3. Model: a causal Transformer in musical time and pitch
 
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
@@ -648,11 +648,11 @@ class Cache:
         self.length, (self.latest, self.now, self.bar_start) = 0, self.empty
 
 
-# ---- 4. Learning: batch number i, transposition, learning rates, the trainer ----
+# ---- 4. Learning: batch number i, transposition, learning rates, the trainer
 
 LR_WIDTH = 1536  # fan-in at which a matrix learns at --lr
 EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: the embedding; norms and recent; found by trial
-STEP_SIZE = 67  # x --lr: the size of a step of a matrix in the blocks
+STEP_SIZE = 67  # x --lr: of the singular values of a step of a matrix in the blocks
 
 
 def transpose_ids(ids, shifts, vocab):
@@ -694,7 +694,7 @@ def learning_rate(step, config):
 
 
 def orthogonalize(x):
-    """A matrix like x, with the same singular vectors, but all singular values near 1 (Newton-Schulz)."""
+    """A matrix with the singular vectors of x, and all singular values near 1 (Newton-Schulz iteration)."""
     if x.size(0) > x.size(1):
         return orthogonalize(x.mT).mT
     x = x / (x.norm() + 1e-7)
@@ -715,7 +715,8 @@ def make_optimizer(model, config):
     for name, p in model.named_parameters():
         is_matrix = p.dim() == 2 and name not in ("embedding", "recent")
         rate = LR_WIDTH / p.size(1) if is_matrix else EMBEDDING_RATE if name == "embedding" else REST_RATE
-        groups.append(dict(params=[p], peak=config.lr * rate, weight_decay=config.weight_decay * is_matrix))
+        groups.append(dict(params=[p], peak=config.lr * rate, weight_decay=config.weight_decay * is_matrix,
+                           orthogonal=is_matrix and name != "head"))
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -782,16 +783,19 @@ class Trainer:
 
     @torch.no_grad()
     def update(self, fraction):
-        """Move the weights, at this fraction of the peak rates, and their averages."""
+        """Move the weights, at a fraction of the peak rates, and their averages.
+
+        AdamW's step of a matrix has few strong directions; in the blocks, as in Muon, all become equally strong.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * fraction
-        matrices = [p for p in self.model.blocks.parameters() if p.dim() == 2]
-        before = [p.clone() for p in matrices]
+        groups = [group for group in self.optimizer.param_groups if group["orthogonal"]]
+        before = [group["params"][0] * (1 - group["lr"] * group["weight_decay"]) for group in groups]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for p, old in zip(matrices, before):  # as in Muon (Jordan et al.), but from the step of AdamW
-            size = STEP_SIZE * self.config.lr * fraction * max(1, p.size(0) / p.size(1)) ** 0.5
-            p.copy_(old + size * orthogonalize(p - old))
+        for group, old in zip(groups, before):
+            p, size = group["params"][0], STEP_SIZE * self.config.lr * fraction
+            p.copy_(old + size * max(1, p.size(0) / p.size(1)) ** 0.5 * orthogonalize(p - old))
         for average, p in zip(self.average.parameters(), self.model.parameters()):
             average.lerp_(p, 10 / (10 + self.step))
 
@@ -813,7 +817,6 @@ class Trainer:
     def validate(self, windows, batches):
         """Add a row to the history; keep the average if it is the best so far."""
         row = {"step": self.step, "seconds": self.seconds,
-               "tokens": self.step * self.config.batch_size * self.model.config.block_size,
                "train_loss": sum(self.losses) / max(1, len(self.losses))}
         text, self.losses = f"training loss {row['train_loss']:.4f}", []
         if len(windows[0]):
@@ -845,7 +848,7 @@ class Trainer:
         pbar.close()
 
 
-# ---- 5. Writing: logits -> legal -> drawn -> a piece ----
+# ---- 5. Writing: logits -> legal -> drawn -> a piece
 
 LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given length may and must end
 CHECK_EVERY = 32  # tokens between checks whether the pieces are over
@@ -856,7 +859,7 @@ def draw(logits, vocab, temperature, rng):
     if temperature == 0:
         return logits.argmax(-1)
     p = logits.softmax(-1)  # (B, V)
-    for span in (vocab.pitches, vocab.harmonies):  # their totals stay, and so does the density
+    for span in (vocab.pitches, vocab.harmonies):  # their totals stay
         likely = (logits[:, span] / temperature).softmax(-1).nan_to_num()  # zeros if none is legal
         p[:, span] = likely * p[:, span].sum(-1, keepdim=True)
     cumulative = p.cumsum(-1)
@@ -921,9 +924,9 @@ def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
     return [piece[:end].tolist() for piece, end in zip(pieces, ends) if end]
 
 
-# ==== You may stop here. Part II: the machinery ====
+# ==== You may stop here. Part II: the machinery
 
-# ---- 6. Folder: find, read in worker processes, cache, split, cut into windows ----
+# ---- 6. Folder: find, read in worker processes, cache, split, cut into windows
 
 SPLITS = "train", "validation", "test"
 SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a row, of 8 kinds
@@ -944,7 +947,7 @@ class Piece:
     content: str = ""  # hash of what was read; none if the problem may pass
     path: str = ""  # relative to the folder, with forward slashes
     work: str = ""  # of which this is one recording
-    split: str = ""  # train, validation or test
+    split: str = ""  # one of SPLITS
 
 
 def write_atomically(path, data):
@@ -1033,7 +1036,7 @@ def start_worker(vocab):
     """Give a worker its vocabulary and its limits; it ends on Ctrl-C and with its parent."""
     torch.set_num_threads(1)  # the others do not survive a fork
     gc.disable()  # there are no cycles to find, and the search takes a quarter of the time
-    start_worker.vocab, parent = vocab, multiprocessing.parent_process()
+    start_worker.vocab, parent = vocab, mp.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if sys.platform == "linux":  # a file that needs more memory than this fails alone
@@ -1053,7 +1056,7 @@ def read_in_worker(path):
 
 def read_in_workers(paths, vocab, alone=False):
     """Yield (path, Piece) as they are read; one that crashes or hangs the parser has a problem."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = mp.get_context("fork" if sys.platform == "linux" else "spawn")
     cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
     pool = ProcessPoolExecutor(min(len(cores), len(paths)), context, start_worker, (vocab,))
     unread = []
@@ -1094,7 +1097,7 @@ def read_folder(folder, vocab, cache_dir):
     settings = repr((vocab.words, version("miditok"), version("symusic"), 8))
     cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
     for path in paths:
-        with contextlib.suppress(Exception):  # not there, damaged, or of another version
+        with suppress(Exception):  # not there, damaged, or of another version
             content = hashlib.sha256(read_bytes(path)).hexdigest()
             entry = json.loads(gzip.decompress((cache / f"{content}.gz").read_bytes()))  # with a checksum
             if entry["content"] == content:
@@ -1136,7 +1139,7 @@ def split_pieces(pieces, folder, data, pitches):
     table = {path.parent / (row.get("midi_filename") or ""): row.get("split")
              for path in sorted(folder.rglob("maestro*.csv")) if path.is_file()
              for row in csv.DictReader(path.read_text(errors="replace").splitlines())}
-    named = collections.defaultdict(set)
+    named = defaultdict(set)
     for piece in pieces:
         piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
     join_recordings(pieces, pitches)
@@ -1167,12 +1170,12 @@ def make_windows(ids, block_size, stride, limit=10**9):
     return x[chosen], y[chosen]
 
 
-# ---- 7. Files: the checkpoint, its log, its lock, names that are free ----
+# ---- 7. Files: the checkpoint, its log, its lock, names that are free
 
 FORMAT = "pianogpt 9"
 STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
-ROW = {"step": 0, "seconds": 0.0, "tokens": 0, "train_loss": 0.0,  # of the history
-       "val_loss": 0.0, "val_nats_per_note": 0.0}  # these two only where something is held out
+ROW = {"step": 0, "seconds": 0.0, "train_loss": 0.0,  # of the history; these only if pieces are held out:
+       "val_loss": 0.0, "val_nats_per_note": 0.0}
 
 
 def save_checkpoint(path, content):
@@ -1273,7 +1276,7 @@ def write_new(folder, stem, suffix, data):
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
         if all(old.stem != path.stem for old in folder.iterdir()):
-            with contextlib.suppress(FileExistsError):
+            with suppress(FileExistsError):
                 path.touch(exist_ok=False)  # so that no other run gets it
                 break
     try:
@@ -1292,7 +1295,7 @@ def add_texts(data, texts):
     return data[:10] + (1 + int.from_bytes(data[10:12], "big")).to_bytes(2, "big") + data[12:] + track
 
 
-# ---- 8. Copies and figures ----
+# ---- 8. Copies and figures
 
 # How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
 KEY_NAMES = "C Db D Eb E F F# G Ab A Bb B".split(), "C C# D Eb E F F# G G# A Bb B".split()
@@ -1326,7 +1329,7 @@ def find_key(score):
     return KeySignature(0, sharps, minor), f"{KEY_NAMES[minor][tonic]} {('major', 'minor')[minor]}"
 
 
-# ---- 9. Command line: parse, choose the device, call, print ----
+# ---- 9. Command line: parse, choose the device, call, print
 
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}  # the defaults with --init-from
 
@@ -1395,14 +1398,14 @@ def choose_device(name):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def catch_signals():
     """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list."""
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, old[number])  # a second one ends the program
     caught, old = [], {}
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             old[number] = signal.signal(number, catch)
             stack.callback(signal.signal, number, old[number])
@@ -1433,7 +1436,7 @@ def usable_pieces(folder, vocab, cache_dir):
     hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
     say(f"music: {count(len(pieces), 'file')} under {folder}, {hours:.1f} hours, {notes:,} notes, "
         f"{sum(len(p.ids) for p in pieces):,} tokens")
-    changes = sum((collections.Counter(p.changes) for p in pieces), collections.Counter())
+    changes = sum((Counter(p.changes) for p in pieces), Counter())
     if changes:
         say("changed: " + ", ".join(f"{change}: {number:,}" for change, number in changes.items()))
     return pieces
@@ -1473,11 +1476,11 @@ def prepare_data(config, vocab):
     files = [*find_files(folder).values()]  # before reading
     pieces = usable_pieces(folder, vocab, config.run.cache_dir)
     split_pieces(pieces, folder, config.data, vocab.pitches)
-    works = collections.Counter({p.work: p.split for p in pieces}.values())
+    works = Counter({p.work: p.split for p in pieces}.values())
     say(f"split: {count(works.total(), 'work')} ({', '.join(f'{works[s]} {s}' for s in SPLITS)})")
     seen, held_out = ([p for p in pieces if p.split == split] for split in SPLITS[:2])
     if not seen:
-        raise UserError(f"no piece under {folder} is left to train on: see which are held out above")
+        raise UserError(f"no piece under {folder} is left to train on: all are held out")
     ids, val_ids = (np.concatenate([[], *(np.r_[vocab.bos, p.ids, vocab.eos] for p in side)]).astype(np.int16)
                     for side in (seen, held_out))
     intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
@@ -1537,13 +1540,13 @@ def write_sample(ids, old, settings, origin, vocab, known):
 def make_trainer(config, checkpoint, kept, vocab, device):
     """A new trainer, or one where a checkpoint left off; then `kept` gets what was learned before."""
     c, V, parts = config.model, len(vocab.words), PROCESSES * config.train.accumulate
-    weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept six times: gradient, moments, copies
+    weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept seven times: gradient, moments, copies
     activations = config.train.batch_size // parts * c.block_size * (24 * c.n_layer * c.n_embd + 3 * V)
     try:
-        torch.empty(6 * weights + activations, device=device)  # asks for it, and gives it back
+        torch.empty(7 * weights + activations, device=device)  # asks for it, and gives it back
     except RuntimeError:
-        needed = f"about {(6 * weights + activations) / 2**28:,.0f} GB of memory"
-        raise UserError(f"training needs {needed}: pass --accumulate N, or smaller sizes") from None
+        needed = f"{(7 * weights + activations) / 2**28:,.0f} GB"
+        raise UserError(f"training needs about {needed}: pass --accumulate N, or smaller sizes") from None
     torch.manual_seed(config.train.seed)
     model = PianoGPT(config.model, vocab.says).to(device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()  # few CPUs are faster in it
@@ -1570,7 +1573,7 @@ def run_training(config, checkpoint, vocab, device):
         old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
         path.unlink()
         os.path.exists(f"{path}.csv") and os.rename(f"{path}.csv", f"{old}.csv")
-        say(f"kept the old checkpoint as {old}; to continue, leave out --fresh")
+        say(f"kept the old checkpoint as {old}")
     parameters = f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters"
     how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * config.run.compile
     say(f"model: {parameters}, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
@@ -1583,7 +1586,7 @@ def run_training(config, checkpoint, vocab, device):
         except OSError as e:
             if last and e.filename == str(path):  # without its log the model is still whole
                 raise
-            say(f"cannot save {e.filename} ({e.strerror}): training continues and tries again")
+            say(f"cannot save {e.filename} ({e.strerror}): training goes on")
 
     with catch_signals() as caught:
         try:
@@ -1653,8 +1656,8 @@ def run_generation(config, given, vocab, device, prompt):
     if "seed" not in given:
         config.train.seed = int(np.random.default_rng().integers(10**6))
         say(f"seed: {config.train.seed}; with this --seed the pieces come again")
-    model, origin = load_model(checkpoint, vocab, device), asdict(settings) | {"samples_dir": ""}
-    origin |= {"prompt": Path(settings.prompt).name, "seed": config.train.seed, "step": step}
+    model, origin = load_model(checkpoint, vocab, device), asdict(settings)
+    origin |= {"samples_dir": "", "prompt": Path(settings.prompt).name, "seed": config.train.seed, "step": step}
     known = checkpoint["pieces"], checkpoint["intervals"].numpy().tobytes()
     with catch_signals() as caught:
         pieces = generate(model, vocab, settings, config.train.seed, prompt, lambda: bool(caught))
@@ -1716,7 +1719,7 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             return run(argv, stack)
     except (UserError, argparse.ArgumentError) as e:
         problem, code = str(e), 2

@@ -37,7 +37,7 @@ def test_checkpoint_comes_back_as_it_was_with_its_log_beside_it(content, tmp_pat
     pg.save_checkpoint(path, content)
     assert same(pg.load_checkpoint(path), {"format": pg.FORMAT, **content})
     lines = (tmp_path / "new folder" / "m.v1.csv").read_text().splitlines()
-    assert lines == [",".join(pg.ROW), "10,0.0,0,0.0,2.5,0.0", "20,0.0,0,0.0,,"]
+    assert lines == [",".join(pg.ROW), "10,0.0,0.0,2.5,0.0", "20,0.0,0.0,,"]
 
 
 def harms(value):
