@@ -590,10 +590,9 @@ class PianoGPT(nn.Module):
         super().__init__()
         self.config, C, V = config, config.n_embd, says.size(1)
         grid = says[BAR_LENGTH, 0].item() / 4  # positions per beat
-        token_time = TOKEN_TIME * grid * torch.arange(config.block_size)
-        tables = {"says": says, "token_time": token_time, "speeds": rotary_speeds(C // config.n_head, grid)}
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("says", says, persistent=False)
+        self.register_buffer("speeds", rotary_speeds(C // config.n_head, grid), persistent=False)
+        self.register_buffer("times", TOKEN_TIME * grid * torch.arange(config.block_size), persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
         # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
         self.recent = nn.Parameter(torch.zeros(RECENT, C))
@@ -606,7 +605,7 @@ class PianoGPT(nn.Module):
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
         x = torch.cat([cache.latest, F.embedding(idx, self.embedding)], 1)
-        cache.latest, time = x[:, -RECENT:], time + self.token_time[first : cache.length]
+        cache.latest, time = x[:, -RECENT:], time + self.times[first : cache.length]
         angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
         return x, angle.cos(), angle.sin()
 
@@ -852,16 +851,16 @@ class Trainer:
 
 LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given length may and must end
 CHECK_EVERY = 32  # tokens between checks whether the pieces are over
+ILLEGAL = -1e9  # logit of an id that may not follow
 
 
 def draw(logits, vocab, temperature, rng):
-    """The next ids (B,), drawn from logits (B, V); the temperature is for pitches and chords alone."""
+    """The next ids (B,), drawn from logits (B, V); temperature is for pitches and chords alone."""
     if temperature == 0:
         return logits.argmax(-1)
     p = logits.softmax(-1)  # (B, V)
     for span in (vocab.pitches, vocab.harmonies):  # their totals stay
-        likely = (logits[:, span] / temperature).softmax(-1).nan_to_num()  # zeros if none is legal
-        p[:, span] = likely * p[:, span].sum(-1, keepdim=True)
+        p[:, span] = (logits[:, span] / temperature).softmax(-1) * p[:, span].sum(-1, keepdim=True)
     cumulative = p.cumsum(-1)
     u = torch.rand(len(logits), 1, generator=rng, device=logits.device)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]  # never one with p = 0
@@ -893,7 +892,7 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
             twelfth = (12 * cache.now[POSITION] // cache.now[BAR_LENGTH]).long()
             wanted = asked[bar % len(asked), twelfth]
         legal = vocab.legal(cache.now, wanted)
-        window.append(draw(torch.where(legal, logits, -math.inf), vocab, config.temperature, rng))
+        window.append(draw(torch.where(legal, logits, ILLEGAL), vocab, config.temperature, rng))
         yield window[-1]
 
 

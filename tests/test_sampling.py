@@ -124,7 +124,7 @@ def test_cached_generation_equals_uncached_past_the_window(length, vocab):
         cache.now = pg.advance(vocab.says, ids[:, :start], cache.now)[:, :, -1] if start else cache.now
         logits = model(ids[:, start:], cache)[:, -1]
         logits[:, vocab.eos] += hold
-        logits = logits.masked_fill(~legal, -math.inf)
+        logits = logits.masked_fill(~legal, pg.ILLEGAL)
         assert (logits.gather(1, drawn[:, None]) >= logits.amax(1, keepdim=True) - 1e-4).all()
         ids = torch.cat([ids, drawn[:, None]], 1)
 
@@ -142,14 +142,14 @@ def test_temperature_decides_which_pitch_and_chord_is_drawn_but_not_how_often_on
 
 
 def test_temperature_changes_nothing_where_no_pitch_or_chord_is_legal(vocab):
-    logits = torch.full((4, len(vocab.words)), -math.inf)
+    logits = torch.full((4, len(vocab.words)), pg.ILLEGAL)
     logits[:, vocab.bar] = 0.0
     assert pg.draw(logits, vocab, 0.85, torch.Generator()).tolist() == [vocab.bar] * 4
 
 
 def test_token_without_probability_is_not_drawn_at_the_edges_of_chance(vocab, monkeypatch):
     logits = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
-    logits[:, :9] = logits[:, 300:] = -math.inf
+    logits[:, :9] = logits[:, 300:] = pg.ILLEGAL
     for u in (0.0, 1 - 2**-24):  # the least and the most that torch.rand can give
         monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **options: torch.full(shape, u))
         drawn = pg.draw(logits, vocab, 1.0, None)
