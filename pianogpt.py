@@ -33,8 +33,8 @@ The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
                  average (of the weights), best (the average that validated best, used to generate; all that
                  --export leaves of the weights)
 
-A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i depends on
-(seed, i) alone, and all other state is in the checkpoint.
+A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i is made
+from (seed, i) alone, and all other state is in the checkpoint.
 
 References: Huang & Yang 2020 (REMI), Fradet et al. 2021 (MidiTok), Vaswani et al. 2017 (the Transformer), Su
 et al. 2021 (RoPE), Shazeer 2020 (SwiGLU), Yang et al. 2022 (learning rates), Jordan et al. 2024 (Muon).
@@ -105,9 +105,9 @@ def count(n, noun):
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def progress(*args, **options):
+def progress(*args, **more):
     """A tqdm bar; none when stderr is not a terminal."""
-    return tqdm(*args, disable=True if RANK else None, mininterval=0.5, **options)
+    return tqdm(*args, disable=True if RANK else None, mininterval=0.5, **more)
 
 
 # ==== Part I: the idea
@@ -178,7 +178,7 @@ class ModelConfig:
 @dataclass
 class TrainConfig:
     """How the model is trained."""
-    steps: int = option(2000, "optimizer steps in total", 1, resumable=True)
+    steps: int = option(1500, "optimizer steps in total", 1, resumable=True)
     batch_size: int = option(8, "sequences per step", 1, 100_000)
     lr: float = option(3e-4, "peak learning rate at width 1536, scaled by fan-in", 0, 1, resumable=True)
     warmup: int = option(200, "steps of learning rate warmup", 0, resumable=True)
@@ -190,7 +190,7 @@ class TrainConfig:
 
 
 @dataclass
-class Config:
+class Options:
     """Every setting, in the groups of --help."""
     run: RunConfig = field(default_factory=RunConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -205,17 +205,17 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check_options(config):
+def check_options(options):
     """Raise UserError for a setting that is out of its limits or contradicts another."""
-    for settings in vars(config).values():
-        for f in fields(settings):
-            value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
+    for config in vars(options).values():
+        for f in fields(config):
+            value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
             off = "0 or " if "off" in f.metadata else ""
             if low is not None and not (low <= value <= high or off and value == 0):
                 raise UserError(f"{flag(f.name)} is {value} but must be {off}from {low:,} to {high:,}")
-    if config.train.batch_size % (PROCESSES * config.train.accumulate):
+    if options.train.batch_size % (PROCESSES * options.train.accumulate):
         raise UserError(f"--batch-size must be a multiple of {PROCESSES} processes x --accumulate")
-    if config.model.n_embd % (2 * config.model.n_head):
+    if options.model.n_embd % (2 * options.model.n_head):
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
@@ -369,8 +369,8 @@ def parse_chords(text):
         symbols = bar.split(",")
         for symbol in symbols:
             if symbol not in SYMBOLS or 12 % len(symbols):
-                raise UserError(f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, Bb7, '
-                                "Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
+                raise UserError(f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, '
+                                "Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
             twelfths += [SYMBOLS[symbol]] * (12 // len(symbols))
     return np.array(twelfths, int).reshape(-1, 12)
 
@@ -650,8 +650,8 @@ class Cache:
 # ---- 4. Learning: batch number i, transposition, learning rates, the trainer
 
 LR_WIDTH = 1536  # fan-in at which a matrix learns at --lr
-EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: the embedding; norms and recent; found by trial
-STEP_SIZE = 67  # x --lr: of the singular values of a step of a matrix in the blocks
+EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: the embedding; norms and recent
+STEP_SIZE = 67  # x --lr: singular values of the step of a matrix in the blocks
 
 
 def transpose_ids(ids, shifts, vocab):
@@ -669,13 +669,14 @@ class Batches:
     """Training batch number i, as a pure function of the seed and i."""
     ids: Tensor  # (N,) int16, on the training device
     vocab: Vocabulary
-    config: Config
+    options: Options
 
     def __getitem__(self, i):
-        """This process's equal part of batch i: inputs and targets (B / PROCESSES, T), transposed."""
-        # A window may cross from one piece into the next; EOS BOS between them tells the model.
-        train, most, N, device = self.config.train, self.config.data.transpose, len(self.ids), self.ids.device
-        rng, B, T = np.random.default_rng((train.seed, i)), train.batch_size, self.config.model.block_size
+        """This rank's part of batch i: inputs and targets (B / PROCESSES, T), transposed."""
+        # A window may cross from one piece into the next, over EOS BOS.
+        train, T = self.options.train, self.options.model.block_size
+        N, device = len(self.ids), self.ids.device
+        rng, B, most = np.random.default_rng((train.seed, i)), train.batch_size, self.options.data.transpose
         # Multiples of the golden ratio spread evenly: no music is read again before the rest.
         starts = ((5**0.5 - 1) / 2 * np.arange(i * B, (i + 1) * B) + 2**0.5 * train.seed) % 1 * N
         shifts = torch.from_numpy(rng.integers(-most, most + 1, size=B)).to(device)
@@ -708,7 +709,8 @@ def make_optimizer(model, config):
 
     AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
     with the fan-in (Yang et al.), and one --lr fits every width. By default: 3e-4 x 1536 / 128 = 3.6e-3 for
-    matrices that read 128 numbers, 3.6e-2 for the embedding, 1.35e-2 for norms and recent.
+    matrices that read 128 numbers, 3.6e-2 for the embedding, 1.35e-2 for norms and recent. In the blocks it
+    only decides on the decay: see Trainer.update.
     """
     groups = []
     for name, p in model.named_parameters():
@@ -726,8 +728,8 @@ def evaluate(model, windows, batch_size=32):
     return sum(model.loss(*model.embed(x), y).item() for x, y in parts)
 
 
-def average_over_processes(values):
-    """The average of values over all processes."""
+def average_over_ranks(values):
+    """values, averaged over all ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values = values / dist.get_world_size()
@@ -767,7 +769,7 @@ class Trainer:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
 
     def add_gradients(self, idx, targets):
-        """Put the gradient of a batch (B, T) into .grad; its mean loss, over all processes."""
+        """Put the gradient of a batch (B, T) into .grad; its mean loss, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for x, y in zip(idx.chunk(self.config.accumulate), targets.chunk(self.config.accumulate)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -776,15 +778,15 @@ class Trainer:
             total += loss.detach()
         if dist.is_initialized():
             gradients = [p.grad for p in self.model.parameters()]
-            average = average_over_processes(nn.utils.parameters_to_vector(gradients))
+            average = average_over_ranks(nn.utils.parameters_to_vector(gradients))
             nn.utils.vector_to_parameters(average, gradients)
-        return average_over_processes(total).item()
+        return average_over_ranks(total).item()
 
     @torch.no_grad()
     def update(self, fraction):
         """Move the weights, at a fraction of the peak rates, and their averages.
 
-        AdamW's step of a matrix has few strong directions; in the blocks, as in Muon, all become equally strong.
+        AdamW's step of a matrix has few strong directions; in the blocks, as in Muon, all become strong.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * fraction
@@ -833,7 +835,7 @@ class Trainer:
         pbar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step", position=0)
         every, saved, clock = self.config.save_every, time.monotonic(), time.monotonic()
         while self.step < self.config.steps:
-            if average_over_processes(torch.tensor(float(stopped()), device=self.device)):
+            if average_over_ranks(torch.tensor(float(stopped()), device=self.device)):
                 break
             loss = self.train_step(*batches[self.step])
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
@@ -850,7 +852,7 @@ class Trainer:
 # ---- 5. Writing: logits -> legal -> drawn -> a piece
 
 LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given length may and must end
-CHECK_EVERY = 32  # tokens between checks whether the pieces are over
+CHECK_EVERY = 32  # tokens between checks for finished pieces
 ILLEGAL = -1e9  # logit of an id that may not follow
 
 
@@ -1034,7 +1036,7 @@ def read_piece(path, vocab):
 def start_worker(vocab):
     """Give a worker its vocabulary and its limits; it ends on Ctrl-C and with its parent."""
     torch.set_num_threads(1)  # the others do not survive a fork
-    gc.disable()  # there are no cycles to find, and the search takes a quarter of the time
+    gc.disable()  # its search for cycles takes a quarter of the time
     start_worker.vocab, parent = vocab, mp.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1093,8 +1095,8 @@ def read_folder(folder, vocab, cache_dir):
     """Every MIDI file under folder as a piece, by path; cached by content."""
     paths, pieces = find_files(folder), {}
     # What decides what a file gives; the last number counts changes of this script.
-    settings = repr((vocab.words, version("miditok"), version("symusic"), 8))
-    cache = Path(cache_dir, hashlib.sha256(settings.encode()).hexdigest()[:16])
+    key = repr((vocab.words, version("miditok"), version("symusic"), 8))
+    cache = Path(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:16])
     for path in paths:
         with suppress(Exception):  # not there, damaged, or of another version
             content = hashlib.sha256(read_bytes(path)).hexdigest()
@@ -1200,12 +1202,12 @@ def is_like(value, example):
 
 def check_content(content):
     """Raise an error unless a checkpoint is as a run with its settings makes it."""
-    config, intervals, trainer = Config(), content["intervals"], content["trainer"]
-    settings = {name: asdict(getattr(config, name)) for name in STORED}
+    options, intervals, trainer = Options(), content["intervals"], content["trainer"]
+    config = {name: asdict(getattr(options, name)) for name in STORED}
     for name in STORED:
-        vars(getattr(config, name)).update(content["config"][name])
-    check_options(config)
-    c, V, stored = config.model, len(content["vocabulary"]), sum(w.numel() for w in trainer["best"].values())
+        vars(getattr(options, name)).update(content["config"][name])
+    check_options(options)
+    c, V, stored = options.model, len(content["vocabulary"]), sum(w.numel() for w in trainer["best"].values())
     if c.n_embd * max(V, c.n_layer * c.n_embd) > stored:
         raise ValueError("its weights do not fit")  # before memory is taken for them
     best, step, rows = PianoGPT(c, torch.ones(7, V)).state_dict(), trainer["step"], trainer["history"]
@@ -1214,7 +1216,7 @@ def check_content(content):
                for i, w in enumerate(weights.values()) if step}
     state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "average": weights, "best": best,
              "optimizer": moments, "history": [ROW]}
-    example = {"format": "", "about": "", "config": settings, "vocabulary": [""], "folder": "", "files": [""],
+    example = {"format": "", "about": "", "config": config, "vocabulary": [""], "folder": "", "files": [""],
                "pieces": [""], "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
     fits = is_like(content | {"trainer": trainer | {"history": [ROW | row for row in rows]}}, example)
     steps = [0, *(row["step"] for row in rows), step + 1]
@@ -1339,10 +1341,10 @@ def make_parser():
         usage="python pianogpt.py [flags]", description=__doc__.split("\nThe idea:")[0], allow_abbrev=False,
         exit_on_error=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 32))
-    for group in fields(Config):
-        settings = group.default_factory()
-        section = parser.add_argument_group(f"{group.name}: {settings.__doc__.rstrip('.').lower()}")
-        for f in fields(settings):
+    for group in fields(Options):
+        config = group.default_factory()
+        section = parser.add_argument_group(f"{group.name}: {config.__doc__.rstrip('.').lower()}")
+        for f in fields(config):
             kind, text = type(f.default), f.metadata["text"]
             if kind is bool:
                 section.add_argument(flag(f.name), action="store_true", help=text)
@@ -1371,19 +1373,19 @@ def parse(argv):
     return vars(given)
 
 
-def make_config(given, checkpoint, training):
+def make_options(given, checkpoint, training):
     """The settings in force: the command line's, else the checkpoint's, else the defaults."""
-    config = Config()
-    for name, settings in vars(config).items():
+    options = Options()
+    for name, config in vars(options).items():
         saved = checkpoint["config"].get(name, {}) if checkpoint else {}
-        for f in fields(settings):
+        for f in fields(config):
             value = given.get(f.name, saved.get(f.name, f.default))
             free = f.metadata.get("resumable") if training else f.name in ("steps", "seed")
             if f.name in saved and not free and value != saved[f.name]:
                 raise UserError(f"the checkpoint has {flag(f.name)} {saved[f.name]}: omit it or pass --fresh")
-            setattr(settings, f.name, value)
-    check_options(config)
-    return config
+            setattr(config, f.name, value)
+    check_options(options)
+    return options
 
 
 def choose_device(name):
@@ -1469,12 +1471,12 @@ def from_rank_0(call):
     return result[0]
 
 
-def prepare_data(config, vocab):
+def prepare_data(options, vocab):
     """Training ids (N,), validation windows (W, T), and what the checkpoint keeps beside the trainer."""
-    folder, T = Path(config.run.midi_dir), config.model.block_size
+    folder, T = Path(options.run.midi_dir), options.model.block_size
     files = [*find_files(folder).values()]  # before reading
-    pieces = usable_pieces(folder, vocab, config.run.cache_dir)
-    split_pieces(pieces, folder, config.data, vocab.pitches)
+    pieces = usable_pieces(folder, vocab, options.run.cache_dir)
+    split_pieces(pieces, folder, options.data, vocab.pitches)
     works = Counter({p.work: p.split for p in pieces}.values())
     say(f"split: {count(works.total(), 'work')} ({', '.join(f'{works[s]} {s}' for s in SPLITS)})")
     seen, held_out = ([p for p in pieces if p.split == split] for split in SPLITS[:2])
@@ -1483,16 +1485,16 @@ def prepare_data(config, vocab):
     ids, val_ids = (np.concatenate([[], *(np.r_[vocab.bos, p.ids, vocab.eos] for p in side)]).astype(np.int16)
                     for side in (seen, held_out))
     intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
-    kept = {"about": "", "config": {name: asdict(getattr(config, name)) for name in STORED},
+    kept = {"about": "", "config": {name: asdict(getattr(options, name)) for name in STORED},
             "vocabulary": vocab.words, "folder": str(folder), "files": files,
             "pieces": [p.path for p in seen],
             "intervals": torch.frombuffer(bytearray(intervals), dtype=torch.uint8)}
     return torch.from_numpy(ids), make_windows(val_ids, T, T, 128), kept
 
 
-def read_prompt(settings, vocab):
+def read_prompt(config, vocab):
     """The ids of the prompt up to a bar line, where sounding notes end; vocab gets its tempos."""
-    path = Path(settings.prompt)
+    path = Path(config.prompt)
     [(_, piece)] = read_in_workers([path], vocab)
     if piece.problem:
         raise UserError(f"{path} cannot be continued ({piece.problem}): pass another --prompt")
@@ -1500,10 +1502,10 @@ def read_prompt(settings, vocab):
     for tempo in parse_midi(path.read_bytes()).tempos:  # a continuation keeps them exactly
         vocab.says[TEMPO, vocab.tempo_id(tempo.qpm)] = tempo.qpm
     at = vocab.bar_lines(torch.tensor(ids))[0].tolist()
-    bars = settings.prompt_bars or len(at)
+    bars = config.prompt_bars or len(at)
     if bars > len(at):
         raise UserError(f"{path} is only {count(len(at), 'bar')}: ask for less")
-    if 0 < settings.bars <= bars:
+    if 0 < config.bars <= bars:
         raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
     score = vocab.decode(ids[: [*at, len(ids)][bars]])
     if not score.note_num():
@@ -1514,21 +1516,21 @@ def read_prompt(settings, vocab):
     return ids
 
 
-def write_sample(ids, old, settings, origin, vocab, known):
+def write_sample(ids, old, config, origin, vocab, known):
     """Write a piece, its first `old` ids the prompt, with origin, key and chords; whether it has notes."""
-    shown = ids[old:] if settings.continuation_only else ids
-    score = vocab.decode(shown, settings.tempo)
+    shown = ids[old:] if config.continuation_only else ids
+    score = vocab.decode(shown, config.tempo)
     if not score.note_num():
         say(f"piece {origin['piece']} has no notes and is left out: train longer")
         return False
     signature, key = find_key(score)
     score.key_signatures.append(signature)
-    if old and not settings.continuation_only:
+    if old and not config.continuation_only:
         end = vocab.bar_lines(torch.tensor(ids[:old]))[1][-1].item()
         score.markers.append(TextMeta(round(end * score.tpq), "end of prompt"))
     texts = [(0, f"PianoGPT {json.dumps(origin | {'key': key})}")]
     texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
-    path = write_new(Path(settings.samples_dir), "sample", ".mid", add_texts(score.dumps_midi(), texts))
+    path = write_new(Path(config.samples_dir), "sample", ".mid", add_texts(score.dumps_midi(), texts))
     run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), *known)
     bars, seconds = shown.count(vocab.bar), score.to("second").end()
     say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
@@ -1536,21 +1538,21 @@ def write_sample(ids, old, settings, origin, vocab, known):
     return True
 
 
-def make_trainer(config, checkpoint, kept, vocab, device):
+def make_trainer(options, checkpoint, kept, vocab, device):
     """A new trainer, or one where a checkpoint left off; then `kept` gets what was learned before."""
-    c, V, parts = config.model, len(vocab.words), PROCESSES * config.train.accumulate
+    c, V, parts = options.model, len(vocab.words), PROCESSES * options.train.accumulate
     weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept seven times: gradient, moments, copies
-    activations = config.train.batch_size // parts * c.block_size * (24 * c.n_layer * c.n_embd + 3 * V)
+    activations = options.train.batch_size // parts * c.block_size * (24 * c.n_layer * c.n_embd + 3 * V)
     try:
         torch.empty(7 * weights + activations, device=device)  # asks for it, and gives it back
     except RuntimeError:
         needed = f"{(7 * weights + activations) / 2**28:,.0f} GB"
         raise UserError(f"training needs about {needed}: pass --accumulate N, or smaller sizes") from None
-    torch.manual_seed(config.train.seed)
-    model = PianoGPT(config.model, vocab.says).to(device)
+    torch.manual_seed(options.train.seed)
+    model = PianoGPT(options.model, vocab.says).to(device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()  # few CPUs are faster in it
-    bfloat16 = fast and not config.run.float32
-    trainer = Trainer(model, config.train, bfloat16, config.run.compile)
+    bfloat16 = fast and not options.run.float32
+    trainer = Trainer(model, options.train, bfloat16, options.run.compile)
     if checkpoint:
         trainer.load_state(checkpoint["trainer"])
         kept["about"] = checkpoint["about"]
@@ -1561,20 +1563,20 @@ def make_trainer(config, checkpoint, kept, vocab, device):
     return trainer
 
 
-def run_training(config, checkpoint, vocab, device):
+def run_training(options, checkpoint, vocab, device):
     """Train and save a model; 0 or 128 + the signal that stopped it."""
-    path, train = Path(config.run.checkpoint), config.train
-    ids, windows, kept = from_rank_0(lambda: prepare_data(config, vocab))
+    path, train = Path(options.run.checkpoint), options.train
+    ids, windows, kept = from_rank_0(lambda: prepare_data(options, vocab))
     windows = [part[: 0 if RANK else None] for part in windows]  # only rank 0 validates
-    batches = Batches(ids.to(device), vocab, config)
-    trainer = make_trainer(config, checkpoint, kept, vocab, device)
-    if config.run.fresh and path.exists() and not RANK:
+    batches = Batches(ids.to(device), vocab, options)
+    trainer = make_trainer(options, checkpoint, kept, vocab, device)
+    if options.run.fresh and path.exists() and not RANK:
         old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
         path.unlink()
         os.path.exists(f"{path}.csv") and os.rename(f"{path}.csv", f"{old}.csv")
         say(f"kept the old checkpoint as {old}")
     parameters = f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters"
-    how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * config.run.compile
+    how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * options.run.compile
     say(f"model: {parameters}, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
         f"{f', from step {trainer.step} on' * bool(trainer.step)}, peak learning rate {train.lr:g} at width "
         f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
@@ -1583,7 +1585,7 @@ def run_training(config, checkpoint, vocab, device):
         try:
             RANK or save_checkpoint(path, kept | {"trainer": trainer.state()})
         except OSError as e:
-            if last and e.filename == str(path):  # without its log the model is still whole
+            if last and e.filename == str(path):  # its log alone may fail
                 raise
             say(f"cannot save {e.filename} ({e.strerror}): training goes on")
 
@@ -1604,10 +1606,10 @@ def run_training(config, checkpoint, vocab, device):
     return 0
 
 
-def run_evaluation(config, checkpoint, vocab, device):
+def run_evaluation(options, checkpoint, vocab, device):
     """Print the loss of a checkpoint on a folder; 0."""
-    model, T = load_model(checkpoint, vocab, device), config.model.block_size
-    pieces = usable_pieces(config.run.evaluate, vocab, config.run.cache_dir)
+    model, T = load_model(checkpoint, vocab, device), options.model.block_size
+    pieces = usable_pieces(options.run.evaluate, vocab, options.run.cache_dir)
     learned = checkpoint["intervals"].numpy().tobytes()
     known = sum(pitch_intervals(p.ids, vocab.pitches) in learned for p in pieces)
     loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)
@@ -1646,39 +1648,39 @@ def open_checkpoint(path, given, run, stack):
     return checkpoint, checkpoint["trainer"]["step"] < steps
 
 
-def run_generation(config, given, vocab, device, prompt):
+def run_generation(options, given, vocab, device, prompt):
     """Write the samples; 0 or 128 + the signal that stopped it. Raises UserError if none has notes."""
-    checkpoint, settings = load_checkpoint(Path(config.run.checkpoint)), config.sample
+    checkpoint, config = load_checkpoint(Path(options.run.checkpoint)), options.sample
     step, about = checkpoint["trainer"]["step"], checkpoint["about"]
-    say(f"written by: {config.run.checkpoint}, step {step} of {checkpoint['config']['train']['steps']}, "
+    say(f"written by: {options.run.checkpoint}, step {step} of {checkpoint['config']['train']['steps']}, "
         f"trained on {checkpoint['folder']}{f' ({about})' * bool(about)}")
     if "seed" not in given:
-        config.train.seed = int(np.random.default_rng().integers(10**6))
-        say(f"seed: {config.train.seed}; with this --seed the pieces come again")
-    model, origin = load_model(checkpoint, vocab, device), asdict(settings)
-    origin |= {"samples_dir": "", "prompt": Path(settings.prompt).name, "seed": config.train.seed, "step": step}
+        options.train.seed = int(np.random.default_rng().integers(10**6))
+        say(f"seed: {options.train.seed}; with this --seed the pieces come again")
+    model, origin = load_model(checkpoint, vocab, device), asdict(config) | {"samples_dir": ""}
+    origin |= {"prompt": Path(config.prompt).name, "seed": options.train.seed, "step": step}
     known = checkpoint["pieces"], checkpoint["intervals"].numpy().tobytes()
     with catch_signals() as caught:
-        pieces = generate(model, vocab, settings, config.train.seed, prompt, lambda: bool(caught))
-        written = sum(write_sample(ids, len(prompt), settings, origin | {"piece": n}, vocab, known)
+        pieces = generate(model, vocab, config, options.train.seed, prompt, lambda: bool(caught))
+        written = sum(write_sample(ids, len(prompt), config, origin | {"piece": n}, vocab, known)
                       for n, ids in enumerate(pieces, 1))
     if caught:
-        say(f"stopped: {written} of {settings.num_samples} pieces were finished")
+        say(f"stopped: {written} of {config.num_samples} pieces were finished")
     elif not written:
         raise UserError("no piece has notes: train longer")
     return 128 + caught[0] if caught else 0
 
 
-def check_plan(config, given, checkpoint, training, vocab):
+def check_plan(options, given, checkpoint, training, vocab):
     """Find what is missing before the work begins; the prompt's ids. Raises UserError."""
-    beside, sample = Path(__file__).parent / config.run.midi_dir, config.sample
-    if "midi_dir" not in given and not Path(config.run.midi_dir).exists() and beside.is_dir():
-        config.run.midi_dir = str(beside)
+    beside, sample = Path(__file__).parent / options.run.midi_dir, options.sample
+    if "midi_dir" not in given and not Path(options.run.midi_dir).exists() and beside.is_dir():
+        options.run.midi_dir = str(beside)
     if checkpoint and checkpoint["files"]:  # those of an exported model are not known
-        from_rank_0(lambda: compare_music(config.run, given, checkpoint, training))
+        from_rank_0(lambda: compare_music(options.run, given, checkpoint, training))
     parse_chords(sample.chords)
     prompt = read_prompt(sample, vocab) if sample.prompt and not RANK else []
-    if config.run.generate:
+    if options.run.generate:
         Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(sample.samples_dir, os.W_OK):
             raise UserError(f"{sample.samples_dir} cannot be written to: pass another --samples-dir")
@@ -1688,28 +1690,28 @@ def check_plan(config, given, checkpoint, training, vocab):
 def run(argv, stack):
     """Do what the command line asks; the exit code. The stack holds the lock."""
     given = parse(argv)
-    asked = make_config(given, None, training=False).run
+    asked = make_options(given, None, training=False).run
     path, device = Path(asked.checkpoint), choose_device(asked.device)
     path = path.resolve() if path.is_symlink() else path
     if PROCESSES > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, asked, stack))
-    config = make_config(given, checkpoint, training)
-    vocab, config.run.checkpoint = Vocabulary(config.music), str(path)
+    options = make_options(given, checkpoint, training)
+    vocab, options.run.checkpoint = Vocabulary(options.music), str(path)
     if checkpoint and checkpoint["vocabulary"] != vocab.words:
         raise UserError("the checkpoint's vocabulary is not this MidiTok's: install requirements.txt")
     if asked.export:
         return export_checkpoint(Path(asked.export), checkpoint, asked.about)
     if asked.evaluate:
-        return run_evaluation(config, checkpoint, vocab, device)
-    prompt, code = check_plan(config, given, checkpoint, training, vocab), 0
+        return run_evaluation(options, checkpoint, vocab, device)
+    prompt, code = check_plan(options, given, checkpoint, training, vocab), 0
     if training:
-        code = run_training(config, checkpoint, vocab, device)
+        code = run_training(options, checkpoint, vocab, device)
     elif not asked.generate:
         say(f"{path} is finished: pass a larger --steps to train on, or --fresh to start over")
     if code or RANK or not asked.generate:
         return code
-    return run_generation(config, given, vocab, device, prompt)
+    return run_generation(options, given, vocab, device, prompt)
 
 
 def main(argv=None):

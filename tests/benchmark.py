@@ -109,7 +109,7 @@ def make_trainer(config, vocab, device, **run):
 
 def our_stepper(model, vocab, batch, **run):
     """A function that trains PianoGPT by one step."""
-    trainer = make_trainer(pg.Config(model=model), vocab, batch.device, **run)
+    trainer = make_trainer(pg.Options(model=model), vocab, batch.device, **run)
     return lambda: trainer.train_step(*batch)
 
 
@@ -152,7 +152,7 @@ def measure_training(vocab, device, rounds):
     for name, float32, compiled in (("fast", False, True), ("eager", False, False), ("float32", True, True)):
         works[name] = our_stepper(config, vocab, batch, float32=float32, compile=compiled)
     rows, tokens = compare(rounds, works, times=3), B * config.block_size
-    bfloat16 = make_trainer(pg.Config(), vocab, device).bfloat16
+    bfloat16 = make_trainer(pg.Options(), vocab, device).bfloat16
     out = {"train_precision": ("float32", "bfloat16")[bfloat16] + " compiled"}
     out |= {f"train_tokens_per_second_{name}": round(tokens / median(row[name] for row in rows)) for name in works}
     for end, name in (("", "fast"), ("_eager", "eager"), ("_float32", "float32")):
@@ -198,7 +198,7 @@ def measure_reading(vocab, files):
 def measure_growth(vocab, device):
     """A table: tokens/s of training and of generating one sequence, and the fraction of the matrix-product peak."""
     n, V = 2048 if device.type == "cpu" else 8192, len(vocab.words)
-    bfloat16 = make_trainer(pg.Config(), vocab, device).bfloat16
+    bfloat16 = make_trainer(pg.Options(), vocab, device).bfloat16
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     peak = 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
     print(f"matrix_product_tflops: {peak / 1e12:.2f}\nn_embd  block_size  train_tok/s  share_of_peak  generate_tok/s")
@@ -275,7 +275,7 @@ def seconds_to(loss, curve):
 
 def measure_recipe(vocab, folder, minutes, device):
     """Held-out nats per note after the same minutes by the plain recipe and by ours."""
-    config = pg.Config(run=pg.RunConfig(midi_dir=folder), data=pg.DataConfig(piece_is_folder=True))
+    config = pg.Options(run=pg.RunConfig(midi_dir=folder), data=pg.DataConfig(piece_is_folder=True))
     ids, windows, _ = pg.prepare_data(config, vocab)
     batches = pg.Batches(ids.to(device), vocab, config)
     ours = make_trainer(config, vocab, device, compile=True)
@@ -284,7 +284,7 @@ def measure_recipe(vocab, folder, minutes, device):
     constant = pg.TrainConfig(steps=10**9, warmup=0)  # so early in its fall, the learning rate stands still
     plain = PlainTrainer(model, constant, ours.bfloat16, compiled=True)
     plain.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    untransposed = replace(batches, config=replace(config, data=replace(config.data, transpose=0)))
+    untransposed = replace(batches, options=replace(config, data=replace(config.data, transpose=0)))
     slow = train_for(minutes, plain, untransposed, windows, falling=False)
     curve = train_for(minutes, ours, batches, windows, falling=True)
     print("seconds  plain_nats_per_note  nats_per_note")

@@ -59,7 +59,7 @@ def parse(argv):
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = refuse
-    for f in [f for group in fields(pg.Config) for f in fields(group.default_factory) if f.name in FLAGS]:
+    for f in [f for group in fields(pg.Options) for f in fields(group.default_factory) if f.name in FLAGS]:
         text = f.metadata["text"].replace("%", "%%")
         parser.add_argument(pg.flag(f.name), type=type(f.default), default=argparse.SUPPRESS, help=text)
     parser.add_argument("--samples", default="", help="folder of MIDI files to compare instead")
@@ -274,7 +274,7 @@ def run(argv):
     given = parse(argv)
     folder = given.pop("samples")
     checkpoint = pg.load_checkpoint(Path(given.get("checkpoint", pg.RunConfig.checkpoint)))
-    config = pg.make_config({"midi_dir": checkpoint["folder"]} | given, checkpoint, training=False)
+    config = pg.make_options({"midi_dir": checkpoint["folder"]} | given, checkpoint, training=False)
     vocab, device = pg.Vocabulary(config.music), pg.choose_device(config.run.device)
     if checkpoint["vocabulary"] != vocab.words:
         raise pg.UserError("the checkpoint's vocabulary is not this MidiTok's: install requirements.txt")

@@ -15,7 +15,7 @@ from conftest import pg
 @pytest.fixture(scope="module")
 def content(vocab):
     """What a run of one step stores: two training pieces, a validation with held-out music and one without."""
-    config = pg.Config(model=pg.ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
+    config = pg.Options(model=pg.ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
     trainer = pg.Trainer(pg.PianoGPT(config.model, vocab.says), config.train)
     trainer.train_step(*torch.randint(len(vocab.words), (2, 2, 8)))
     trainer.step, trainer.best = 20, pg.copy_weights(trainer.average)
@@ -67,7 +67,7 @@ def test_content_that_no_run_would_store_is_refused_whatever_key_it_is_under(con
         except Exception:  # as load_checkpoint does
             refused += 1
     for harm in accepted:  # it works, or its settings and words are compared with those in force
-        config = pg.make_config({}, harm, training=False)
+        config = pg.make_options({}, harm, training=False)
         pg.check_options(config)
         assert harm["vocabulary"] != vocab.words or pg.load_model(harm, vocab, "cpu")
     assert refused > 250 and len(accepted) < 60, [len(accepted), refused]

@@ -363,7 +363,7 @@ def test_ctrl_c_while_writing_keeps_the_finished_pieces(trained, monkeypatch, ca
 ])
 def test_mode_and_steps_decide_whether_to_train(given, trains, here, monkeypatch):
     monkeypatch.setattr(pg, "check_content", lambda content: None)
-    run, found = pg.make_config(given, None, False).run, []
+    run, found = pg.make_options(given, None, False).run, []
     for step in (None, 10, 30):
         if step:
             trainer = {"step": step, "history": [], "weights": {"a": torch.zeros(1)}, "best": {}}
@@ -541,7 +541,7 @@ def test_help_shows_every_setting_with_its_default(capsys):
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 110 and "python pianogpt.py --generate" in out
     text = " ".join(out.split())
-    for f in (f for group in vars(pg.Config()).values() for f in pg.fields(group)):
+    for f in (f for group in vars(pg.Options()).values() for f in pg.fields(group)):
         default = "" if isinstance(f.default, bool) else f" (default: {f.default if f.default != '' else 'none'})"
         assert f"{pg.flag(f.name)} " in text and f"{f.metadata['text']}{default}" in text
 
@@ -637,7 +637,7 @@ def test_model_is_handed_on_writes_the_same_music_and_starts_another_run(trained
     content = pg.load_checkpoint(Path("a.pt"))
     assert content["about"] == "started from small.pt; scales, public domain"
     assert len(content["pieces"]) > 11, "what was learned before stays known"
-    config = pg.make_config({}, content, training=True).train
+    config = pg.make_options({}, content, training=True).train
     assert (config.lr, config.warmup, config.steps, config.batch_size) == (3.3e-5, 50, 20, 8)
 
 

@@ -291,7 +291,7 @@ def test_few_files_still_have_a_validation_and_a_training_piece(count, val_perce
 def batches(ids=None, seed=3, transpose=5):
     """Batches over ids, or over numbers of which about half are pitches."""
     ids = torch.arange(1000).mul(7919).remainder(180).short() if ids is None else ids
-    config = pg.Config(data=pg.DataConfig(transpose=transpose), model=pg.ModelConfig(block_size=32),
+    config = pg.Options(data=pg.DataConfig(transpose=transpose), model=pg.ModelConfig(block_size=32),
                        train=pg.TrainConfig(batch_size=4, seed=seed))
     return pg.Batches(ids, KINDS, config)
 
@@ -379,12 +379,12 @@ def test_file_that_comes_while_others_are_read_is_not_taken_for_known(folder, vo
         return pieces
 
     monkeypatch.setattr(pg, "usable_pieces", usable_pieces)
-    _, _, music = pg.prepare_data(pg.Config(run=pg.RunConfig(midi_dir=str(folder), cache_dir="")), vocab)
+    _, _, music = pg.prepare_data(pg.Options(run=pg.RunConfig(midi_dir=str(folder), cache_dir="")), vocab)
     assert len(music["files"]) == 12 and not any("late.mid" in file for file in music["files"])
 
 
 def test_pieces_are_joined_between_bos_and_eos_and_held_out_music_is_validated_but_not_known(folder, vocab):
-    config = pg.Config(run=pg.RunConfig(midi_dir=str(folder), cache_dir=""))
+    config = pg.Options(run=pg.RunConfig(midi_dir=str(folder), cache_dir=""))
     train, (_, targets), music = pg.prepare_data(config, vocab)
     pieces, ids = pg.read_folder(folder, vocab, ""), {"train": [], "validation": []}
     pg.split_pieces(pieces, folder, config.data, vocab.pitches)

@@ -17,7 +17,7 @@ def make_parts(**train):
     config = pg.TrainConfig(**{"steps": 24, "batch_size": 4, "warmup": 5, "eval_every": 8, "seed": 1} | train)
     torch.manual_seed(config.seed)
     trainer = pg.Trainer(pg.PianoGPT(MODEL, VOCAB.says), config)
-    whole = pg.Config(data=pg.DataConfig(transpose=2), model=MODEL, train=config)
+    whole = pg.Options(data=pg.DataConfig(transpose=2), model=MODEL, train=config)
     batches = pg.Batches(torch.from_numpy(IDS).short(), VOCAB, whole)
     return trainer, batches, pg.make_windows(IDS[:100], 32, 32)
 
