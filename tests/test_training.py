@@ -118,6 +118,17 @@ def test_step_of_a_matrix_in_the_blocks_is_orthogonal_and_of_the_scheduled_size(
             assert step.abs().max() == pytest.approx(peak, rel=1e-2)
 
 
+def test_matrices_of_the_blocks_decay_too():
+    after = []
+    for decay in (0.0, 0.5):
+        trainer, batches, _ = make_parts(lr=1e-2, warmup=1, weight_decay=decay)
+        before = trainer.model.blocks[0].qkv.detach().clone()
+        trainer.train_step(*batches[0])
+        after.append(trainer.model.blocks[0].qkv.detach())
+    rate = 1e-2 * 1536 / 32
+    assert torch.allclose(after[1] - after[0], -rate * 0.5 * before, atol=1e-3) and before.abs().max() * rate > 0.1
+
+
 def test_average_that_validates_best_is_kept():
     trainer, batches, windows = make_parts(steps=20, lr=3e-3)
     run(trainer, batches, windows)
