@@ -127,3 +127,5 @@ def test_bfloat16_loss_is_near_float32(model):
     exact = model.loss(*embedded, ids[:, 1:])
     with torch.autocast("cpu", torch.bfloat16):
         assert abs(model.loss(*embedded, ids[:, 1:]) / exact - 1) < 0.01
+        x, block = torch.randn(5, 32), model.blocks[0]
+        assert block.add(x, x, block.proj).dtype == torch.float32, "only products are rounded, not their sum"

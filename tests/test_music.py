@@ -170,7 +170,10 @@ def test_vocabulary_is_that_of_one_piano_and_of_its_settings(vocab):
     for v, positions, levels in ((vocab, 24 * 12, 32), (VOCABULARIES[1], 4 * 12, 8)):
         count = collections.Counter(word.split("_")[0] for word in v.words)
         assert [count[k] for k in ("Pitch", "Position", "Velocity", "Chord")] == [88, positions, levels, 97]
-        assert {*count} <= {*pg.KINDS}
+        assert {*count} <= {*pg.KINDS} and v.words[0] == "PAD_None"
+        assert v.says[pg.PITCH, v.pitches].tolist() == [*range(21, 109)], "a semitone is one id"
+        assert v.says[pg.POSITION, v.positions].tolist() == [*range(1, positions)]
+        assert [v.words[i].split("_")[0] for i in range(v.chords.start, v.harmonies.stop)] == ["Chord"] * 97
 
 
 def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
