@@ -23,7 +23,7 @@ Part I, sections 1 to 5, is the idea; Part II is the machinery.
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
 
 The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
-    format       "pianogpt 9"; other formats are refused
+    format       "pianogpt 10"; other formats are refused
     about        a note: what it started from, what it learned from
     config       the settings of the groups data, music, model and train
     vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
@@ -90,7 +90,7 @@ class UserError(Exception):
 
 
 def say(text, stream="stdout"):
-    """Print one line, above the progress bar; only rank 0 prints."""
+    """Print one line above the progress bar, on rank 0."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # as in some file names
     try:
         if RANK == 0:
@@ -107,7 +107,7 @@ def count(n, noun):
 
 def progress(*args, **more):
     """A tqdm bar; none when stderr is not a terminal."""
-    return tqdm(*args, disable=True if RANK else None, mininterval=0.5, **more)
+    return tqdm(*args, disable=True if RANK else None, **more)
 
 
 # ==== Part I: the idea
@@ -386,7 +386,7 @@ FOLLOWS = {  # the kinds of token that may follow a kind
     "Position": "Tempo Chord Pitch", "Tempo": "Chord Pitch Position Bar EOS", "Chord": "Pitch",
     "Pitch": "Velocity", "Velocity": "Duration", "Duration": "Pitch Position Bar EOS"}
 KINDS = list(FOLLOWS)
-BAR, TIME_SIGNATURE, DURATION = map(KINDS.index, ("Bar", "TimeSig", "Duration"))  # values in row KIND
+BOS, BAR, TIME_SIGNATURE, DURATION = map(KINDS.index, ("BOS", "Bar", "TimeSig", "Duration"))  # in row KIND
 
 
 def advance(says, idx, before):
@@ -462,10 +462,8 @@ class Vocabulary:
 
     def timeline(self, ids):
         """The state (7, T) after each of ids (T,), and its time in quarter notes (T,)."""
-        start = self.says[:, :1]
-        now = torch.cat([start, advance(self.says, ids[None], start)[:, 0]], 1).double()
-        before, now = now[:, :-1], now[:, 1:]
-        bars = ((now[KIND] == BAR) * before[BAR_LENGTH] / before[UNIT]).cumsum(0)
+        now = advance(self.says, ids[None], self.says[:, :1])[:, 0].double()
+        bars = ((now[KIND] == BAR) * now[BAR_LENGTH] / now[UNIT]).cumsum(0)
         quarters = 4 * (bars + now[POSITION] / now[UNIT]) / self.music.grid
         return now, quarters - quarters[:1]
 
@@ -506,16 +504,16 @@ class Vocabulary:
 # ---- 3. Model: a causal Transformer in musical time and pitch
 
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
-PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per turn of the pairs of channels that turn with pitch
+PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones
 RECENT = 3  # preceding tokens that are mixed into each embedding
+MEMORY = 1024  # tokens before the window; of these the model knows how often each occurs
 IGNORE = -100  # a target that is not scored: padding, or scored in the window before
 
 
 def place(says, idx, now, bar_start):
     """Time, in positions, and pitch of tokens idx (B, T); then `now` (7, B) and bar_start (B,) after them."""
     after = advance(says, idx, now)  # (7, B, T)
-    lengths = torch.cat([now[BAR_LENGTH, :, None], after[BAR_LENGTH, :, :-1]], 1)
-    starts = bar_start[:, None] + ((after[KIND] == BAR) * lengths).cumsum(1)  # (B, T)
+    starts = bar_start[:, None] + ((after[KIND] == BAR) * after[BAR_LENGTH]).cumsum(1)  # (B, T)
     return starts + after[POSITION], after[PITCH], after[:, :, -1], starts[:, -1]
 
 
@@ -555,7 +553,7 @@ class Block(nn.Module):
         vars(self).update(self._parameters)  # nn.Module is slow to find them
 
     def attention(self, x, cos, sin, past, n_past):
-        """x (B T, C) -> what the heads read, (B T, C): causal attention, also to the tokens in past."""
+        """Causal attention, also to past tokens: x (B T, C) -> what the heads read, (B T, C)."""
         B, T, C = cos.size(0), cos.size(2), x.size(1)
         qkv = F.linear(x, self.qkv).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
@@ -570,7 +568,7 @@ class Block(nn.Module):
 
     def add(self, x, y, weight):
         """The residual connection: x plus y times a matrix."""
-        if torch.is_autocast_enabled(x.device.type):
+        if y.dtype != x.dtype:  # autocast
             return x + F.linear(y, weight)  # the sum stays in float32
         return torch.addmm(x, y, weight.mT)  # the same, faster
 
@@ -595,19 +593,24 @@ class PianoGPT(nn.Module):
         self.register_buffer("times", TOKEN_TIME * grid * torch.arange(config.block_size), persistent=False)
         self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
         # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
-        self.recent = nn.Parameter(torch.zeros(RECENT, C))
+        self.recent = nn.Parameter(torch.zeros(RECENT, 1, C))
+        self.memory = nn.Parameter(torch.zeros(V, C))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
 
     def embed(self, idx, cache=None):
-        """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT of them old; cos, sin (B, 1, T, hs)."""
-        cache = cache or Cache(self, len(idx), keep=False)
+        """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT of them old; cos, sin (B, 1, T, hs).
+
+        Where a window begins, MEMORY ids come first: the ones before it, or PAD.
+        """
+        cache = cache or Cache(self, idx, keep=False)
+        idx = idx if cache.length else idx[:, MEMORY:]
         first, cache.length = cache.length, cache.length + idx.size(1)
         time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
         x = torch.cat([cache.latest, F.embedding(idx, self.embedding)], 1)
         cache.latest, time = x[:, -RECENT:], time + self.times[first : cache.length]
         angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
-        return x, angle.cos(), angle.sin()
+        return x + cache.memory, angle.cos(), angle.sin()
 
     def logits(self, x, cos, sin, cache=None):
         """What embed() gave -> the logits of the next id, (B, T, V)."""
@@ -627,30 +630,31 @@ class PianoGPT(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
     def forward(self, idx, cache=None):
-        """idx (B, T) -> logits (B, T, V); T must be 1 once the cache holds tokens."""
+        """idx, see embed() -> logits (B, T, V); T must be 1 once the cache holds tokens."""
         return self.logits(*self.embed(idx, cache), cache)
 
 
 class Cache:
-    """What embed() carries from token to token; to generate (keep), also keys and values."""
+    """What embed() carries through a window; idx begins it. To generate (keep), also keys and values."""
 
-    def __init__(self, model, batch_size, keep=True):
-        c, device = model.config, model.says.device
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.keys_values = torch.empty(shape, device=device).unbind() if keep else ()  # for each layer
-        self.empty = (torch.zeros(batch_size, RECENT, c.n_embd, device=device),
-                      model.says[:, :1].expand(-1, batch_size), torch.zeros(batch_size, device=device))
-        self.clear()
-
-    def clear(self):
-        """Forget the tokens; a new window begins."""
-        self.length, (self.latest, self.now, self.bar_start) = 0, self.empty
+    def __init__(self, model, idx, keep=True):
+        c, self.length = model.config, 0
+        shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.keys_values = torch.empty(shape, device=idx.device).unbind() if keep else ()  # for each layer
+        later = (model.says[KIND, idx] == BOS).flip(1).cumsum(1).flip(1)  # pieces that begin here or later
+        old = (idx * (later == 0))[:, :MEMORY]  # A window in which a piece begins remembers nothing.
+        self.now = advance(model.says, old, model.says[:, :1].expand(-1, len(old)))[:, :, -1]
+        counts = torch.zeros(len(old), len(model.memory), device=old.device)
+        counts.scatter_add_(1, old, (old > 0).float())  # not of PAD
+        self.memory = (counts @ model.memory)[:, None] / MEMORY
+        self.latest = torch.zeros_like(self.memory).expand(-1, RECENT, -1)
+        self.bar_start = torch.zeros_like(self.now[0])
 
 
 # ---- 4. Learning: batch number i, transposition, learning rates, the trainer
 
 LR_WIDTH = 1536  # fan-in at which a matrix learns at --lr
-EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: the embedding; norms and recent
+TABLE_RATE, REST_RATE = 120, 45  # x --lr: embedding and memory; norms and recent
 STEP_SIZE = 67  # x --lr: singular values of the step of a matrix in the blocks
 
 
@@ -671,20 +675,25 @@ class Batches:
     vocab: Vocabulary
     options: Options
 
+    def __post_init__(self):
+        self.openings = (self.ids == self.vocab.bos).nonzero()[:, 0].cpu().numpy()  # where pieces begin
+
     def __getitem__(self, i):
-        """This rank's part of batch i: inputs and targets (B / PROCESSES, T), transposed."""
-        # A window may cross from one piece into the next, over EOS BOS.
+        """This rank's part of batch i: inputs (B / PROCESSES, MEMORY + T) and targets, transposed."""
         train, T = self.options.train, self.options.model.block_size
         N, device = len(self.ids), self.ids.device
         rng, B, most = np.random.default_rng((train.seed, i)), train.batch_size, self.options.data.transpose
-        # Multiples of the golden ratio spread evenly: no music is read again before the rest.
-        starts = ((5**0.5 - 1) / 2 * np.arange(i * B, (i + 1) * B) + 2**0.5 * train.seed) % 1 * N
+        # Multiples of the golden ratio spread evenly: no music is read again before the rest. Every eighth
+        # window begins where a piece begins: all that is written begins there.
+        n = np.arange(i * B, (i + 1) * B)
+        share = ((5**0.5 - 1) / 2 * n + 2**0.5 * train.seed) % 1
+        starts = np.where(n % 8, share * N, self.openings[(share * len(self.openings)).astype(int)])
         shifts = torch.from_numpy(rng.integers(-most, most + 1, size=B)).to(device)
         part = slice(RANK * B // PROCESSES, (RANK + 1) * B // PROCESSES)
-        window = (starts[part, None].astype(int) + np.arange(T + 1)) % N  # goes round
-        ids = self.ids[torch.from_numpy(window).to(device)].long()  # (B, T + 1)
+        window = (starts[part, None].astype(int) + np.arange(-MEMORY, T + 1)) % N  # goes round
+        ids = self.ids[torch.from_numpy(window).to(device)].long()  # (B, MEMORY + T + 1)
         ids = transpose_ids(ids, shifts[part], self.vocab)
-        return ids[:, :-1], ids[:, 1:]
+        return ids[:, :-1], ids[:, MEMORY + 1 :]
 
 
 def learning_rate(step, config):
@@ -694,7 +703,7 @@ def learning_rate(step, config):
 
 
 def orthogonalize(x):
-    """A matrix with the singular vectors of x, and all singular values near 1 (Newton-Schulz iteration)."""
+    """The matrix of the singular vectors of x with singular values near 1 (Newton-Schulz iteration)."""
     if x.size(0) > x.size(1):
         return orthogonalize(x.mT).mT
     x = x / (x.norm() + 1e-7)
@@ -709,30 +718,31 @@ def make_optimizer(model, config):
 
     AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
     with the fan-in (Yang et al.), and one --lr fits every width. By default: 3e-4 x 1536 / 128 = 3.6e-3 for
-    matrices that read 128 numbers, 3.6e-2 for the embedding, 1.35e-2 for norms and recent. In the blocks it
+    matrices that read 128 numbers, 3.6e-2 for embeddings, 1.35e-2 for norms and recent. In the blocks it
     only decides on the decay: see Trainer.update.
     """
     groups = []
     for name, p in model.named_parameters():
-        is_matrix = p.dim() == 2 and name not in ("embedding", "recent")
-        rate = LR_WIDTH / p.size(1) if is_matrix else EMBEDDING_RATE if name == "embedding" else REST_RATE
+        orthogonal = "blocks" in name and p.dim() == 2
+        is_matrix = orthogonal or name == "head"
+        rate = LR_WIDTH / p.size(1) if is_matrix else TABLE_RATE if p.dim() == 2 else REST_RATE
         groups.append(dict(params=[p], peak=config.lr * rate, weight_decay=config.weight_decay * is_matrix,
-                           orthogonal=is_matrix and name != "head"))
+                           orthogonal=orthogonal))
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size=32):
-    """The summed loss, in nats, of windows: inputs and targets, each (W, T); in float32."""
+    """The summed loss, in nats, of windows: inputs (W, MEMORY + T), targets (W, T); in float32."""
     parts = zip(*(w.to(model.head.device).split(batch_size) for w in windows))
     return sum(model.loss(*model.embed(x), y).item() for x, y in parts)
 
 
-def average_over_ranks(values):
+def mean_over_ranks(values):
     """values, averaged over all ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
-        values = values / dist.get_world_size()
+        values = values / PROCESSES
     return values
 
 
@@ -742,7 +752,7 @@ def copy_weights(model):
 
 
 class Trainer:
-    """A model in training: all that changes from step to step, and so is in checkpoints."""
+    """A model in training: all that changes with each step, and so is in checkpoints."""
     KEPT = ("step", "seconds", "history", "losses", "best")
 
     def __init__(self, model, config, bfloat16=False, compiled=False):
@@ -769,18 +779,16 @@ class Trainer:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
 
     def add_gradients(self, idx, targets):
-        """Put the gradient of a batch (B, T) into .grad; its mean loss, over all ranks."""
+        """Put the gradient of a batch into .grad; its mean loss, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for x, y in zip(idx.chunk(self.config.accumulate), targets.chunk(self.config.accumulate)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 loss = self.loss(*self.model.embed(x), y) / targets.numel()
             loss.backward()
             total += loss.detach()
-        if dist.is_initialized():
-            gradients = [p.grad for p in self.model.parameters()]
-            average = average_over_ranks(nn.utils.parameters_to_vector(gradients))
-            nn.utils.vector_to_parameters(average, gradients)
-        return average_over_ranks(total).item()
+        for p in self.model.parameters():
+            p.grad = mean_over_ranks(p.grad)
+        return mean_over_ranks(total).item()
 
     @torch.no_grad()
     def update(self, fraction):
@@ -788,20 +796,21 @@ class Trainer:
 
         AdamW's step of a matrix has few strong directions; in the blocks, as in Muon, all become strong.
         """
+        before, size = [], STEP_SIZE * self.config.lr * fraction
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * fraction
-        groups = [group for group in self.optimizer.param_groups if group["orthogonal"]]
-        before = [group["params"][0] * (1 - group["lr"] * group["weight_decay"]) for group in groups]
+            before.append(group["params"][0] * (1 - group["lr"] * group["weight_decay"]))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for group, old in zip(groups, before):
-            p, size = group["params"][0], STEP_SIZE * self.config.lr * fraction
-            p.copy_(old + size * max(1, p.size(0) / p.size(1)) ** 0.5 * orthogonalize(p - old))
+        for group, old in zip(self.optimizer.param_groups, before):
+            if group["orthogonal"]:
+                [p] = group["params"]
+                p.copy_(old + size * max(1, p.size(0) / p.size(1)) ** 0.5 * orthogonalize(p - old))
         for average, p in zip(self.average.parameters(), self.model.parameters()):
             average.lerp_(p, 10 / (10 + self.step))
 
     def train_step(self, idx, targets):
-        """Learn from one batch (B, T); the mean loss in nats. Raises UserError."""
+        """Learn from one batch; the mean loss in nats. Raises UserError."""
         loss = self.add_gradients(idx, targets)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(loss + norm):
@@ -832,10 +841,10 @@ class Trainer:
 
     def run(self, batches, windows, stopped, save):
         """Train to the last step or until stopped(); save() is called periodically."""
-        pbar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step", position=0)
+        pbar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step")
         every, saved, clock = self.config.save_every, time.monotonic(), time.monotonic()
         while self.step < self.config.steps:
-            if average_over_ranks(torch.tensor(float(stopped()), device=self.device)):
+            if mean_over_ranks(torch.tensor(float(stopped()), device=self.device)):
                 break
             loss = self.train_step(*batches[self.step])
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
@@ -871,21 +880,16 @@ def draw(logits, vocab, temperature, rng):
 @torch.inference_mode()
 def draw_tokens(model, vocab, config, ids, seed, hold):
     """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
-    vocab, size, window = copy.copy(vocab), model.config.block_size, list(ids.unbind(1))
+    vocab, size, window = copy.copy(vocab), model.config.block_size, [*F.pad(ids, (MEMORY, 0)).unbind(1)]
     vocab.says, vocab.follows = model.says, vocab.follows.to(ids.device)
     asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
     bar = torch.full_like(ids[:, 0], -1)  # number of the bar among the new ones
-    rng, cache = torch.Generator(ids.device).manual_seed(seed), Cache(model, len(ids))
-    before = cache.now  # the state where the window begins
+    rng, cache = torch.Generator(ids.device).manual_seed(seed), None
     while True:
         new = window[-1][:, None]
-        if cache.length in (0, size):  # First read what fits; when full, the newer half as a new window.
-            keep = size // 2 if cache.length else size
-            old, window = window[:-keep], window[-keep:]
-            if old:
-                before = advance(model.says, torch.stack(old, 1), before)[:, :, -1]
-            cache.clear()
-            new, cache.now = torch.stack(window, 1), before
+        if not cache or cache.length == size:  # First read what fits; when full, the newer third.
+            new = torch.stack(window[-MEMORY - (size // 3 if cache else size) :], 1)
+            cache = Cache(model, new)
         logits = model(new, cache)[:, -1]  # (B, V)
         logits[:, vocab.eos].add_(hold)
         wanted = None
@@ -901,7 +905,7 @@ def draw_tokens(model, vocab, config, ids, seed, hold):
 def find_end(ids, vocab, config):
     """The length of a finished piece in ids (T,): with EOS or up to its last bar line; None if not over."""
     ends, bars = ((ids == token).nonzero()[:, 0].tolist() for token in (vocab.eos, vocab.bar))
-    ends = [i + 1 for i in ends[:1]] + (bars[config.bars :][:1] if config.bars else [])
+    ends = [i + 1 for i in ends[:1]] + bars[config.bars :][:1]
     return min(ends, default=None)
 
 
@@ -914,7 +918,7 @@ def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
     ids = torch.tensor([opening] * config.num_samples, device=model.head.device)
     hold = torch.full((len(ids),), -math.inf, device=ids.device)
     stream, pieces, ends = draw_tokens(model, vocab, config, ids, seed, hold), [], [None] * len(ids)
-    with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False, position=0) as pbar:
+    with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False) as pbar:
         while None in ends and not stopped():
             ids = torch.cat([ids, torch.stack(list(itertools.islice(stream, CHECK_EVERY)), 1)], 1)
             pieces = ids[:, 1:].cpu()
@@ -932,7 +936,6 @@ def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
 SPLITS = "train", "validation", "test"
 SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a row, of 8 kinds
 PIECE_END = 255  # ends the intervals of a piece
-SUFFIXES = ".mid", ".midi", ".kar"
 FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
 LONGEST_SILENCE = 8  # empty bars in a row
 
@@ -1072,7 +1075,7 @@ def read_in_workers(paths, vocab, alone=False):
         pool.shutdown(wait=False, cancel_futures=True)
     if unread and alone:
         yield paths[0], Piece(problem="crashed or hung the MIDI parser")
-    else:  # a crash breaks a pool: two new pools read the rest, until the culprit is alone
+    else:  # a crash breaks a pool: two more read the rest, until the culprit is alone
         for half in filter(None, (unread[::2], unread[1::2])):
             yield from read_in_workers(half, vocab, alone=len(half) == 1)
 
@@ -1085,7 +1088,7 @@ def find_files(folder):
     paths = sorted(Path(root, name) for root, folders, names in tree for name in folders + names)
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     found = {path: f"{path.stat().st_size if path.is_file() else 0} {name}" for path, name in names.items()
-             if path.suffix.lower() in SUFFIXES and "/." not in f"/{name}"}
+             if path.suffix.lower() in (".mid", ".midi", ".kar") and "/." not in f"/{name}"}
     if not found:
         raise UserError(f"no MIDI file under {folder}: put some there, or name another")
     return found
@@ -1094,7 +1097,7 @@ def find_files(folder):
 def read_folder(folder, vocab, cache_dir):
     """Every MIDI file under folder as a piece, by path; cached by content."""
     paths, pieces = find_files(folder), {}
-    # What decides what a file gives; the last number counts changes of this script.
+    # All that decides what a file gives; the number counts changes of this script.
     key = repr((vocab.words, version("miditok"), version("symusic"), 8))
     cache = Path(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:16])
     for path in paths:
@@ -1161,19 +1164,20 @@ def split_pieces(pieces, folder, data, pitches):
 
 
 def make_windows(ids, block_size, stride, limit=10**9):
-    """Inputs and targets (W, T) that score each token but the first once; evenly spread if limited."""
+    """Inputs (W, MEMORY + T), targets (W, T) that score each token but the first once; spread if limited."""
     ids, missing = torch.from_numpy(ids.astype(np.int64)), block_size + 1 - len(ids)
-    windows = F.pad(ids, (0, max(missing, missing % stride)), value=IGNORE).unfold(0, block_size + 1, stride)
-    x, y = windows[:, :-1].clamp(min=0), windows[:, 1:].clone()
-    y[1:, : block_size - stride] = IGNORE  # the window before scores these
-    W = len(x) if len(ids) > 1 else 0
+    padded = F.pad(ids, (MEMORY, max(missing, missing % stride)), value=IGNORE)
+    windows = padded.unfold(0, MEMORY + block_size + 1, stride)
+    W = len(windows) if len(ids) > 1 else 0
     chosen = torch.linspace(0, W - 1, min(W, limit)).round().long().unique()
-    return x[chosen], y[chosen]
+    x, y = windows[chosen, :-1].clamp(min=0), windows[chosen, MEMORY + 1 :]
+    y[1:, : block_size - stride] = IGNORE  # the window before scores these
+    return x, y
 
 
 # ---- 7. Files: the checkpoint, its log, its lock, names that are free
 
-FORMAT = "pianogpt 9"
+FORMAT = "pianogpt 10"
 STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
 ROW = {"step": 0, "seconds": 0.0, "train_loss": 0.0,  # of the history; these only if pieces are held out:
        "val_loss": 0.0, "val_nats_per_note": 0.0}
@@ -1340,7 +1344,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         usage="python pianogpt.py [flags]", description=__doc__.split("\nThe idea:")[0], allow_abbrev=False,
         exit_on_error=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 32))
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for group in fields(Options):
         config = group.default_factory()
         section = parser.add_argument_group(f"{group.name}: {config.__doc__.rstrip('.').lower()}")
@@ -1350,7 +1354,7 @@ def make_parser():
                 section.add_argument(flag(f.name), action="store_true", help=text)
             else:
                 name = {int: "N", float: "X", str: "TEXT"}[kind]
-                text += f" (default: {'none' if f.default == '' else f.default})"
+                text += f" (default: {f.default})" * (f.default != "")
                 section.add_argument(flag(f.name), type=kind, metavar=name, help=text)
     return parser
 
@@ -1405,12 +1409,13 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, old[number])  # a second one ends the program
-    caught, old = [], {}
-    with ExitStack() as stack:
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            old[number] = signal.signal(number, catch)
-            stack.callback(signal.signal, number, old[number])
+    caught, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    old = {number: signal.signal(number, catch) for number in numbers}
+    try:
         yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def load_model(checkpoint, vocab, device):
@@ -1484,11 +1489,11 @@ def prepare_data(options, vocab):
         raise UserError(f"no piece under {folder} is left to train on: all are held out")
     ids, val_ids = (np.concatenate([[], *(np.r_[vocab.bos, p.ids, vocab.eos] for p in side)]).astype(np.int16)
                     for side in (seen, held_out))
-    intervals = b"".join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
+    intervals = bytearray().join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
     kept = {"about": "", "config": {name: asdict(getattr(options, name)) for name in STORED},
             "vocabulary": vocab.words, "folder": str(folder), "files": files,
             "pieces": [p.path for p in seen],
-            "intervals": torch.frombuffer(bytearray(intervals), dtype=torch.uint8)}
+            "intervals": torch.frombuffer(intervals, dtype=torch.uint8)}
     return torch.from_numpy(ids), make_windows(val_ids, T, T, 128), kept
 
 
@@ -1541,7 +1546,7 @@ def write_sample(ids, old, config, origin, vocab, known):
 def make_trainer(options, checkpoint, kept, vocab, device):
     """A new trainer, or one where a checkpoint left off; then `kept` gets what was learned before."""
     c, V, parts = options.model, len(vocab.words), PROCESSES * options.train.accumulate
-    weights = 2 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept seven times: gradient, moments, copies
+    weights = 3 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept seven times: gradient, moments, copies
     activations = options.train.batch_size // parts * c.block_size * (24 * c.n_layer * c.n_embd + 3 * V)
     try:
         torch.empty(7 * weights + activations, device=device)  # asks for it, and gives it back
@@ -1567,7 +1572,6 @@ def run_training(options, checkpoint, vocab, device):
     """Train and save a model; 0 or 128 + the signal that stopped it."""
     path, train = Path(options.run.checkpoint), options.train
     ids, windows, kept = from_rank_0(lambda: prepare_data(options, vocab))
-    windows = [part[: 0 if RANK else None] for part in windows]  # only rank 0 validates
     batches = Batches(ids.to(device), vocab, options)
     trainer = make_trainer(options, checkpoint, kept, vocab, device)
     if options.run.fresh and path.exists() and not RANK:

@@ -110,7 +110,8 @@ def make_trainer(config, vocab, device, **run):
 def our_stepper(model, vocab, batch, **run):
     """A function that trains PianoGPT by one step."""
     trainer = make_trainer(pg.Options(model=model), vocab, batch.device, **run)
-    return lambda: trainer.train_step(*batch)
+    x, y = F.pad(batch[0], (pg.MEMORY, 0)), batch[1]
+    return lambda: trainer.train_step(x, y)
 
 
 def plain_tokens(model, idx):
@@ -223,10 +224,11 @@ class PlainRecipe(pg.PianoGPT):
     def __init__(self, config, says):
         super().__init__(config, says)
         self.positions = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))
-        self.recent.requires_grad_(False)  # not used
+        self.recent.requires_grad_(False), self.memory.requires_grad_(False)  # not used
 
     def embed(self, idx, cache=None):
-        """idx (B, T) -> embeddings (B, T, C), and the cos and sin (B, 1, T, 1) of no angle: nothing rotates."""
+        """idx (B, MEMORY + T) -> embeddings (B, T, C), and the cos and sin (B, 1, T, 1) of no angle: nothing rotates."""
+        idx = idx[:, pg.MEMORY :]
         dtype = torch.bfloat16 if torch.is_autocast_enabled(idx.device.type) else torch.float32
         cos = torch.ones(len(idx), 1, idx.size(1), 1, dtype=dtype, device=idx.device)
         return F.embedding(idx, self.embedding), cos, torch.zeros_like(cos)

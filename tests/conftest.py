@@ -78,6 +78,11 @@ def vocab():
     return pg.Vocabulary(pg.MusicConfig())
 
 
+def alone(ids):
+    """ids (B, T) as the input of a model, with nothing to remember before them."""
+    return pg.F.pad(ids, (pg.MEMORY, 0))
+
+
 def start(function, *args):
     """A process that calls a function of this file."""
     process = FORKS.Process(target=function, args=args)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import pg
+from conftest import alone, pg
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,8 @@ def content(vocab):
     """What a run of one step stores: two training pieces, a validation with held-out music and one without."""
     config = pg.Options(model=pg.ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
     trainer = pg.Trainer(pg.PianoGPT(config.model, vocab.says), config.train)
-    trainer.train_step(*torch.randint(len(vocab.words), (2, 2, 8)))
+    ids, targets = torch.randint(len(vocab.words), (2, 2, 8))
+    trainer.train_step(alone(ids), targets)
     trainer.step, trainer.best = 20, pg.copy_weights(trainer.average)
     trainer.history = [pg.ROW | {"step": 10, "val_loss": 2.5}, {k: v for k, v in pg.ROW.items() if "val" not in k} | {"step": 20}]
     return {"about": "", "config": {name: asdict(getattr(config, name)) for name in pg.STORED}, "vocabulary": vocab.words,

@@ -14,7 +14,7 @@ import torch
 from conftest import FORKS, pg, scale, write_midi
 from fuzz_midi import check, midi, note, tempo
 
-KINDS = SimpleNamespace(pitches=range(4, 92), chords=range(200, 224))  # 88 keys; two qualities of chord
+KINDS = SimpleNamespace(bos=1, pitches=range(4, 92), chords=range(200, 224))  # 88 keys; two qualities of chord
 
 
 def plain(piece, **changes):
@@ -300,7 +300,7 @@ def test_batch_i_is_the_same_whatever_came_before():
     a, b = batches(), batches()
     for i in range(5):
         a[i]
-    assert torch.equal(torch.stack(a[7]), torch.stack(b[7]))
+    assert torch.equal(torch.cat(a[7], 1), torch.cat(b[7], 1))
     assert not torch.equal(a[7][0], a[8][0]) and not torch.equal(a[7][0], batches(seed=4)[7][0])
 
 
@@ -309,16 +309,17 @@ def test_shares_of_a_batch_make_the_batch(monkeypatch):
     monkeypatch.setattr(pg, "PROCESSES", 2)
     for rank in range(2):
         monkeypatch.setattr(pg, "RANK", rank)
-        shares.append(torch.stack(batches()[3]))
-    assert torch.equal(torch.cat(shares, 1), torch.stack(whole))
+        shares.append(torch.cat(batches()[3], 1))
+    assert torch.equal(torch.cat(shares), torch.cat(whole, 1))
 
 
 @pytest.mark.parametrize("length", [5, 1000])
 def test_targets_are_the_inputs_one_token_later_even_if_the_corpus_is_shorter(length):
     x, y = batches(torch.arange(length).short())[0]
-    assert x.shape == y.shape == (4, 32) and torch.equal(x[:, 1:], y[:, :-1])
-    corpus = batches(torch.arange(length).short(), transpose=0)[0]
-    assert torch.equal(corpus[1], (corpus[0] + 1) % length), "a short corpus begins again"
+    assert x.shape == (4, pg.MEMORY + 32) and torch.equal(x[:, pg.MEMORY + 1 :], y[:, :-1]) and y.shape == (4, 32)
+    x, y = batches(torch.arange(length).short(), transpose=0)[0]
+    assert torch.equal(x[:, 1:], (x[:, :-1] + 1) % length), "a short corpus begins again"
+    assert torch.equal(y, (x[:, pg.MEMORY :] + 1) % length)
 
 
 def test_every_token_of_the_corpus_is_drawn():
@@ -329,10 +330,20 @@ def test_every_token_of_the_corpus_is_drawn():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_windows_are_spread_evenly_at_any_time(seed):
     part = batches(torch.arange(10_000).short(), seed=seed, transpose=0)
-    starts = torch.cat([part[i][0][:, 0] for i in range(50)])
+    starts = torch.cat([part[i][0][:, pg.MEMORY] for i in range(56)]).view(-1, 8)[:, 1:].flatten()
     for n in (len(starts) // 5, len(starts)):
         gaps = torch.cat([starts[:n], starts[:n].min()[None] + 10_000]).sort().values.diff()
-        assert gaps.max() < 3 * gaps.min(), "of random numbers the largest gap is hundreds of times the smallest"
+        assert gaps.max() < 5 * gaps.min(), "of random numbers the largest gap is hundreds of times the smallest"
+
+
+def test_every_eighth_window_begins_a_piece_all_pieces_as_often():
+    ids = torch.full((3000,), 48).short()
+    ids[[0, 1500, 2000, 2700]] = 1
+    ids[[1, 1501, 2001, 2701]] = torch.tensor([100, 101, 102, 103]).short()
+    part = batches(ids)
+    x, y = (torch.cat([part[i][side][:, -32:] for i in range(160)]).view(80, 8, 32) for side in (0, 1))
+    assert (x[:, 0, 0] == 1).all() and (x[:, 1:, 0] == 1).sum() < 10
+    assert {*y[:, 0, 0].bincount()[100:].tolist()} <= {*range(15, 26)}
 
 
 def test_transposing_moves_pitches_alone_and_never_out_of_the_piano():
@@ -350,7 +361,10 @@ def test_transposing_moves_the_roots_of_chords_as_far_as_the_pitches():
 
 
 def test_training_windows_are_transposed_both_ways():
-    seen = torch.stack([batches(torch.full((100,), 48).short())[i][0][:, 0] for i in range(40)])
+    ids = torch.full((100,), 48).short()
+    ids[0] = 1
+    seen = torch.stack([batches(ids)[i][1][:, 5] for i in range(40)])
+    seen = seen[seen != 1]
     assert {*seen.flatten().tolist()} == {*range(43, 54)}
 
 
@@ -358,11 +372,14 @@ def test_training_windows_are_transposed_both_ways():
 @pytest.mark.parametrize("stride", [8, 16])
 def test_windows_score_every_token_once_after_the_overlap_and_are_spread_evenly_up_to_a_limit(length, stride):
     x, y = pg.make_windows(np.arange(100, 100 + length), 16, stride)
+    assert not len(x) or not x[0, : pg.MEMORY].any(), "nothing comes before the first window"
+    assert all(torch.equal(row[pg.MEMORY - stride : pg.MEMORY], old[pg.MEMORY : pg.MEMORY + stride]) for old, row in zip(x, x[1:]))
+    x = x[:, pg.MEMORY :]
     assert y[y != pg.IGNORE].tolist() == [*range(101, 100 + length)]
     assert ((x + 1 == y) | (y == pg.IGNORE)).all() and not (y == pg.IGNORE).all(1).any()
     assert all((y[row] != pg.IGNORE).nonzero().min() >= 16 - stride for row in range(1, len(x)))
     few, _ = pg.make_windows(np.arange(161), 16, stride, limit=4)
-    assert few[:, 0].tolist() == [0, 48, 96, 144] and not len(pg.make_windows(np.arange(161), 16, 16, limit=0)[0])
+    assert few[:, pg.MEMORY].tolist() == [0, 48, 96, 144] and not len(pg.make_windows(np.arange(161), 16, 16, limit=0)[0])
 
 
 def test_work_that_is_given_to_both_sides_is_held_out(tmp_path):
