@@ -91,12 +91,12 @@ class UserError(Exception):
 
 def say(text, stream="stdout"):
     """Print one line above the progress bar, on rank 0."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # as in some file names
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # as in file names
     try:
         if RANK == 0:
             tqdm.write(text, file=getattr(sys, stream))
             getattr(sys, stream).flush()
-    except OSError:  # nobody reads it, or the disk is full
+    except OSError:  # nobody reads it, or a full disk
         setattr(sys, stream, open(os.devnull, "w"))
 
 
@@ -391,7 +391,7 @@ BOS, BAR, TIME_SIGNATURE, DURATION = map(KINDS.index, ("BOS", "Bar", "TimeSig", 
 
 def advance(says, idx, before):
     """(7, B, T): the state of the music after each of tokens idx (B, T), from state `before` (7, B)."""
-    if idx.size(1) == 1:  # one token at a time, in a third of the operators
+    if idx.size(1) == 1:  # in a third of the operators
         said = says.index_select(1, idx[:, 0])
         return torch.where(said < 0, before, said)[:, :, None]
     said = torch.cat([before[:, :, None], says[:, idx]], 2)  # (7, B, T + 1)
@@ -506,7 +506,7 @@ class Vocabulary:
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones
 RECENT = 3  # preceding tokens that are mixed into each embedding
-MEMORY = 1024  # tokens before the window; of these the model knows how often each occurs
+MEMORY = 1024  # tokens before the window: how often each occurs tells the key, the range, the pace
 IGNORE = -100  # a target that is not scored: padding, or scored in the window before
 
 
@@ -610,7 +610,8 @@ class PianoGPT(nn.Module):
         x = torch.cat([cache.latest, F.embedding(idx, self.embedding)], 1)
         cache.latest, time = x[:, -RECENT:], time + self.times[first : cache.length]
         angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
-        return x + cache.memory, angle.cos(), angle.sin()
+        x, cache.memory = x + cache.memory, cache.memory[:, -1:]
+        return x, angle.cos(), angle.sin()
 
     def logits(self, x, cos, sin, cache=None):
         """What embed() gave -> the logits of the next id, (B, T, V)."""
@@ -641,20 +642,21 @@ class Cache:
         c, self.length = model.config, 0
         shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
         self.keys_values = torch.empty(shape, device=idx.device).unbind() if keep else ()  # for each layer
-        later = (model.says[KIND, idx] == BOS).flip(1).cumsum(1).flip(1)  # pieces that begin here or later
-        old = (idx * (later == 0))[:, :MEMORY]  # A window in which a piece begins remembers nothing.
+        begins = model.says[KIND, idx] == BOS  # Then nothing before it is remembered.
+        old = idx[:, :MEMORY] * (begins[:, :MEMORY].flip(1).cumsum(1).flip(1) == 0)
         self.now = advance(model.says, old, model.says[:, :1].expand(-1, len(old)))[:, :, -1]
         counts = torch.zeros(len(old), len(model.memory), device=old.device)
-        counts.scatter_add_(1, old, (old > 0).float())  # not of PAD
-        self.memory = (counts @ model.memory)[:, None] / MEMORY
-        self.latest = torch.zeros_like(self.memory).expand(-1, RECENT, -1)
+        counts.scatter_add_(1, old, (old > 0).float())  # not PAD
+        memory = (counts @ model.memory)[:, None] / MEMORY
+        self.memory = memory * (begins[:, MEMORY - RECENT :, None].cumsum(1) == 0)  # (B, RECENT + T, C)
+        self.latest = torch.zeros_like(self.memory[:, :RECENT])
         self.bar_start = torch.zeros_like(self.now[0])
 
 
 # ---- 4. Learning: batch number i, transposition, learning rates, the trainer
 
 LR_WIDTH = 1536  # fan-in at which a matrix learns at --lr
-TABLE_RATE, REST_RATE = 120, 45  # x --lr: embedding and memory; norms and recent
+EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: embedding and memory; norms and recent
 STEP_SIZE = 67  # x --lr: singular values of the step of a matrix in the blocks
 
 
@@ -684,7 +686,7 @@ class Batches:
         N, device = len(self.ids), self.ids.device
         rng, B, most = np.random.default_rng((train.seed, i)), train.batch_size, self.options.data.transpose
         # Multiples of the golden ratio spread evenly: no music is read again before the rest. Every eighth
-        # window begins where a piece begins: all that is written begins there.
+        # window begins a piece, as all that is written does.
         n = np.arange(i * B, (i + 1) * B)
         share = ((5**0.5 - 1) / 2 * n + 2**0.5 * train.seed) % 1
         starts = np.where(n % 8, share * N, self.openings[(share * len(self.openings)).astype(int)])
@@ -719,13 +721,13 @@ def make_optimizer(model, config):
     AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
     with the fan-in (Yang et al.), and one --lr fits every width. By default: 3e-4 x 1536 / 128 = 3.6e-3 for
     matrices that read 128 numbers, 3.6e-2 for embeddings, 1.35e-2 for norms and recent. In the blocks it
-    only decides on the decay: see Trainer.update.
+    only sets the decay: see Trainer.update.
     """
     groups = []
     for name, p in model.named_parameters():
         orthogonal = "blocks" in name and p.dim() == 2
         is_matrix = orthogonal or name == "head"
-        rate = LR_WIDTH / p.size(1) if is_matrix else TABLE_RATE if p.dim() == 2 else REST_RATE
+        rate = LR_WIDTH / p.size(1) if is_matrix else EMBEDDING_RATE if p.dim() == 2 else REST_RATE
         groups.append(dict(params=[p], peak=config.lr * rate, weight_decay=config.weight_decay * is_matrix,
                            orthogonal=orthogonal))
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -842,7 +844,8 @@ class Trainer:
     def run(self, batches, windows, stopped, save):
         """Train to the last step or until stopped(); save() is called periodically."""
         pbar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step")
-        every, saved, clock = self.config.save_every, time.monotonic(), time.monotonic()
+        every = self.config.save_every
+        saved = clock = time.monotonic()
         while self.step < self.config.steps:
             if mean_over_ranks(torch.tensor(float(stopped()), device=self.device)):
                 break
@@ -850,7 +853,7 @@ class Trainer:
             self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
                 self.validate(windows, batches)
-            pbar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            pbar.set_postfix_str(f"loss {loss:.3f}", False)
             pbar.update()
             if self.step % every == 0 if every else clock - saved > 120:  # seconds
                 save()
@@ -1039,7 +1042,7 @@ def read_piece(path, vocab):
 def start_worker(vocab):
     """Give a worker its vocabulary and its limits; it ends on Ctrl-C and with its parent."""
     torch.set_num_threads(1)  # the others do not survive a fork
-    gc.disable()  # its search for cycles takes a quarter of the time
+    gc.disable()  # its searches cost a quarter of the time
     start_worker.vocab, parent = vocab, mp.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1168,7 +1171,7 @@ def make_windows(ids, block_size, stride, limit=10**9):
     ids, missing = torch.from_numpy(ids.astype(np.int64)), block_size + 1 - len(ids)
     padded = F.pad(ids, (MEMORY, max(missing, missing % stride)), value=IGNORE)
     windows = padded.unfold(0, MEMORY + block_size + 1, stride)
-    W = len(windows) if len(ids) > 1 else 0
+    W = len(windows) * (len(ids) > 1)
     chosen = torch.linspace(0, W - 1, min(W, limit)).round().long().unique()
     x, y = windows[chosen, :-1].clamp(min=0), windows[chosen, MEMORY + 1 :]
     y[1:, : block_size - stride] = IGNORE  # the window before scores these
@@ -1282,7 +1285,7 @@ def write_new(folder, stem, suffix, data):
         path = folder / f"{stem}-{number:03d}{suffix}"
         if all(old.stem != path.stem for old in folder.iterdir()):
             with suppress(FileExistsError):
-                path.touch(exist_ok=False)  # so that no other run gets it
+                path.touch(exist_ok=False)  # no other run gets it
                 break
     try:
         write_atomically(path, data)
@@ -1399,7 +1402,7 @@ def choose_device(name):
             gpu = torch.accelerator.current_accelerator(check_available=True)
             name = f"{gpu}:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
 
 

@@ -139,6 +139,9 @@ def test_of_the_tokens_before_the_window_counts_how_often_they_occur_in_this_pie
     assert torch.equal(model(begun), model(unknown)) and not torch.allclose(model(begun), logits, atol=1e-2)
     added = x[:, -1] - model.embedding[ids[:, -1]]
     assert torch.allclose(added, model.memory[ids[:, : pg.MEMORY]].mean(1), atol=1e-3)
+    ids[:, -10] = VOCAB.bos
+    begun = model.embed(ids)[0][:, pg.RECENT :] - model.embedding[ids[:, pg.MEMORY :]]
+    assert torch.allclose(begun[:, :10], added[:, None], atol=1e-3) and not begun[:, 10:].any(), "a piece ends, one begins"
 
 
 def test_window_knows_the_state_of_the_music_before_it(model):
