@@ -542,7 +542,7 @@ def test_help_shows_every_setting_with_its_default(capsys):
     assert len(out.splitlines()) <= 110 and "python pianogpt.py --generate" in out
     text = " ".join(out.split())
     for f in (f for group in vars(pg.Options()).values() for f in pg.fields(group)):
-        default = "" if isinstance(f.default, bool) else f" (default: {f.default if f.default != '' else 'none'})"
+        default = "" if f.default == "" or isinstance(f.default, bool) else f" (default: {f.default})"
         assert f"{pg.flag(f.name)} " in text and f"{f.metadata['text']}{default}" in text
 
 
