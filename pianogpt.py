@@ -504,7 +504,7 @@ class Vocabulary:
 # ---- 3. Model: a causal Transformer in musical time and pitch
 
 TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
-PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones
+PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones a turn
 RECENT = 3  # preceding tokens that are mixed into each embedding
 MEMORY = 1024  # tokens before the window: how often each occurs tells the key, the range, the pace
 IGNORE = -100  # a target that is not scored: padding, or scored in the window before
@@ -1480,7 +1480,7 @@ def from_rank_0(call):
 
 
 def prepare_data(options, vocab):
-    """Training ids (N,), validation windows (W, T), and what the checkpoint keeps beside the trainer."""
+    """Training ids (N,), validation windows, and what the checkpoint keeps beside the trainer."""
     folder, T = Path(options.run.midi_dir), options.model.block_size
     files = [*find_files(folder).values()]  # before reading
     pieces = usable_pieces(folder, vocab, options.run.cache_dir)

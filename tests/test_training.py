@@ -107,12 +107,12 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner
 def test_step_of_a_matrix_in_the_blocks_is_orthogonal_and_of_the_scheduled_size():
     (trainer, batches, _), rate = make_parts(lr=1e-3, warmup=4, weight_decay=0.0), 1e-3 / 4 * 67
     before = pg.copy_weights(trainer.model)
-    trainer.train_step(*batches[0])
+    trainer.train_step(*batches[1])  # of windows that begin anywhere
     for name, weight in pg.copy_weights(trainer.model).items():
         step = weight - before[name]
         if name.startswith("blocks") and step.dim() == 2:
             sizes = torch.linalg.svdvals(step) / (rate * max(1, step.size(0) / step.size(1)) ** 0.5)
-            assert 0.6 < sizes.median() and sizes.max() < 1.25, "a small corpus has weak directions"
+            assert 0.6 < sizes.min() and sizes.max() < 1.25
         elif name != "embedding":  # AdamW's first step: its rate, in the direction of the gradient's sign
             peak = next(g["lr"] for g, (n, _) in zip(trainer.optimizer.param_groups, trainer.model.named_parameters()) if n == name)
             assert step.abs().max() == pytest.approx(peak, rel=1e-2)
