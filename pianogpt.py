@@ -1,113 +1,148 @@
-"""PianoGPT: point it at a folder of MIDI files, and it learns to write piano music like theirs.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.9,<2.14",
+#   "miditok>=3.1.0,<3.2",
+#   "symusic>=0.6.0,<0.7",
+#   "numpy>=2.0,<3",
+#   "safetensors>=0.5,<1",
+#   "pebble>=5.0.6,<6",
+#   "filelock>=3.16,<5",
+#   "tqdm>=4.66,<5",
+# ]
+# ///
+"""PianoGPT learns from a folder of MIDI files and writes new piano music.
 
-    python pianogpt.py                      train on my_midis/, or continue where the last run stopped
-    python pianogpt.py --generate           write new music into samples/ (train first if nothing is trained)
-    python pianogpt.py --generate --prompt X.mid --bars 32    continue a piece of yours
-    python pianogpt.py --evaluate DIR       loss of the trained model on every MIDI file in DIR
+    python pianogpt.py                      train on my_midis/, or continue an unfinished run
+    python pianogpt.py --generate           write three pieces (train first if there is no model)
+    python pianogpt.py --generate --prompt song.mid --bars 32      continue a piece of yours
+    python pianogpt.py --evaluate DIR       loss of the model on the MIDI files in DIR
 
-In:   a folder of MIDI files, each read as one piano: drums dropped, tracks merged, the pedal folded in.
-Out:  pianogpt.pt (the model), pianogpt.pt.csv (its log), samples/*.mid, .pianogpt-cache/.
+In:   a folder of MIDI files. Each is read as one piano: drums are dropped, all other tracks
+      are merged, and the sustain pedal is folded into the lengths of the notes.
+Out:  pianogpt.safetensors (the model), pianogpt.safetensors.csv (its log), samples/*.mid
 
-The idea: music is written as tokens (REMI, made by MidiTok), a causal Transformer learns to predict the next
-token, and drawing one token after another writes new music. This bar has 16 tokens:
+How it works: a tokenizer (REMI, from MidiTok) turns music into tokens, a Transformer learns to
+predict the next token, and drawing one token after another writes new music. The model sees
+three numbers for each token: its id, the time at which it stands, and a pitch. One bar:
 
-    Bar  TimeSig_4/4                          a bar begins, with its time signature
-    Position_0  Tempo_100.41  Chord_C:maj     on the first of its 96 positions, 24 per beat; tempo and harmony
-    Pitch_60  Velocity_83  Duration_2.0.24    C4, rather loud, for 2 beats and 0/24
-    Pitch_64  Velocity_83  Duration_2.0.24    E4 sounds with it: no Position lies between
-    Position_48  Chord_F:maj                  two beats later, and the harmony changes
-    Pitch_65  Velocity_67  Duration_1.0.24    F4, softer, for one beat
+    token               id  time  pitch
+    BOS                  1     0     60   a piece begins: in a silent bar of 4/4, on middle C
+    Bar                  3    96     60   a bar begins
+    TimeSig_4/4        843    96     60   it has four quarter notes
+    Position_0         316    96     60   at the first of its 96 positions, 24 per beat
+    Tempo_120.0        792    96     60   quarter notes per minute
+    Chord_C:maj        604    96     48   the harmony; its pitch is that of the root
+    Pitch_60            43    96     60   a note: middle C,
+    Velocity_83        112    96     60   rather loud,
+    Duration_2.0.24    171    96     60   two beats and 0/24 of a beat long
+    Pitch_64            47    96     64   E sounds with it, for no Position lies between
+    Velocity_83        112    96     64
+    Duration_2.0.24    171    96     64
+    Position_48        364   144     64   two beats later
+    Chord_F:maj        609   144     53   the harmony changes
+    Pitch_65            48   144     65   F, softer, for one beat
+    Velocity_67        108   144     65
+    Duration_1.0.24    147   144     65
 
-Part I, sections 1 to 5, is the idea; Part II is the machinery.
+Part I (sections 1 to 5) is the idea. Part II (sections 6 to 9) is the machinery around it.
 
-Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the vocabulary.
+To change ...                          look at ...
+    a default, a flag                  1  Settings: every flag is a field there
+    how a file is read                 2  read_piece, which calls the steps in order
+    what a token means, a new token    2  Tokenizer, Vocabulary
+    the size or the layers             3  PianoGPT, Block
+    what is learned from               4  Batches, cut_windows
+    the optimizer, the learning rate   4  make_optimizer, learning_rate
+    how the next token is chosen       5  RULES
 
-The checkpoint, pianogpt.pt, is one dictionary of plain values and tensors:
-    format       "pianogpt 10"; other formats are refused
-    about        a note: what it started from, what it learned from
-    config       the settings of the groups data, music, model and train
-    vocabulary   the V tokens in the order of their ids; must be what this MidiTok makes
-    folder       where the MIDI files were; files: "size name" of each, to see what has changed
-    pieces       names of the training pieces; intervals: their melodic intervals, to find known runs
-    trainer      step, seconds, history (a row per validation), losses since the last row, optimizer, weights,
-                 average (of the weights), best (the average that validated best, used to generate; all that
-                 --export leaves of the weights)
+Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the
+vocabulary.
 
-A resumed run equals an uninterrupted one bit for bit, on the same CPU, threads and precision: batch i is made
-from (seed, i) alone, and all other state is in the checkpoint.
+The checkpoint is one safetensors file: tensors, and a JSON text with everything else (see
+Checkpoint). It contains no code. A resumed run equals an uninterrupted one bit for bit on the
+same CPU with the same number of threads: batch i is computed from the seed, i, the music and the
+settings alone, and all other state is in the checkpoint.
 
-References: Huang & Yang 2020 (REMI), Fradet et al. 2021 (MidiTok), Vaswani et al. 2017 (the Transformer), Su
-et al. 2021 (RoPE), Shazeer 2020 (SwiGLU), Yang et al. 2022 (learning rates), Jordan et al. 2024 (Muon).
+References: Huang & Yang 2020 (REMI), Fradet et al. 2021 (MidiTok), Vaswani et al. 2017 (the
+Transformer), Su et al. 2021 (rotary positions), Shazeer 2020 (SwiGLU), Jordan et al. 2024 (Muon).
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
 import csv
-import difflib
-import gc
-import gzip
 import hashlib
 import io
 import itertools
 import json
 import math
-import multiprocessing as mp
+import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
-import zipfile
 from collections import Counter, defaultdict
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as WorkerTimeout
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import miditok
     import numpy as np
+    import safetensors.torch
     import torch
+    import torch.distributed as dist
     import torch.nn.functional as F
     from filelock import FileLock, Timeout
     from miditok.constants import SCORE_LOADING_EXCEPTION
+    from pebble import ProcessExpired, ProcessPool
     from symusic import KeySignature, Note, Score, Tempo, TextMeta, TimeSignature, Track
-    from torch import Tensor, distributed as dist, nn
+    from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
     from tqdm import tqdm
 except ImportError as e:
-    print(f"pianogpt: {e}: pip install -r requirements.txt, with Python 3.10 or newer", file=sys.stderr)
+    print(f"pianogpt: {e}: run pip install -r requirements.txt (Python 3.10+)", file=sys.stderr)
     sys.exit(2)
 except KeyboardInterrupt:
     print("pianogpt: stopped", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ.get("RANK", 0))  # number of this process; torchrun sets both
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(Exception):
-    """A mistake of the user, and what to do; or, in a few words, why a file is skipped."""
+    """A mistake that the user can fix; its text is one sentence that says how."""
 
 
-def say(text, stream="stdout"):
+def say(text: str, stream: str = "stdout") -> None:
     """Print one line above the progress bar, on rank 0."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # as in file names
+    if RANK != 0:
+        return
+    # The name of a file may hold characters that no terminal should get.
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     try:
-        if RANK == 0:
-            tqdm.write(text, file=getattr(sys, stream))
-            getattr(sys, stream).flush()
-    except OSError:  # nobody reads it, or a full disk
-        setattr(sys, stream, open(os.devnull, "w"))
+        tqdm.write(text, file=getattr(sys, stream))
+        getattr(sys, stream).flush()
+    except OSError:  # the output pipe is closed, or the disk is full: go on in silence
+        setattr(sys, stream, io.StringIO())
 
 
-def count(n, noun):
-    """A number with its noun: 1 file, 2 files."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+def count(n: int, noun: str) -> str:
+    """A number with its noun: "1 file", "2 files"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
-def progress(*args, **more):
-    """A tqdm bar; none when stderr is not a terminal."""
-    return tqdm(*args, disable=True if RANK else None, **more)
+def progress_bar(*args, **kwargs) -> tqdm:
+    """A progress bar on rank 0; none when stderr is not a terminal."""
+    return tqdm(*args, disable=None if RANK == 0 else True, **kwargs)
 
 
 # ==== Part I: the idea
@@ -115,852 +150,1754 @@ def progress(*args, **more):
 # ---- 1. Settings: flags, --help and checkpoints all read these fields
 
 
-def option(default, text, low=None, high=10**9, **more):
-    """A field that becomes a flag; more: off: 0 is allowed; resumable: a later run may change it."""
-    return field(default=default, metadata=dict(text=text, low=low, high=high, **more))
+def setting(default, text: str, low=None, high=10**9, off=False, resumable=False):
+    """A field that becomes a flag.
+
+    low, high: its limits; off: 0 is allowed below them; resumable: a resumed run may change it.
+    """
+    metadata = {"text": text, "low": low, "high": high, "off": off, "resumable": resumable}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
-class RunConfig:
+class ProgramSettings:
     """What to do, and where."""
-    generate: bool = option(False, "write music (train first if there is no checkpoint)")
-    evaluate: str = option("", "folder of MIDI files to measure the model on")
-    checkpoint: str = option("pianogpt.pt", "file that holds the model")
-    midi_dir: str = option("my_midis", "folder of MIDI files to train on, at any depth")
-    cache_dir: str = option(".pianogpt-cache", "folder for tokenized files; empty: no cache")
-    init_from: str = option("", "trained model to start from: its sizes and tokens, your music")
-    export: str = option("", "file to write the best weights to, in 16 bits, to share")
-    about: str = option("", "note to export with the weights: training music, license")
-    fresh: bool = option(False, "start over; an existing checkpoint is renamed")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    float32: bool = option(False, "no bfloat16, even on a GPU that has it")
-    compile: bool = option(False, "torch.compile the model: long runs train faster")
+
+    generate: bool = setting(False, "write music (train first if there is no checkpoint)")
+    evaluate: str = setting("", "folder of MIDI files to measure the model on")
+    export: str = setting("", "file to write the best weights to, in 16 bits, to share")
+    about: str = setting("", "note to export with the weights: training music, license")
+    checkpoint: str = setting("pianogpt.safetensors", "file that holds the model")
+    midi_dir: str = setting("my_midis", "folder of MIDI files to train on, at any depth")
+    cache_dir: str = setting(".pianogpt-cache", "folder for tokenized files; empty: no cache")
+    init_from: str = setting("", "trained model to start from: its sizes and tokens, your music")
+    fresh: bool = setting(False, "start over; an existing checkpoint is renamed")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    float32: bool = setting(False, "compute in float32 even on a GPU that has bfloat16")
+    compile: bool = setting(False, "torch.compile the model: long runs train faster")
 
 
 @dataclass
-class SampleConfig:
+class SampleSettings:
     """The music that is written."""
-    num_samples: int = option(3, "pieces to write", 1, 100_000)
-    prompt: str = option("", "MIDI file to continue")
-    prompt_bars: int = option(0, "bars of the prompt to use; 0: all of it", 0)
-    continuation_only: bool = option(False, "leave the prompt out of the file")
-    bars: int = option(0, "bars of the whole piece; 0: the model ends it after 8 to 24 new bars", 0)
-    chords: str = option("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
-    tempo: float = option(0.0, "quarter notes per minute; 0: the model's choice", 4, 1000, off=True)
-    temperature: float = option(0.85, "of pitches and chords; low is safe, 0: greedy", 0.01, 10, off=True)
-    samples_dir: str = option("samples", "folder for the new files; nothing is overwritten")
+
+    num_samples: int = setting(3, "pieces to write", 1, 100_000)
+    prompt: str = setting("", "MIDI file to continue")
+    prompt_bars: int = setting(0, "bars of the prompt to use; 0: all of it", 0)
+    continuation_only: bool = setting(False, "leave the prompt out of the file")
+    bars: int = setting(0, "bars of the whole piece; 0: it ends itself after 8 to 24 new bars", 0)
+    chords: str = setting("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
+    tempo: float = setting(0.0, "quarter notes per minute; 0: the model decides", 4, 1000, off=True)
+    temperature: float = setting(
+        0.85,
+        "randomness of pitches and chords; rhythm and loudness are drawn as learned; "
+        "0: always the likeliest token of any kind, so there is only one piece",
+        0.01,
+        10,
+        off=True,
+    )
+    top_k: int = setting(0, "draw from the K likeliest tokens; 0: from all", 0)
+    top_p: float = setting(
+        0.0, "draw from the likeliest tokens that together have this probability; 0: from all", 0, 1
+    )
+    min_p: float = setting(
+        0.0, "draw from tokens at least this likely, relative to the likeliest; 0: from all", 0, 1
+    )
+    samples_dir: str = setting("samples", "folder for the new files; nothing is overwritten")
 
 
 @dataclass
-class DataConfig:
+class DataSettings:
     """The training music."""
-    val_percent: float = option(10.0, "percent of the works (pieces, all recordings) held out", 0, 99)
-    piece_is_folder: bool = option(False, "all files of one folder are one work")
-    transpose: int = option(5, "transpose training music by up to N semitones at random", 0, 24)
+
+    val_percent: float = setting(10.0, "percent of the works held out for validation", 0, 99)
+    piece_is_folder: bool = setting(False, "all files of one folder are one work")
+    transpose: int = setting(5, "transpose training music by up to N semitones", 0, 24)
 
 
 @dataclass
-class MusicConfig:
+class TokenSettings:
     """How music becomes tokens."""
-    grid: int = option(24, "positions per beat; 24 holds triplets and 32nd notes exactly", 1, 48)
-    velocities: int = option(32, "levels of loudness", 1, 127)
+
+    grid: int = setting(24, "positions per beat; 24 holds triplets and 32nd notes exactly", 1, 48)
+    velocities: int = setting(32, "levels of loudness", 1, 127)
 
 
 @dataclass
-class ModelConfig:
+class ModelSettings:
     """The size of the Transformer."""
-    n_layer: int = option(4, "layers", 1, 1000)
-    n_head: int = option(4, "attention heads per layer", 1, 1000)
-    n_embd: int = option(128, "channels", 2, 65_536)
-    block_size: int = option(256, "context in tokens", 8, 65_536)
+
+    n_layer: int = setting(4, "layers", 1, 1000)
+    n_head: int = setting(4, "attention heads per layer", 1, 1000)
+    n_embd: int = setting(128, "channels", 2, 65_536)
+    block_size: int = setting(256, "context in tokens", 8, 65_536)
 
 
 @dataclass
-class TrainConfig:
+class TrainSettings:
     """How the model is trained."""
-    steps: int = option(1500, "optimizer steps in total", 1, resumable=True)
-    batch_size: int = option(8, "sequences per step", 1, 100_000)
-    lr: float = option(3e-4, "peak learning rate at width 1536, scaled by fan-in", 0, 1, resumable=True)
-    warmup: int = option(200, "steps of learning rate warmup", 0, resumable=True)
-    weight_decay: float = option(0.5, "weight decay of the matrices; 0: off", 0)
-    eval_every: int = option(250, "steps between validations", 1, resumable=True)
-    save_every: int = option(0, "steps between checkpoints; 0: every two minutes", 0, resumable=True)
-    accumulate: int = option(1, "split each batch into N parts to save memory", 1, resumable=True)
-    seed: int = option(0, "random seed; --generate draws one if none is given", 0, 2**31 - 1)
+
+    steps: int = setting(1500, "optimizer steps in total", 1, resumable=True)
+    batch_size: int = setting(8, "sequences per step", 1, 100_000)
+    lr: float = setting(3e-4, "peak learning rate, see make_optimizer", 0, 1, resumable=True)
+    warmup: int = setting(200, "steps over which the learning rate rises", 0, resumable=True)
+    weight_decay: float = setting(1.0, "weight decay of blocks and head; 0: off", 0)
+    eval_every: int = setting(250, "steps between validations", 1, resumable=True)
+    save_every: int = setting(0, "steps between saves; 0: every two minutes", 0, resumable=True)
+    accumulate: int = setting(1, "split each batch into N parts to save memory", 1, resumable=True)
+    seed: int = setting(0, "random seed; --generate draws one if none is given", 0, 2**31 - 1)
 
 
 @dataclass
-class Options:
+class Settings:
     """Every setting, in the groups of --help."""
-    run: RunConfig = field(default_factory=RunConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    music: MusicConfig = field(default_factory=MusicConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+
+    program: ProgramSettings = field(default_factory=ProgramSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    tokens: TokenSettings = field(default_factory=TokenSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
 
 
-def flag(name):
+def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def check_options(options):
+def check_settings(settings: Settings) -> None:
     """Raise UserError for a setting that is out of its limits or contradicts another."""
-    for config in vars(options).values():
-        for f in fields(config):
-            value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-            off = "0 or " if "off" in f.metadata else ""
-            if low is not None and not (low <= value <= high or off and value == 0):
-                raise UserError(f"{flag(f.name)} is {value} but must be {off}from {low:,} to {high:,}")
-    if options.train.batch_size % (PROCESSES * options.train.accumulate):
+    for group in vars(settings).values():
+        for f in fields(group):
+            low = f.metadata["low"]
+            high = f.metadata["high"]
+            value = getattr(group, f.name)
+            is_off = f.metadata["off"] and value == 0
+            if low is not None and not is_off and not low <= value <= high:
+                least = f"0 or from {low:,}" if f.metadata["off"] else f"from {low:,}"
+                raise UserError(f"{flag(f.name)} is {value} but must be {least} to {high:,}")
+    if settings.train.batch_size % (PROCESSES * settings.train.accumulate):
         raise UserError(f"--batch-size must be a multiple of {PROCESSES} processes x --accumulate")
-    if options.model.n_embd % (2 * options.model.n_head):
+    if settings.model.n_embd % (2 * settings.model.n_head):
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
-# ---- 2. Music: one score read as one piano, and what every token id means
+# ---- 2. Music: one score read as one piano, and what every token says
 
 TIME_SIGNATURES = {4: (1, 12), 8: (1, 12), 16: (1, 12)}  # beat unit: least and most beats in a bar
 LONGEST_NOTE = 12  # beats; lengths above 4 beats are on half the grid
-TEMPO_RANGE, TEMPO_STEPS = (120 / 1.02**91, 120 * 1.02**47), 139  # 19.8 to 304, in steps of 2 %, with 120
-PIANO, SUSTAIN = (21, 108), 64  # MIDI pitches of the outer keys; controller number
-LONGEST_PEDAL, NEVER_LIFTED = 48, 16  # quarter notes; held longer, or longer and never lifted, it is ignored
-QUALITIES = {  # of chords: the symbol after the root, semitones above the root
-    "maj": ("", (0, 4, 7)), "min": ("m", (0, 3, 7)), "dim": ("dim", (0, 3, 6)), "aug": ("aug", (0, 4, 8)),
-    "7dom": ("7", (0, 4, 7, 10)), "7maj": ("maj7", (0, 4, 7, 11)), "7min": ("m7", (0, 3, 7, 10)),
-    "7halfdim": ("m7b5", (0, 3, 6, 10))}
-ROOTS = "C C# D Eb E F F# G Ab A Bb B".split()
-CHORDS = [root + symbol for symbol, _ in QUALITIES.values() for root in ROOTS] + ["N.C."]
-CHORD_VECTORS = np.array([  # (chords, 12), length 1
-    np.roll(np.isin(np.arange(12), above) / len(above) ** 0.5, root)
-    for _, above in QUALITIES.values() for root in range(12)])
-SYMBOLS = {
-    letter + sign + symbol: 12 * number + (step + shift) % 12  # the index in CHORDS
-    for number, (symbol, _) in enumerate(QUALITIES.values())
-    for letter, step in zip("CDEFGAB", (0, 2, 4, 5, 7, 9, 11))
-    for shift, sign in ((-1, "b"), (0, ""), (1, "#"))}
-NO_CHORD, ROOT_IN_BASS, SEVENTH, CHORD_CHANGE = 0.75, 0.02, 0.08, 0.06  # see find_chords
+# 19.8 to 304 quarter notes per minute in steps of 2 %, about the least that one hears.
+TEMPO_RANGE = (120 / 1.02**91, 120 * 1.02**47)
+TEMPO_STEPS = 91 + 1 + 47
+LOWEST_KEY = 21  # MIDI pitches of a piano's outer keys
+HIGHEST_KEY = 108
+SUSTAIN = 64  # MIDI controller number of the right pedal
+PEDAL_DOWN = 64  # values of a controller from here on mean down
+# Files that forget to lift the pedal would smear their notes. Longer presses are ignored.
+LONGEST_PEDAL = 48  # quarter notes
+LONGEST_LAST_PEDAL = 16  # quarter notes; of a press that lasts to the end of the piece
+LONGEST_SILENCE = 8  # empty bars in a row; more are cut
+MIDDLE_C = 60
+TPQ = 480  # ticks per quarter note in the files that are written
+ROOT_OCTAVE = 48  # a chord's root counts as a pitch from 48 to 59, where a left hand plays
+LONGEST_PIECE = 86_400  # seconds, which is a day; also the limit in quarter notes
+INTERVAL_ZERO = 128  # a melodic interval of n semitones is stored as the byte 128 + n
+PIECE_END = 255  # the byte after the intervals of a piece
+
+CHORD_QUALITIES = {  # MidiTok's name: the symbol after the root, semitones above the root
+    "maj": ("", (0, 4, 7)),
+    "min": ("m", (0, 3, 7)),
+    "dim": ("dim", (0, 3, 6)),
+    "aug": ("aug", (0, 4, 8)),
+    "7dom": ("7", (0, 4, 7, 10)),
+    "7maj": ("maj7", (0, 4, 7, 11)),
+    "7min": ("m7", (0, 3, 7, 10)),
+    "7halfdim": ("m7b5", (0, 3, 6, 10)),
+}
+ROOT_NAMES = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
+NATURALS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
+NO_CHORD = "N.C."
 
 
-def fold_pedal(parts, controls, tpq):
-    """Let notes that end while the pedal is down ring until it is lifted; how many presses were too long.
+def list_chords() -> tuple[list[str], np.ndarray]:
+    """Symbols of all chords, and the pitch classes of each as a unit vector, (chords, 12)."""
+    symbols = []
+    templates = []
+    for suffix, semitones in CHORD_QUALITIES.values():
+        for root, name in enumerate(ROOT_NAMES):
+            symbols.append(name + suffix)
+            has_pitch_class = np.isin(np.arange(12), semitones)
+            templates.append(np.roll(has_pitch_class / len(semitones) ** 0.5, root))
+    return symbols, np.array(templates)
 
-    parts, controls: arrays of the tracks of one instrument; tpq: ticks per quarter note.
+
+CHORD_SYMBOLS, CHORD_TEMPLATES = list_chords()  # in the order of their token ids
+# Weights of find_chords. A fit is a cosine: 1 if only the notes of a chord sound, equally long.
+FIT_OF_NO_CHORD = 0.75  # two notes of a triad reach 0.82, one note 0.58
+ROOT_IN_BASS = 0.02  # a bonus that decides between chords of the same notes: C6 or Am7
+SEVENTH_COST = 0.08  # so that a passing note makes no seventh chord
+CHANGE_COST = 0.06  # so that an ornament is no change of harmony
+
+# How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
+KEY_PROFILES = {
+    "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+    "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
+}
+MAJOR_TONICS = ["C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
+MINOR_TONICS = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
+
+Notes = dict[str, np.ndarray]  # symusic's columns of notes: time, duration, pitch, velocity
+
+
+@dataclass
+class Piece:
+    """One file as tokens, or the reason why it gave none."""
+
+    path: str = ""  # relative to the folder, with forward slashes
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # BOS ... EOS, (T,)
+    time: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # grid positions, (T,)
+    pitch: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # MIDI, (T,)
+    notes: int = 0
+    seconds: float = 0.0
+    changes: dict[str, int] = field(default_factory=dict)  # what tokens cannot say: how often
+    problem: str = ""  # why the file was skipped
+    work: str = ""  # name of the musical work of which this is one recording
+    split: str = ""  # "train", "validation" or "test"
+
+
+def parse_midi(data: bytes) -> Score:
+    """The bytes of a MIDI file as a score. Raises UserError."""
+    if data[:4] != b"MThd":
+        raise UserError("not a MIDI file")
+    if data[8:10] == b"\0\2":
+        raise UserError("MIDI format 2, several songs in one file: save each by itself")
+    if data[12:14] == b"\0\0":
+        raise UserError("no ticks in a quarter note")
+    try:
+        return Score.from_midi(data)
+    except MemoryError:
+        raise
+    except SCORE_LOADING_EXCEPTION as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"damaged: {reason}") from None
+
+
+def find_pedals(controls: list[Notes], end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ticks at which the pedal goes down, (n,), and is lifted, (n,); at the end of the piece too.
+
+    controls: control changes of tracks that share a pedal. It is down while one of them says so.
+    """
+    times = []
+    steps = []
+    for track in controls:  # symusic's own Track.pedals may start at tick 0 by mistake
+        is_pedal = track["number"] == SUSTAIN
+        is_down = track["value"][is_pedal] >= PEDAL_DOWN
+        times.append(np.append(track["time"][is_pedal], end))
+        steps.append(np.diff(np.concatenate([[False], is_down, [False]]).astype(int)))
+    ticks = np.concatenate(times)
+    order = np.argsort(ticks, kind="stable")
+    ticks = ticks[order]
+    step = np.concatenate(steps)[order]  # 1: pressed, -1: lifted
+    tracks_down = step.cumsum()
+    return ticks[(step == 1) & (tracks_down == 1)], ticks[(step == -1) & (tracks_down == 0)]
+
+
+def fold_pedal(parts: list[Notes], controls: list[Notes], tpq: int) -> int:
+    """Let notes that end while the pedal is down ring until it is lifted.
+
+    parts, controls: of tracks that share a pedal; tpq: ticks per quarter note. The lengths in
+    parts change. Returns how many presses were ignored because they are too long for a pianist.
     """
     end = max((part["time"] + part["duration"]).max() for part in parts)
-    times, steps = [], []
-    for track in controls:  # Track.pedals is wrong: its first entry may start at tick 0
-        is_pedal = track["number"] == SUSTAIN
-        times.append(np.r_[track["time"][is_pedal], end])  # if still down, lifted at the end
-        steps.append(np.diff(np.r_[False, track["value"][is_pedal] >= 64, False].astype(int)))
-    order = np.argsort(np.concatenate(times), kind="stable")
-    time, step = np.concatenate(times)[order], np.concatenate(steps)[order]  # 1: pressed, -1: lifted
-    downs, ups = time[(step == 1) & (step.cumsum() == 1)], time[(step == -1) & (step.cumsum() == 0)]
-    played = ups - downs <= tpq * np.where(ups == end, NEVER_LIFTED, LONGEST_PEDAL)
-    downs, ups = np.r_[-1, downs[played]], np.r_[-1, ups[played]]
+    downs, ups = find_pedals(controls, end)
+    longest = tpq * np.where(ups == end, LONGEST_LAST_PEDAL, LONGEST_PEDAL)
+    is_played = ups - downs <= longest
+    downs = np.append(-1, downs[is_played])
+    ups = np.append(-1, ups[is_played])
     for part in parts:
         ends = part["time"] + part["duration"]
-        held = np.maximum(ends, ups[np.searchsorted(downs, ends) - 1])
-        part["duration"] = (held - part["time"]).astype(np.int32)
-    return int((~played).sum())
+        # When the pedal that was down at the end of each note is lifted.
+        lifted = ups[np.searchsorted(downs, ends) - 1]
+        part["duration"] = (np.maximum(ends, lifted) - part["time"]).astype(np.int32)
+    return int((~is_played).sum())
 
 
-def take(notes, index):
-    """Notes, a dictionary of arrays, at an index."""
-    return {key: values[index] for key, values in notes.items()}
+def select(notes: Notes, index: np.ndarray) -> Notes:
+    """The notes at an index."""
+    return {column: values[index] for column, values in notes.items()}
 
 
-def merge_unisons(notes):
-    """Notes by pitch, then time; a key struck twice at once: the loudest velocity, the longest length."""
-    notes = take(notes, np.lexsort((notes["time"], notes["pitch"])))
-    first = np.flatnonzero(np.r_[True, (np.diff(notes["pitch"]) > 0) | (np.diff(notes["time"]) > 0)])
-    return take(notes, first) | {k: np.maximum.reduceat(notes[k], first) for k in ("velocity", "duration")}
+def merge_unisons(notes: Notes) -> Notes:
+    """Notes by pitch, then time; a key struck twice at once is one note.
 
-
-def repair_overlaps(notes):
-    """Notes by time and pitch; striking a key that still sounds ends its note."""
-    notes = merge_unisons(notes)
-    gap = np.where(np.diff(notes["pitch"]) == 0, np.diff(notes["time"]), np.iinfo(np.int32).max)
-    notes["duration"][:-1] = np.minimum(notes["duration"][:-1], gap)
-    return take(notes, np.lexsort((notes["pitch"], notes["time"])))
-
-
-def make_piano(score):
-    """A score as one piano track, and {change: how many}. Raises UserError."""
-    tracks = [t for t in score.tracks if not t.is_drum]  # one without notes may still carry the pedal
-    hands, too_long = [], 0
-    for program in dict.fromkeys(t.program for t in tracks):  # tracks of one instrument share its pedal
-        same = [t for t in tracks if t.program == program]
-        parts = [t.notes.numpy() for t in same if t.note_num()]
-        if parts:
-            too_long += fold_pedal(parts, [t.controls.numpy() for t in same], score.tpq)
-        hands += parts
-    if not hands:
-        raise UserError("only drums" if score.note_num() else "no notes")
-    notes = {key: np.concatenate([hand[key] for hand in hands]) for key in hands[0]}
-    struck, notes = len(notes["time"]), repair_overlaps(notes)
-    piano, track = Score(score.tpq), Track(name="Piano", program=0)
-    track.notes, piano.tempos = Note.from_numpy(**notes), score.tempos
-    piano.tracks.append(track)
-    for t in score.time_signatures:
-        n = max(1, 4 // (t.denominator or 4))  # 2/2 is read as 4/4: both deserve the same grid
-        piano.time_signatures.append(TimeSignature(t.time, n * t.numerator, n * t.denominator))
-    return piano, {"notes struck together on one key merged": struck - len(notes["time"]),
-                   "pedals held too long for a pianist ignored": too_long}
-
-
-def find_chords(track, beats, tpq):
-    """The harmony of each of n beats as an index in CHORDS; beats: n + 1 ticks.
-
-    A beat is a vector: the square root of how long each pitch class sounds. A chord fits by its cosine with
-    it, plus ROOT_IN_BASS if its root is lowest, minus SEVENTH if it has four notes; "N.C." scores NO_CHORD. A
-    sequence scores the sum over its quarter notes, minus CHORD_CHANGE per change; Viterbi finds the best.
+    It has the loudest velocity and the longest duration.
     """
-    roll = track.pianoroll(modes=["frame"], encode_velocity=False)[0]  # (128, ticks): keys that are down
-    classes = roll[:120].reshape(10, 12, -1).sum(0, dtype=np.uint8)  # (12, ticks): over all octaves
-    sounding = np.add.reduceat(classes, beats[:-1], axis=1, dtype=int).T  # (n, 12)
-    bass = np.maximum.reduceat(roll, beats[:-1], axis=1).argmax(0)
-    fits = np.sqrt(sounding / np.maximum(1, sounding.sum(1, keepdims=True))) @ CHORD_VECTORS.T  # (n, chords)
-    fits += ROOT_IN_BASS * (np.arange(len(CHORD_VECTORS)) % 12 == bass[:, None] % 12)
-    fits -= SEVENTH * ((CHORD_VECTORS > 0).sum(1) == 4)
-    fits = np.c_[fits, np.full(len(fits), NO_CHORD)] * sounding.any(1)[:, None]  # silence fits every chord
+    notes = select(notes, np.lexsort((notes["time"], notes["pitch"])))
+    is_new = (np.diff(notes["pitch"]) > 0) | (np.diff(notes["time"]) > 0)
+    first = np.flatnonzero(np.append(True, is_new))
+    merged = select(notes, first)
+    merged["velocity"] = np.maximum.reduceat(notes["velocity"], first)
+    merged["duration"] = np.maximum.reduceat(notes["duration"], first)
+    return merged
+
+
+def repair_overlaps(notes: Notes) -> Notes:
+    """Notes by time, then pitch; striking a key that still sounds ends its old note."""
+    notes = merge_unisons(notes)
+    same_key = np.diff(notes["pitch"]) == 0
+    until_struck_again = np.where(same_key, np.diff(notes["time"]), np.iinfo(np.int32).max)
+    notes["duration"][:-1] = np.minimum(notes["duration"][:-1], until_struck_again)
+    return select(notes, np.lexsort((notes["pitch"], notes["time"])))
+
+
+def make_piano(score: Score) -> tuple[Score, dict[str, int]]:
+    """A score as one piano track, and {change: how many}. Raises UserError."""
+    tracks = [track for track in score.tracks if not track.is_drum]
+    parts = []
+    ignored = 0
+    for program in dict.fromkeys(track.program for track in tracks):
+        # Tracks of one instrument share its pedal, also one that has no notes.
+        same = [track for track in tracks if track.program == program]
+        note_lists = [track.notes.numpy() for track in same if track.note_num()]
+        if note_lists:
+            ignored += fold_pedal(note_lists, [track.controls.numpy() for track in same], score.tpq)
+            parts += note_lists
+    if not parts:
+        raise UserError("only drums" if score.note_num() else "no notes")
+    struck = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+    notes = repair_overlaps(struck)
+
+    track = Track(name="Piano", program=0)
+    track.notes = Note.from_numpy(**notes)
+    piano = Score(score.tpq)
+    piano.tracks.append(track)
+    piano.tempos = score.tempos
+    for t in score.time_signatures:
+        # 2/2 is read as 4/4, 3/1 as 12/4: the beat that has 24 positions is a quarter at most. In a
+        # broken file the denominator may be 0, and there may be more beats than a byte can hold.
+        n = max(1, 4 // (t.denominator or 4))
+        beats = min(255, n * t.numerator)
+        piano.time_signatures.append(TimeSignature(t.time, beats, n * t.denominator))
+    return piano, {
+        "notes struck together on one key merged": len(struck["time"]) - len(notes["time"]),
+        "pedals held too long for a pianist ignored": ignored,
+    }
+
+
+def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
+    """The harmony of each of n beats: indices into CHORD_SYMBOLS, or its length for no chord.
+
+    beats: n + 1 ticks; tpq: ticks per quarter note. A beat is a vector: the square root of how
+    long each pitch class sounds. A chord fits by the cosine of its template with that vector. A
+    sequence of chords scores the sum of the fits, weighted by the lengths of the beats, minus
+    CHANGE_COST per change; the best one is found by dynamic programming (Viterbi).
+    """
+    roll = track.pianoroll(modes=["frame"], encode_velocity=False)[0]  # (128, ticks): keys down
+    pitch_classes = roll[:120].reshape(10, 12, -1).sum(0, dtype=np.uint8)  # (12, ticks)
+    sounding = np.add.reduceat(pitch_classes, beats[:-1], axis=1, dtype=int).T  # (n, 12)
+    bass = np.maximum.reduceat(roll, beats[:-1], axis=1).argmax(0)  # (n,) lowest pitch
+
+    share = sounding / np.maximum(1, sounding.sum(1, keepdims=True))
+    fits = np.sqrt(share) @ CHORD_TEMPLATES.T  # (n, chords)
+    roots = np.arange(len(CHORD_TEMPLATES)) % 12
+    is_seventh = (CHORD_TEMPLATES > 0).sum(1) == 4
+    fits[roots == bass[:, None] % 12] += ROOT_IN_BASS
+    fits -= SEVENTH_COST * is_seventh
+    fits = np.column_stack([fits, np.full(len(fits), FIT_OF_NO_CHORD)])
+    fits *= sounding.any(1)[:, None]  # silence fits every chord
     fits *= np.diff(beats)[:, None] / tpq
-    before, total = np.zeros(fits.shape, int), np.zeros(len(CHORDS))
-    for i, fit in enumerate(fits):
+
+    came_from = np.zeros(fits.shape, int)  # the best chord before each chord at each beat
+    total = np.zeros(fits.shape[1])  # the best score of a sequence that ends with each chord
+    for beat, fit in enumerate(fits):
         best = total.argmax()
-        before[i] = np.where(total >= total[best] - CHORD_CHANGE, np.arange(len(total)), best)
-        total = np.maximum(total, total[best] - CHORD_CHANGE) + fit
-    path = itertools.accumulate(before[:0:-1], lambda i, row: row[i], initial=total.argmax())
-    return np.array([*path])[::-1]
+        stays = total >= total[best] - CHANGE_COST
+        came_from[beat] = np.where(stays, np.arange(len(total)), best)
+        total = np.maximum(total, total[best] - CHANGE_COST) + fit
+    path = [int(total.argmax())]
+    for row in came_from[:0:-1]:
+        path.append(row[path[-1]])
+    return np.array(path[::-1])
 
 
 class Tokenizer(miditok.REMI):
-    """REMI, with a Chord token at the first note of each bar and of each harmony."""
+    """MidiTok's REMI, with a Chord token at the first note of each bar and of each harmony."""
 
-    def __init__(self, music):
-        super().__init__(miditok.TokenizerConfig(
-            pitch_range=PIANO, special_tokens=["PAD", "BOS", "EOS"], num_velocities=music.velocities,
-            beat_res={(0, 4): music.grid, (4, LONGEST_NOTE): max(1, music.grid // 2)},
-            use_chords=True, chord_tokens_with_root_note=True,
-            chord_maps={quality: above for quality, (_, above) in QUALITIES.items()},
-            use_tempos=True, num_tempos=TEMPO_STEPS, tempo_range=TEMPO_RANGE, log_tempos=True,
-            delete_equal_successive_tempo_changes=True, use_time_signatures=True,
-            time_signature_range=TIME_SIGNATURES, use_pitchdrum_tokens=False))
-        self.config.use_chords = False  # now that it has the words: MidiTok's finder is slow
+    def __init__(self, settings: TokenSettings):
+        coarse = max(1, settings.grid // 2)
+        super().__init__(
+            miditok.TokenizerConfig(
+                pitch_range=(LOWEST_KEY, HIGHEST_KEY),
+                special_tokens=["PAD", "BOS", "EOS"],
+                num_velocities=settings.velocities,
+                beat_res={(0, 4): settings.grid, (4, LONGEST_NOTE): coarse},
+                use_chords=True,
+                chord_tokens_with_root_note=True,
+                chord_maps={name: semitones for name, (_, semitones) in CHORD_QUALITIES.items()},
+                use_tempos=True,
+                num_tempos=TEMPO_STEPS,
+                tempo_range=TEMPO_RANGE,
+                log_tempos=True,
+                delete_equal_successive_tempo_changes=True,
+                use_time_signatures=True,
+                time_signature_range=TIME_SIGNATURES,
+                use_pitchdrum_tokens=False,
+            )
+        )
+        # The vocabulary now has Chord tokens. From here on find_chords replaces MidiTok's own
+        # detection, which finds only close positions whose notes begin together.
+        self.config.use_chords = False
 
     def _create_chords_tokens(self):
-        return [*super()._create_chords_tokens(), "Chord_none"]  # in the order of CHORDS
+        return [*super()._create_chords_tokens(), "Chord_none"]  # in the order of CHORD_SYMBOLS
 
     def _create_track_events(self, track, ticks_per_beat, tpq, bars, beats, *rest):
-        words, onsets = self._create_chords_tokens(), np.unique(track.notes.numpy()["time"])
-        within = np.r_[np.array(beats)[np.array(beats) < track.end()], track.end()]
-        bar, beat = (np.searchsorted(ticks, onsets, side="right") - 1 for ticks in (bars, within))
-        chord = find_chords(track, within, tpq)[beat]
-        new = np.r_[True, (np.diff(bar) > 0) | (np.diff(chord) != 0)]
-        found = [miditok.Event("Chord", words[i][6:], tick) for i, tick in zip(chord[new], onsets[new])]
-        return found + super()._create_track_events(track, ticks_per_beat, tpq, bars, beats, *rest)
+        words = self._create_chords_tokens()
+        onsets = np.unique(track.notes.numpy()["time"])
+        beat_ticks = np.array(beats)
+        inside = beat_ticks < track.end()
+        beat_ticks = np.append(beat_ticks[inside], track.end())
+        chord_of_beat = find_chords(track, beat_ticks, tpq)
+        chord = chord_of_beat[np.searchsorted(beat_ticks, onsets, side="right") - 1]
+        bar = np.searchsorted(bars, onsets, side="right") - 1
+        is_new = np.append(True, (np.diff(bar) > 0) | (np.diff(chord) != 0))
+        chord_events = []
+        for tick, index in zip(onsets[is_new], chord[is_new], strict=True):
+            value = words[index].removeprefix("Chord_")
+            chord_events.append(miditok.Event("Chord", value, tick))
+        note_events = super()._create_track_events(track, ticks_per_beat, tpq, bars, beats, *rest)
+        return chord_events + note_events
 
 
-def parse_chords(text):
-    """Chord symbols, spaces between bars -> (bars, 12): index in CHORDS in each twelfth. Raises UserError."""
-    twelfths = []
-    for bar in text.split():
-        symbols = bar.split(",")
-        for symbol in symbols:
-            if symbol not in SYMBOLS or 12 % len(symbols):
-                raise UserError(f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, '
-                                "Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each")
-            twelfths += [SYMBOLS[symbol]] * (12 // len(symbols))
-    return np.array(twelfths, int).reshape(-1, 12)
+class Kind(IntEnum):
+    """The kinds of token."""
+
+    PAD = 0
+    BOS = 1
+    EOS = 2
+    BAR = 3
+    TIME_SIGNATURE = 4
+    POSITION = 5
+    TEMPO = 6
+    CHORD = 7
+    PITCH = 8
+    VELOCITY = 9
+    DURATION = 10
 
 
-def is_in(ids, span):
-    """Which of ids, an array or tensor, are in a slice of the vocabulary."""
-    return (ids >= span.start) & (ids < span.stop)
+MIDITOK_KINDS = {  # what the words of MidiTok begin with
+    "PAD": Kind.PAD,
+    "BOS": Kind.BOS,
+    "EOS": Kind.EOS,
+    "Bar": Kind.BAR,
+    "TimeSig": Kind.TIME_SIGNATURE,
+    "Position": Kind.POSITION,
+    "Tempo": Kind.TEMPO,
+    "Chord": Kind.CHORD,
+    "Pitch": Kind.PITCH,
+    "Velocity": Kind.VELOCITY,
+    "Duration": Kind.DURATION,
+}
+
+MAY_FOLLOW = {  # REMI's grammar: the kinds that may come after a kind
+    Kind.PAD: [Kind.PAD],
+    Kind.BOS: [Kind.BAR],
+    Kind.EOS: [Kind.PAD],
+    Kind.BAR: [Kind.TIME_SIGNATURE],
+    Kind.TIME_SIGNATURE: [Kind.POSITION, Kind.BAR],
+    Kind.POSITION: [Kind.TEMPO, Kind.CHORD, Kind.PITCH],
+    Kind.TEMPO: [Kind.CHORD, Kind.PITCH, Kind.POSITION, Kind.BAR, Kind.EOS],
+    Kind.CHORD: [Kind.PITCH],
+    Kind.PITCH: [Kind.VELOCITY],
+    Kind.VELOCITY: [Kind.DURATION],
+    Kind.DURATION: [Kind.PITCH, Kind.POSITION, Kind.BAR, Kind.EOS],
+}
 
 
-KIND, POSITION, BAR_LENGTH, UNIT, TEMPO, PITCH, CHORD = range(7)  # the rows of Vocabulary.says
-FOLLOWS = {  # the kinds of token that may follow a kind
-    "PAD": "PAD", "BOS": "Bar", "EOS": "PAD", "Bar": "TimeSig", "TimeSig": "Position Bar",
-    "Position": "Tempo Chord Pitch", "Tempo": "Chord Pitch Position Bar EOS", "Chord": "Pitch",
-    "Pitch": "Velocity", "Velocity": "Duration", "Duration": "Pitch Position Bar EOS"}
-KINDS = list(FOLLOWS)
-BOS, BAR, TIME_SIGNATURE, DURATION = map(KINDS.index, ("BOS", "Bar", "TimeSig", "Duration"))  # in row KIND
+class State(NamedTuple):
+    """Where the music stands after a token; int arrays (B,), one number for each sequence."""
+
+    kind: np.ndarray  # of the token, a Kind
+    position: np.ndarray  # in the bar, in grid positions
+    bar_length: np.ndarray  # in grid positions
+    beat_unit: np.ndarray  # 4: a beat is a quarter note; 8: an eighth
+    pitch: np.ndarray  # of the last note; after a Chord token, of its root
+    chord: np.ndarray  # id of the last Chord token in this bar; 0: there was none
+    bar: np.ndarray  # number of Bar tokens so far
+    bar_start: np.ndarray  # time at which the bar began, in grid positions
+
+    @property
+    def time(self) -> np.ndarray:
+        """Grid positions since the piece began."""
+        return self.bar_start + self.position
 
 
-def advance(says, idx, before):
-    """(7, B, T): the state of the music after each of tokens idx (B, T), from state `before` (7, B)."""
-    if idx.size(1) == 1:  # in a third of the operators
-        said = says.index_select(1, idx[:, 0])
-        return torch.where(said < 0, before, said)[:, :, None]
-    said = torch.cat([before[:, :, None], says[:, idx]], 2)  # (7, B, T + 1)
-    at = torch.arange(said.size(2), device=idx.device)
-    latest = torch.where(said < 0, 0, at).cummax(2).values  # the last token that said something
-    return said.gather(2, latest)[:, :, 1:]
+SAYS_NOTHING = -1  # in Vocabulary.says: the token leaves a number of the state as it is
 
 
 class Vocabulary:
-    """What every id means: its word, what it says of the music, which ids may follow it.
+    """What an id says, what state the music is in after it, and which ids may come next.
 
-    The rows of says (7, V): kind of token, position in the bar, positions in a bar, beat unit (8: an eighth),
-    quarter notes per minute, MIDI pitch (of a chord, its root), id of the chord (0 in a new bar); -1: says
-    nothing, the last value stays. PAD, id 0, says what holds at first: 4/4 at 120, middle C, no chord.
+    words (V,): the tokens as MidiTok spells them, in the order of their ids
+    table (8, V): a row for each number of a State: what a token sets it to, or SAYS_NOTHING
+    says: the same rows by name; says.pitch[id] is the pitch that a token sets
+    may_follow (kinds, V) bool: MAY_FOLLOW, with a column for each id instead of each kind
     """
 
-    def __init__(self, music):
-        self.music, self.tokenizer = music, Tokenizer(music)
-        ids = self.tokenizer.vocab
-        self.words = sorted(ids, key=ids.get)
-        self.bos, self.eos, self.bar = (ids[f"{kind}_None"] for kind in KINDS[1:4])
-        of_types = map(self.tokenizer.token_ids_of_type, ("Pitch", "Position", "Chord"))
-        self.pitches, positions, self.harmonies = (slice(min(of), max(of) + 1) for of in of_types)
-        self.positions = slice(positions.start + 1, positions.stop)  # all but the first
-        self.chords = slice(self.harmonies.start, self.harmonies.stop - 1)  # 12 roots of each quality
-        self.says = torch.tensor([self.meaning(*word.split("_")) for word in self.words]).T.contiguous()
-        follows = torch.tensor([[after in FOLLOWS[before].split() for after in KINDS] for before in KINDS])
-        self.follows = follows[:, self.says[KIND].long()]  # (kinds, V)
-        self.follows[:, positions.start] = torch.arange(len(KINDS)) == TIME_SIGNATURE  # only after TimeSig
+    def __init__(self, settings: TokenSettings):
+        self.grid = settings.grid
+        self.tokenizer = Tokenizer(settings)
+        self.id_of = self.tokenizer.vocab  # {word: id}
+        self.words = sorted(self.id_of, key=self.id_of.get)
+        self.bos_id = self.id_of["BOS_None"]
+        self.eos_id = self.id_of["EOS_None"]
+        self.bar_id = self.id_of["Bar_None"]
+        self.pitch_ids = self.ids_of_kind("Pitch")
+        self.chord_ids = self.ids_of_kind("Chord")
+        self.rooted_chord_ids = slice(self.chord_ids.start, self.chord_ids.stop - 1)  # not "none"
+        self.position_ids = self.ids_of_kind("Position")
+        self.tempo_ids = self.ids_of_kind("Tempo")
 
-    def meaning(self, kind, value):
-        """The seven numbers of one token."""
-        said, grid = [KINDS.index(kind), -1.0, -1, -1, -1, -1, -1], self.music.grid
-        if kind == "PAD":
-            said[POSITION:] = 0, 4 * grid, 4, 120, 60, 0
-        elif kind == "Bar":
-            said[POSITION] = said[CHORD] = 0
-        elif kind == "Chord":
-            i = said[CHORD] = self.tokenizer.vocab[f"Chord_{value}"]
-            said[PITCH] = 48 + (i - self.chords.start) % 12 if i < self.chords.stop else -1
-        elif kind == "TimeSig":
-            beats, said[UNIT] = map(int, value.split("/"))
-            said[BAR_LENGTH] = beats * grid
-        elif kind in ("Position", "Tempo", "Pitch"):
-            said[{"Position": POSITION, "Tempo": TEMPO, "Pitch": PITCH}[kind]] = float(value)
-        return said
+        rows = [self.meaning(*word.split("_")) for word in self.words]
+        self.table = np.array(rows).T.copy()
+        self.says = State(*self.table)
+        allowed = np.zeros((len(Kind), len(Kind)), bool)
+        for kind, followers in MAY_FOLLOW.items():
+            allowed[kind, followers] = True
+        self.may_follow = allowed[:, self.says.kind]
+        # Position_0 comes right after the time signature or not at all.
+        first_position = self.position_ids.start
+        self.may_follow[:, first_position] = False
+        self.may_follow[Kind.TIME_SIGNATURE, first_position] = True
+        # What legal() compares: the positions after the first, and the pitches of the keys.
+        self.later_ids = slice(first_position + 1, self.position_ids.stop)
+        self.later_positions = self.says.position[self.later_ids]
+        self.key_pitches = self.says.pitch[self.pitch_ids]
 
-    def legal(self, now, wanted=None):
-        """(B, V) bool: the ids that keep REMI's rules where now (7, B) holds.
+    def ids_of_kind(self, name: str) -> slice:
+        """The ids of a kind of token, which lie in a row."""
+        ids = self.tokenizer.token_ids_of_type(name)
+        assert sorted(ids) == [*range(min(ids), max(ids) + 1)], name
+        return slice(min(ids), max(ids) + 1)
 
-        Kinds follow as in FOLLOWS, positions go forward, simultaneous notes from low to high. If chords are
-        wanted, ids (B,), they are written before the next note, and no others.
+    def meaning(self, name: str, value: str) -> State:
+        """What one token says, as a row of numbers."""
+        row = State(MIDITOK_KINDS[name], *[SAYS_NOTHING] * (len(State._fields) - 1))
+        if name == "BOS":
+            # It begins a silent bar of 4/4 before the first one, on middle C.
+            return State(Kind.BOS, 0, 4 * self.grid, 4, MIDDLE_C, chord=0, bar=0, bar_start=0)
+        if name == "Bar":
+            return row._replace(position=0, chord=0)
+        if name == "TimeSig":
+            beats, unit = map(int, value.split("/"))
+            return row._replace(bar_length=beats * self.grid, beat_unit=unit)
+        if name == "Position":
+            return row._replace(position=int(value))
+        if name == "Pitch":
+            return row._replace(pitch=int(value))
+        if name == "Chord":
+            token_id = self.id_of[f"Chord_{value}"]
+            row = row._replace(chord=token_id)
+            if token_id in range(self.rooted_chord_ids.start, self.rooted_chord_ids.stop):
+                root = (token_id - self.chord_ids.start) % 12
+                row = row._replace(pitch=ROOT_OCTAVE + root)
+        return row
+
+    def advance(self, state: State | None, ids: np.ndarray) -> State:
+        """The state after one more token of each sequence, ids (B,); from None it must be BOS."""
+        said = self.table[:, ids]  # (numbers, B)
+        if state is None:
+            assert (ids == self.bos_id).all()
+            return State(*said)
+        new = State(*np.where(said == SAYS_NOTHING, np.array(state), said))
+        is_bar = new.kind == Kind.BAR
+        bar_start = state.bar_start + is_bar * state.bar_length
+        return new._replace(bar=state.bar + is_bar, bar_start=bar_start)
+
+    def trace(self, ids: np.ndarray) -> State:
+        """The state after each token of a piece, ids (T,) from BOS on: advance(), all at once."""
+        assert ids[0] == self.bos_id
+        said = self.table[:, ids]  # (numbers, T)
+        said_at = np.where(said == SAYS_NOTHING, 0, np.arange(len(ids)))
+        last_said_at = np.maximum.accumulate(said_at, axis=1)
+        state = State(*np.take_along_axis(said, last_said_at, axis=1))
+        is_bar = state.kind == Kind.BAR
+        length_before = np.append(0, state.bar_length[:-1])
+        bar_start = (is_bar * length_before).cumsum()
+        return state._replace(bar=is_bar.cumsum(), bar_start=bar_start)
+
+    def legal(self, state: State) -> np.ndarray:
+        """(B, V) bool: the ids that may come next by REMI's grammar.
+
+        Kinds follow as in MAY_FOLLOW, positions go forward inside the bar, and notes of one moment
+        go from low to high.
         """
-        kind, position, length, _, _, pitch, chord = now[:, :, None].unbind()  # (B, 1) each
-        at, height = self.says[POSITION, self.positions], self.says[PITCH, self.pitches]
-        legal = self.follows.index_select(0, kind[:, 0].long())
-        legal[:, self.positions].logical_and_((at > position) & (at < length))
-        legal[:, self.pitches].logical_and_(height > pitch * (kind == DURATION))  # after a note a higher one
-        if wanted is not None:
-            due, said = chord != wanted[:, None], self.says[CHORD, self.harmonies]
-            legal[:, self.pitches].logical_and_(~due)
-            legal[:, self.harmonies].logical_and_(due & (said == wanted[:, None]))
+        legal = self.may_follow.take(state.kind, axis=0)
+        at = self.later_positions
+        is_later = (at > state.position[:, None]) & (at < state.bar_length[:, None])
+        legal[:, self.later_ids] &= is_later
+        # After a note, which ends with its Duration, comes a higher one at the same moment.
+        least = np.where(state.kind == Kind.DURATION, state.pitch + 1, 0)
+        legal[:, self.pitch_ids] &= self.key_pitches >= least[:, None]
         return legal
 
-    def tempo_id(self, tempo):
-        """The id of the Tempo token nearest to a tempo."""
-        return self.tokenizer.vocab[f"Tempo_{min(self.tokenizer.tempos, key=lambda t: abs(t - tempo))}"]
+    def bar_lines(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the n Bar tokens of a piece, ids (T,), stand; the n + 1 bar lines in quarters."""
+        state = self.trace(np.append(ids, self.bar_id))
+        bars = np.flatnonzero(state.kind == Kind.BAR)
+        before = bars - 1  # the last token of each bar
+        beats = state.bar_length[before] / self.grid
+        quarters = beats * 4 / state.beat_unit[before]
+        return bars[:-1], quarters.cumsum() - quarters[0]  # the first is the silent bar of BOS
 
-    def timeline(self, ids):
-        """The state (7, T) after each of ids (T,), and its time in quarter notes (T,)."""
-        now = advance(self.says, ids[None], self.says[:, :1])[:, 0].double()
-        bars = ((now[KIND] == BAR) * now[BAR_LENGTH] / now[UNIT]).cumsum(0)
-        quarters = 4 * (bars + now[POSITION] / now[UNIT]) / self.music.grid
-        return now, quarters - quarters[:1]
+    def quarters(self, ids: np.ndarray) -> np.ndarray:
+        """When each token of a piece, ids (T,), stands, in quarter notes from the first bar on."""
+        state = self.trace(ids)
+        _, lines = self.bar_lines(ids)
+        beats = state.position / self.grid
+        return lines[np.maximum(0, state.bar - 1)] + beats * 4 / state.beat_unit
 
-    def bar_lines(self, ids):
-        """Where ids (T,) have their n Bar tokens, and the n + 1 bar lines in quarter notes."""
-        now, quarters = self.timeline(torch.cat([ids, ids.new_tensor([self.bar])]))
-        at = (now[KIND] == BAR).nonzero()[:, 0]
-        return at[:-1], quarters[at] - quarters[at[0]]
+    def chord_changes(self, ids: np.ndarray) -> list[tuple[float, str]]:
+        """(quarter note, symbol) of each change of harmony in a piece, ids (T,)."""
+        symbols = [*CHORD_SYMBOLS, NO_CHORD]
+        quarters = self.quarters(ids)
+        changes = []
+        last = ""
+        for at in np.flatnonzero(self.says.kind[ids] == Kind.CHORD):
+            symbol = symbols[ids[at] - self.chord_ids.start]
+            if symbol != last:
+                changes.append((float(quarters[at]), symbol))
+            last = symbol
+        return changes
 
-    def quantize(self, piano):
+    def tempo_id(self, tempo: float) -> int:
+        """The id of the Tempo token nearest to a tempo in quarter notes per minute."""
+        ids = range(self.tempo_ids.start, self.tempo_ids.stop)
+        return min(ids, key=lambda token_id: abs(self.tempo_of(token_id) - tempo))
+
+    def tempo_of(self, token_id: int) -> float:
+        """The tempo that a Tempo token says, in quarter notes per minute."""
+        return float(self.words[token_id].removeprefix("Tempo_"))
+
+    def quantize(self, piano: Score) -> Score:
         """A one-track score on the grid, as the tokens can represent it. Raises UserError."""
-        piano = self.tokenizer.preprocess_score(piano)
-        if not piano.tracks:
+        quantized = self.tokenizer.preprocess_score(piano)
+        if not quantized.tracks:
             raise UserError("no notes within the range of a piano")
-        notes = merge_unisons(piano.tracks[0].notes.numpy())  # the grid can merge two strikes of one key
-        notes = take(notes, np.lexsort((notes["pitch"], notes["time"])))  # MidiTok orders a chord by length
-        piano.tracks[0].notes = Note.from_numpy(**notes)
-        return piano
+        notes = merge_unisons(quantized.tracks[0].notes.numpy())  # the grid can merge two strikes
+        # MidiTok orders the notes of a chord by length; the grammar wants low to high.
+        notes = select(notes, np.lexsort((notes["pitch"], notes["time"])))
+        quantized.tracks[0].notes = Note.from_numpy(**notes)
+        return quantized
 
-    def encode(self, piano):
-        """The ids of a quantized score, without BOS and EOS; simultaneous notes from low to high."""
-        return self.tokenizer.encode(piano, no_preprocess_score=True)[0].ids
+    def encode(self, quantized: Score) -> np.ndarray:
+        """The ids (T,) of a quantized score, with BOS and without EOS."""
+        [sequence] = self.tokenizer.encode(quantized, no_preprocess_score=True)
+        return np.array([self.bos_id, *sequence.ids], np.int16)
 
-    def decode(self, ids, tempo=0.0):
-        """The score of ids; no note sounds past the last bar, unless ids end with EOS."""
-        end = round(self.bar_lines(torch.tensor(ids))[1][-1].item() * 480)
-        score = self.tokenizer.decode([ids]).resample(480, min_dur=1)
+    def decode(
+        self,
+        ids: np.ndarray,
+        exact_tempos: dict[int, float] | None = None,
+        first_tempo: float | None = None,
+    ) -> Score:
+        """The score of a piece, ids (T,). If it has no EOS, no note sounds past the last bar.
+
+        exact_tempos: {id of a Tempo token: quarter notes per minute to write for it}.
+        first_tempo: the tempo before the first Tempo token; by default that token's own, or 120.
+        """
+        _, lines = self.bar_lines(ids)
+        score = self.tokenizer.decode([ids.tolist()]).resample(TPQ, min_dur=1)
         for track in score.tracks:
-            track.name, notes = "Piano", repair_overlaps(track.notes.numpy())
-            if ids[-1] != self.eos:
+            track.name = "Piano"
+            notes = repair_overlaps(track.notes.numpy())
+            if ids[-1] != self.eos_id:
+                end = round(lines[-1] * TPQ)
                 notes["duration"] = np.minimum(notes["duration"], end - notes["time"])
             track.notes = Note.from_numpy(**notes)
-        said = [Tempo(t.time, self.says[TEMPO, self.tempo_id(t.qpm)].item()) for t in score.tempos]
-        score.tempos = [Tempo(0, tempo)] if tempo else said
+        quarters = self.quarters(ids)
+        changes = {}
+        for at in np.flatnonzero(self.says.kind[ids] == Kind.TEMPO):
+            token_id = int(ids[at])
+            tempo = (exact_tempos or {}).get(token_id, self.tempo_of(token_id))
+            changes[round(quarters[at] * TPQ)] = tempo
+        opening = first_tempo or next(iter(changes.values()), 120.0)
+        score.tempos = [Tempo(tick, tempo) for tick, tempo in ({0: opening} | changes).items()]
         return score
 
 
-# ---- 3. Model: a causal Transformer in musical time and pitch
+def cut_silence(ids: np.ndarray, bar_id: int) -> tuple[np.ndarray, int]:
+    """ids without the empty bars that follow LONGEST_SILENCE others, and how many those are.
 
-TOKEN_TIME = 0.0125  # beats that each token adds to time, so that no two coincide
-PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones a turn
-RECENT = 3  # preceding tokens that are mixed into each embedding
-MEMORY = 1024  # tokens before the window: how often each occurs tells the key, the range, the pace
-IGNORE = -100  # a target that is not scored: padding, or scored in the window before
+    Empty bars at the end, as a late change of metre makes them, are cut and not counted.
+    """
+    opening, *bars = np.split(ids, np.flatnonzero(ids == bar_id))
+    while len(bars[-1]) == 2:  # Bar and TimeSig alone
+        bars.pop()
+    kept = [opening]
+    empty_in_a_row = 0
+    for bar in bars:
+        is_empty = len(bar) == 2
+        empty_in_a_row = empty_in_a_row + 1 if is_empty else 0
+        if empty_in_a_row <= LONGEST_SILENCE:
+            kept.append(bar)
+    return np.concatenate(kept), 1 + len(bars) - len(kept)
 
 
-def place(says, idx, now, bar_start):
-    """Time, in positions, and pitch of tokens idx (B, T); then `now` (7, B) and bar_start (B,) after them."""
-    after = advance(says, idx, now)  # (7, B, T)
-    starts = bar_start[:, None] + ((after[KIND] == BAR) * after[BAR_LENGTH]).cumsum(1)  # (B, T)
-    return starts + after[POSITION], after[PITCH], after[:, :, -1], starts[:, -1]
+def list_metres(score: Score) -> list[tuple[int, int, int]]:
+    """(time in 32nd notes, beats, beat unit) of each time signature of a score."""
+    metres = []
+    for t in score.time_signatures:
+        metres.append((round(8 * t.time / score.tpq), t.numerator, t.denominator))
+    return metres
 
 
-def rotary_speeds(hs, grid):
-    """(2, hs): radians per position of time and per semitone; the first half of hs negated, for the sine.
+def count_changes(piano: Score, quantized: Score) -> dict[str, int]:
+    """{change: how many} of what tokens represent otherwise, beyond the rounding to the grid."""
+    notes = piano.tracks[0].notes.numpy()
+    on_piano = (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
 
-    RoPE: the dot product of two rotated vectors depends only on their offset, in text a number of tokens.
-    Here it is what one hears, time and interval, so a head can look one bar back or an octave down. Channels
-    i and i + hs / 2 rotate as a pair. By default:
+    signatures = piano.time_signatures.numpy()
+    units = np.append(4, signatures["denominator"])  # 4/4 holds until the first signature
+    unit = units[np.searchsorted(signatures["time"], notes["time"], side="right")]
+    beats = notes["duration"] / piano.tpq * unit / 4
 
-        pairs 0 to 9      time     one turn in pi / 4 beats, ..., in 3,100 beats
-        pairs 10 to 15    pitch    one turn in 12, 6, 4, 24, 48, 96 semitones: the first three ignore octaves
+    kept = set(list_metres(quantized))
+    lost = set()
+    current = (4, 4)
+    for metre in list_metres(piano):
+        if metre[1:] != current and metre not in kept:
+            lost.add(metre)
+        current = metre[1:]
+    return {
+        "notes outside the piano's range dropped": int((~on_piano).sum()),
+        "repeated notes in one grid position merged": int(on_piano.sum()) - quantized.note_num(),
+        f"notes longer than {LONGEST_NOTE} beats shortened": int(
+            (on_piano & (beats > LONGEST_NOTE)).sum()
+        ),
+        "tempos outside 20 to 300 changed": sum(not 20 <= t.qpm <= 300 for t in piano.tempos),
+        "time signatures moved or ignored": len(lost),
+    }
+
+
+def read_piece(data: bytes, vocab: Vocabulary) -> Piece:
+    """The bytes of a MIDI file as a piece without a path. Raises UserError if it has no music."""
+    score = parse_midi(data)
+    piano, changes = make_piano(score)
+    seconds = float(piano.to("second").end())
+    if not (seconds < LONGEST_PIECE and piano.end() < LONGEST_PIECE * piano.tpq):
+        raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
+    quantized = vocab.quantize(piano)
+    ids, bars_cut = cut_silence(vocab.encode(quantized), vocab.bar_id)
+    ids = np.append(ids, np.int16(vocab.eos_id))
+    state = vocab.trace(ids)
+    changes |= count_changes(piano, quantized)
+    changes["bars of long silences cut"] = bars_cut
+    return Piece(
+        ids=ids,
+        time=state.time.astype(np.int32),
+        pitch=state.pitch.astype(np.int16),
+        notes=quantized.note_num(),
+        seconds=seconds,
+        changes=changes,
+    )
+
+
+def pitch_intervals(ids: np.ndarray, vocab: Vocabulary) -> bytes:
+    """The semitones from each note of a piece to the next, a byte each; PIECE_END follows.
+
+    The same in every key, so copied passages are found in it: see longest_known_run.
+    """
+    is_pitch = vocab.says.kind[ids] == Kind.PITCH
+    pitch = vocab.says.pitch[ids[is_pitch]]
+    if not len(pitch):
+        return b""
+    return (np.diff(pitch) + INTERVAL_ZERO).astype(np.uint8).tobytes() + bytes([PIECE_END])
+
+
+def longest_known_run(mine: bytes, names: list[str], corpus: bytes) -> tuple[int, str]:
+    """How many notes in a row of a piece also stand in the corpus, in any key; in which piece.
+
+    mine: pitch_intervals of the piece; corpus: those of the pieces with these names, joined.
+    """
+    length = 0
+    found_at = 0
+    for start in range(len(mine)):  # only runs longer than the best so far are tried
+        while start + length + 1 < len(mine):
+            at = corpus.find(mine[start : start + length + 1])
+            if at < 0:
+                break
+            length += 1
+            found_at = at
+    if length == 0:
+        return 0, ""
+    return length + 1, names[corpus[:found_at].count(PIECE_END)]  # n intervals join n + 1 notes
+
+
+def parse_chord(symbol: str) -> int | None:
+    """The index of a chord symbol, as musicians write it, in CHORD_SYMBOLS; None if it is none."""
+    letter, rest = symbol[:1], symbol[1:]
+    if letter not in NATURALS:
+        return None
+    pitch_class = NATURALS[letter]
+    if rest.startswith("#"):
+        pitch_class += 1
+        rest = rest[1:]
+    elif rest.startswith("b"):
+        pitch_class -= 1
+        rest = rest[1:]
+    for number, (suffix, _) in enumerate(CHORD_QUALITIES.values()):
+        if rest == suffix:
+            return 12 * number + pitch_class % 12
+    return None
+
+
+def parse_chords(text: str) -> np.ndarray:
+    """Chord symbols, a bar between spaces -> (bars, 12) indices, one for each twelfth of a bar.
+
+    Raises UserError for a symbol that cannot be read.
+    """
+    twelfths = []  # of bars, which can so be halved, quartered and divided by three
+    for bar in text.split():
+        symbols = bar.split(",")
+        if 12 % len(symbols):
+            raise UserError(
+                f'--chords: cannot read "{bar}": write 1, 2, 3, 4, 6 or 12 chords in a bar'
+            )
+        for symbol in symbols:
+            index = parse_chord(symbol)
+            if index is None:
+                raise UserError(
+                    f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, '
+                    "Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each"
+                )
+            twelfths += [index] * (12 // len(symbols))
+    return np.array(twelfths, int).reshape(-1, 12)
+
+
+def find_key(score: Score) -> tuple[KeySignature, str]:
+    """The key of a one-track score that has notes, as a signature and in words.
+
+    It is the one whose profile correlates best with how long each pitch class sounds (Krumhansl &
+    Schmuckler).
+    """
+    notes = score.tracks[0].notes.numpy()
+    sounding = np.bincount(notes["pitch"] % 12, notes["duration"], 12)
+    best = (-2.0, "major", 0)
+    for mode, profile in KEY_PROFILES.items():
+        for tonic in range(12):
+            fit = float(np.corrcoef(sounding, np.roll(profile, tonic))[0, 1])
+            if fit > best[0]:
+                best = (fit, mode, tonic)
+    _, mode, tonic = best
+    is_minor = int(mode == "minor")
+    name = MINOR_TONICS[tonic] if is_minor else MAJOR_TONICS[tonic]
+    # Around the circle of fifths, 7 semitones a step. Sharps are positive, flats negative: from -5
+    # to 6 in major, from -6 to 5 in minor.
+    major_tonic = tonic + 3 * is_minor
+    sharps = (7 * major_tonic + 5 + is_minor) % 12 - 5 - is_minor
+    return KeySignature(0, sharps, is_minor), f"{name} {mode}"
+
+
+# ---- 3. Model: a causal Transformer that sees an id, a time and a pitch for each token
+
+# Beats that each token adds to the time, so that tokens of one moment have an order; 3 beats over a
+# window of 256 tokens, little beside the music's own time.
+TOKEN_TIME = 0.0125
+PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
+RECENT = 3  # a note is three tokens, so each token is told the three before it
+MEMORY = 1024  # tokens before the window that are counted, to stay in key
+PAD = 0  # id of the PAD token, which stands where there is none
+IGNORE = -100  # a target that is not scored
+
+
+class Window(NamedTuple):
+    """What the model reads: B stretches of music of T tokens, and what came before them."""
+
+    idx: Tensor  # (B, T) ids; PAD after the end of a piece
+    time: Tensor  # (B, T) grid positions since the window began
+    pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root
+    recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
+    before: Tensor  # (B, V) share of each id in the MEMORY tokens before the window
+    targets: Tensor | None = None  # (B, T) the ids that follow; IGNORE where none is scored
+
+    def rows(self, part: slice) -> Window:
+        """Some of the B stretches."""
+        return Window(*(None if values is None else values[part] for values in self))
+
+    def to(self, device: torch.device) -> Window:
+        """The same on another device."""
+        return Window(*(None if values is None else values.to(device) for values in self))
+
+    def groups_of(self, size: int) -> list[Window]:
+        """The stretches in groups of at most `size`."""
+        return [self.rows(slice(n, n + size)) for n in range(0, len(self.idx), size)]
+
+
+class KeyValueCache:
+    """The keys and values of the tokens of a window that were read so far, for each layer."""
+
+    def __init__(self, model: PianoGPT, batch_size: int):
+        sizes = model.sizes
+        shape = (batch_size, sizes.n_head, sizes.block_size, sizes.n_embd // sizes.n_head)
+        layers = torch.empty(sizes.n_layer, 2, *shape, device=model.head.weight.device)
+        self.keys, self.values = layers.unbind(1)
+        self.length = 0  # tokens
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v of new tokens, (B, nh, T, hs); returns those of all tokens of the layer."""
+        T = k.size(2)
+        self.keys[layer].narrow(2, self.length, T).copy_(k)
+        self.values[layer].narrow(2, self.length, T).copy_(v)
+        end = self.length + T
+        return self.keys[layer].narrow(2, 0, end), self.values[layer].narrow(2, 0, end)
+
+
+def rotary_speeds(hs: int, grid: int) -> tuple[Tensor, Tensor]:
+    """Radians by which each channel turns per grid position and per semitone, (hs,) each.
+
+    RoPE turns queries and keys by angles, so that their dot product depends on the offset between
+    two tokens alone. In text the offset is a number of tokens. Here it is what one hears, a time
+    and an interval: a head can look one bar back, or an octave down. Channels i and i + hs / 2
+    turn as a pair. By default:
+
+        pairs 0 to 9      time     a turn in pi / 4 beats, ..., 3,100 beats
+        pairs 10 to 15    pitch    a turn in 12, 6, 4, 24, 48, 96 semitones
     """
     by_pitch = 2 * math.pi / torch.tensor(PITCH_PERIODS[: hs // 4])
     pairs = hs // 2 - len(by_pitch)
+    # The fastest turns one radian in a 32nd note, as RoPE's does in a token; 10,000 is its base.
     by_time = 8 / grid * 10_000.0 ** -(torch.arange(pairs) / pairs)
-    speeds = torch.stack([F.pad(by_time, (0, len(by_pitch))), F.pad(by_pitch, (pairs, 0))])  # (2, hs / 2)
-    return torch.cat([-speeds, speeds], 1)
+    time_speed = torch.cat([by_time, torch.zeros_like(by_pitch)])
+    pitch_speed = torch.cat([torch.zeros_like(by_time), by_pitch])
+    # The sine has the other sign for the first of a pair: see rotate.
+    return torch.cat([-time_speed, time_speed]), torch.cat([-pitch_speed, pitch_speed])
 
 
-def matrix(rows, columns, scale=1.0):
-    """Random weights that keep the size of the vectors they multiply, times `scale`."""
-    return nn.Parameter(torch.randn(rows, columns) * scale * columns**-0.5)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., T, hs) turned: a, b -> a cos - b sin, b cos + a sin, for each pair of channels."""
+    partner = x.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin)
 
 
 class Block(nn.Module):
-    """One layer: attention, then a SwiGLU feed-forward network, each with a residual."""
+    """One layer: attention, then a feed-forward network, each with a norm and a residual."""
 
-    def __init__(self, config):
+    def __init__(self, sizes: ModelSettings):
         super().__init__()
-        self.n_head, C = config.n_head, config.n_embd
+        self.n_head = sizes.n_head
+        C = sizes.n_embd
         inner = 16 * max(1, round(C / 6))  # 8/3 C: as many weights as 4 C without a gate
-        small = (2 * config.n_layer) ** -0.5  # so that the sum over all layers keeps its size
-        self.norm_1, self.norm_2 = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
-        self.qkv, self.proj = matrix(3 * C, C), matrix(C, C, small)
-        self.expand, self.contract = matrix(2 * inner, C), matrix(C, inner, small)
-        vars(self).update(self._parameters)  # nn.Module is slow to find them
+        self.norm_1 = nn.LayerNorm(C, bias=False)
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
+        self.norm_2 = nn.LayerNorm(C, bias=False)
+        self.expand = nn.Linear(C, 2 * inner, bias=False)
+        self.contract = nn.Linear(inner, C, bias=False)
 
-    def attention(self, x, cos, sin, past, n_past):
-        """Causal attention, also to past tokens: x (B T, C) -> what the heads read, (B T, C)."""
-        B, T, C = cos.size(0), cos.size(2), x.size(1)
-        qkv = F.linear(x, self.qkv).view(B, T, 3, self.n_head, C // self.n_head)
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
+        """Causal self-attention, x (B T, C) -> (B T, C); cos, sin (B, 1, T, hs): see turn."""
+        B, _, T, hs = cos.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        qk, v = qkv[:2], qkv[2]
-        q, k = torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, -1), sin)  # rotated; each (B, nh, T, hs)
-        if past is not None:
-            past = past[:, :, :, : n_past + T]
-            past[0, :, :, n_past:], past[1, :, :, n_past:] = k, v
-            k, v = past.unbind()  # 2 x (B, nh, n_past + T, hs)
+        q, k = rotate(qkv[:2], cos, sin)
+        v = qkv[2]
+        if cache is not None:
+            assert T == 1 or cache.length == 0, "several tokens at once only into an empty cache"
+            k, v = cache.extend(layer, k, v)  # (B, nh, all tokens so far, hs)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
-        return y.transpose(1, 2).reshape(B * T, C)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
-    def add(self, x, y, weight):
-        """The residual connection: x plus y times a matrix."""
-        if y.dtype != x.dtype:  # autocast
-            return x + F.linear(y, weight)  # the sum stays in float32
-        return torch.addmm(x, y, weight.mT)  # the same, faster
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """SwiGLU, x (B T, C) -> (B T, C): half of the hidden channels gate the other half."""
+        hidden, gate = self.expand(x).chunk(2, dim=-1)  # each (B T, 8/3 C)
+        return self.contract(hidden * F.silu(gate))
 
-    def forward(self, x, cos, sin, past=None, n_past=0):
-        """x (B T, C) -> (B T, C); past (2, B, nh, block, hs): keys, values of n_past tokens, to extend."""
-        y = torch.layer_norm(x, x.shape[-1:], self.norm_1)
-        x = self.add(x, self.attention(y, cos, sin, past, n_past), self.proj)
-        y = torch.layer_norm(x, x.shape[-1:], self.norm_2)
-        hidden, gate = F.linear(y, self.expand).chunk(2, -1)  # each (B T, 8/3 C)
-        return self.add(x, hidden * F.silu(gate), self.contract)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
+        """x (B T, C) -> (B T, C); cache: a KeyValueCache or None."""
+        x = x + self.attention(self.norm_1(x), cos, sin, layer, cache)
+        return x + self.feed_forward(self.norm_2(x))
 
 
 class PianoGPT(nn.Module):
-    """Ids in, logits of the next id out; says (7, V): see Vocabulary."""
+    """The Transformer: a Window in, logits of the next id out."""
 
-    def __init__(self, config, says):
+    def __init__(self, sizes: ModelSettings, vocab_size: int, grid: int):
         super().__init__()
-        self.config, C, V = config, config.n_embd, says.size(1)
-        grid = says[BAR_LENGTH, 0].item() / 4  # positions per beat
-        self.register_buffer("says", says, persistent=False)
-        self.register_buffer("speeds", rotary_speeds(C // config.n_head, grid), persistent=False)
-        self.register_buffer("times", TOKEN_TIME * grid * torch.arange(config.block_size), persistent=False)
-        self.embedding = nn.Parameter(0.02 * torch.randn(V, C))
-        # A note is three tokens; mixing in the ones before, oldest first, makes each informative.
-        self.recent = nn.Parameter(torch.zeros(RECENT, 1, C))
-        self.memory = nn.Parameter(torch.zeros(V, C))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm, self.head = nn.Parameter(torch.ones(C)), matrix(V, C, 0.1)
+        self.sizes = sizes
+        C = sizes.n_embd
+        V = vocab_size
+        self.embedding = nn.Embedding(V, C, padding_idx=PAD)
+        self.recent = nn.Parameter(
+            torch.zeros(RECENT, C)
+        )  # weights of the tokens before, oldest first
+        self.memory = nn.Linear(V, C, bias=False)
+        self.norm_0 = nn.LayerNorm(C, elementwise_affine=False)
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.n_layer))
+        self.norm = nn.LayerNorm(C, bias=False)
+        self.head = nn.Linear(C, V, bias=False)
+        time_speed, pitch_speed = rotary_speeds(C // sizes.n_head, grid)
+        self.register_buffer("time_speed", time_speed, persistent=False)
+        self.register_buffer("pitch_speed", pitch_speed, persistent=False)
+        token_time = TOKEN_TIME * grid * torch.arange(sizes.block_size)
+        self.register_buffer("token_time", token_time, persistent=False)
+        self.initialize()
 
-    def embed(self, idx, cache=None):
-        """idx (B, T) -> embeddings (B, RECENT + T, C), RECENT of them old; cos, sin (B, 1, T, hs).
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw weights that keep the size of what they multiply; memory and recent begin at 0."""
+        for block in self.blocks:
+            for linear in (block.qkv, block.expand):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for linear in (block.proj, block.contract):
+                # Each layer adds twice to x. So scaled, the sum of all of them keeps its size.
+                residual_scale = (2 * self.sizes.n_layer) ** -0.5
+                nn.init.normal_(linear.weight, std=residual_scale * linear.in_features**-0.5)
+        # Small logits: the first loss is ln V, that of a uniform guess.
+        nn.init.normal_(self.head.weight, std=0.1 * self.head.in_features**-0.5)
+        # norm_0 follows, so 0.02 (as in GPT-2) only sets how fast embeddings change at first.
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding.weight[PAD] = 0
+        nn.init.zeros_(self.memory.weight)
 
-        Where a window begins, MEMORY ids come first: the ones before it, or PAD.
+    def embed(self, window: Window) -> Tensor:
+        """Embeddings (B, T, C): of each token, plus a mix of the RECENT before it, plus memory."""
+        T = window.idx.size(1)
+        idx = torch.cat([window.recent, window.idx], dim=1)
+        tokens = self.embedding(idx)  # (B, RECENT + T, C)
+        x = tokens[:, RECENT:]
+        for n in range(RECENT):
+            x = torch.addcmul(x, tokens[:, n : n + T], self.recent[n])
+        memory = self.memory(window.before)  # (B, C)
+        return self.norm_0(x + memory[:, None])
+
+    def turn(self, window: Window, first: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B, 1, T, hs), of the angles of tokens; first: place of the first one."""
+        T = window.idx.size(1)
+        time = window.time + self.token_time[first : first + T]  # (B, T)
+        time = time[:, None, :, None]  # the same for all heads and channels
+        pitch = window.pitch[:, None, :, None]
+        angle = torch.addcmul(time * self.time_speed, pitch, self.pitch_speed)
+        return angle.cos(), angle.sin()
+
+    def forward(
+        self, window: Window, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the next ids, (B, T, V), and the loss if the window has targets.
+
+        The loss is the cross-entropy in nats, summed over all targets but IGNORE. With a cache,
+        the window's tokens continue those in the cache, and are added to it.
         """
-        cache = cache or Cache(self, idx, keep=False)
-        idx = idx if cache.length else idx[:, MEMORY:]
-        first, cache.length = cache.length, cache.length + idx.size(1)
-        time, pitch, cache.now, cache.bar_start = place(self.says, idx, cache.now, cache.bar_start)
-        x = torch.cat([cache.latest, F.embedding(idx, self.embedding)], 1)
-        cache.latest, time = x[:, -RECENT:], time + self.times[first : cache.length]
-        angle = time[:, None, :, None] * self.speeds[0] + pitch[:, None, :, None] * self.speeds[1]
-        x, cache.memory = x + cache.memory, cache.memory[:, -1:]
-        return x, angle.cos(), angle.sin()
-
-    def logits(self, x, cos, sin, cache=None):
-        """What embed() gave -> the logits of the next id, (B, T, V)."""
-        padded, x, T = x, x[:, RECENT:], cos.size(2)
-        if torch.is_autocast_enabled(x.device.type):
-            cos, sin = cos.bfloat16(), sin.bfloat16()
-        for n, weight in enumerate(self.recent):
-            x = torch.addcmul(x, padded[:, n : n + T], weight)
-        x = torch.layer_norm(x, x.shape[-1:]).flatten(0, 1)  # (B T, C)
-        for n, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache.keys_values[n], cache.length - T) if cache else block(x, cos, sin)
-        return F.linear(torch.layer_norm(x, x.shape[-1:], self.norm), self.head).unflatten(0, (-1, T))
-
-    def loss(self, x, cos, sin, targets):
-        """The summed cross-entropy, in nats, of embed()'s output and the ids that follow, (B, T)."""
-        logits = self.logits(x, cos, sin).float().flatten(0, 1)  # (B T, V)
-        return F.cross_entropy(logits, targets.flatten(), reduction="sum")
-
-    def forward(self, idx, cache=None):
-        """idx, see embed() -> logits (B, T, V); T must be 1 once the cache holds tokens."""
-        return self.logits(*self.embed(idx, cache), cache)
+        B, T = window.idx.shape
+        x = self.embed(window).flatten(0, 1)  # (B T, C): in three dimensions, Linear is slower
+        cos, sin = self.turn(window, cache.length if cache else 0)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, layer, cache)
+        if cache is not None:
+            cache.length += T
+        logits = self.head(self.norm(x))  # (B T, V)
+        loss = None
+        if window.targets is not None:
+            targets = window.targets.flatten()
+            loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+        return logits.view(B, T, -1), loss
 
 
-class Cache:
-    """What embed() carries through a window; idx begins it. To generate (keep), also keys and values."""
+# ---- 4. Learning: windows, transposition, the optimizer, the trainer
 
-    def __init__(self, model, idx, keep=True):
-        c, self.length = model.config, 0
-        shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.keys_values = torch.empty(shape, device=idx.device).unbind() if keep else ()  # for each layer
-        begins = model.says[KIND, idx] == BOS  # Then nothing before it is remembered.
-        old = idx[:, :MEMORY] * (begins[:, :MEMORY].flip(1).cumsum(1).flip(1) == 0)
-        self.now = advance(model.says, old, model.says[:, :1].expand(-1, len(old)))[:, :, -1]
-        counts = torch.zeros(len(old), len(model.memory), device=old.device)
-        counts.scatter_add_(1, old, (old > 0).float())  # not PAD
-        memory = (counts @ model.memory)[:, None] / MEMORY
-        self.memory = memory * (begins[:, MEMORY - RECENT :, None].cumsum(1) == 0)  # (B, RECENT + T, C)
-        self.latest = torch.zeros_like(self.memory[:, :RECENT])
-        self.bar_start = torch.zeros_like(self.now[0])
+OPENING_EVERY = 8  # every eighth window begins a piece, because writing always starts there
+LONGEST_VALIDATION = 128  # windows, spread evenly over held-out music
+# Peak learning rates as multiples of --lr, found by search at the default sizes. They fall with
+# the fan-in, over which a matrix sums, so that one --lr suits every width.
+BLOCK_RATE = 67  # matrices of the blocks: / sqrt(fan-in), as their steps are orthogonal
+HEAD_RATE = 1536  # head: / fan-in, as AdamW moves all weights of a sum in one direction
+EMBEDDING_RATE = 120  # embedding and memory
+REST_RATE = 45  # norms and the weights of recent tokens
+# Each step, averaged weights move 10 / (10 + step) of the way to the weights, so that they span
+# about the last tenth of the steps so far.
+AVERAGE_SPEED = 10
+SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
 
 
-# ---- 4. Learning: batch number i, transposition, learning rates, the trainer
+class Corpus(NamedTuple):
+    """Pieces one after another, as flat arrays on the training device."""
 
-LR_WIDTH = 1536  # fan-in at which a matrix learns at --lr
-EMBEDDING_RATE, REST_RATE = 120, 45  # x --lr: embedding and memory; norms and recent
-STEP_SIZE = 67  # x --lr: singular values of the step of a matrix in the blocks
+    ids: Tensor  # (N,) int16: BOS ... EOS BOS ... EOS
+    time: Tensor  # (N,) int32, grid positions since the piece began
+    pitch: Tensor  # (N,) int16
+    offsets: Tensor  # (pieces + 1,) int64: piece n is offsets[n] : offsets[n + 1]
+
+    def to(self, device: torch.device) -> Corpus:
+        """The same on another device."""
+        return Corpus(*(values.to(device) for values in self))
 
 
-def transpose_ids(ids, shifts, vocab):
-    """ids (B, T) with row b moved by shifts[b] semitones, as far as the piano allows; chords too."""
-    pitches, movable, is_chord = vocab.pitches, is_in(ids, vocab.pitches), is_in(ids, vocab.chords)
-    lowest = ids.masked_fill(~movable, pitches.stop - 1).amin(1)
-    highest = ids.masked_fill(~movable, pitches.start).amax(1)
-    shifts = shifts.clamp(pitches.start - lowest, pitches.stop - 1 - highest)[:, None]
-    root = (ids - vocab.chords.start) % 12  # twelve ids in a row have one quality
-    return ids + shifts * movable + ((root + shifts) % 12 - root) * is_chord
+def make_corpus(pieces: list[Piece]) -> Corpus:
+    """The tokens of pieces, one piece after another."""
+    lengths = [len(piece.ids) for piece in pieces]
+    empty = Piece()  # gives an empty list of pieces its types
+    return Corpus(
+        torch.from_numpy(np.concatenate([empty.ids, *(piece.ids for piece in pieces)])),
+        torch.from_numpy(np.concatenate([empty.time, *(piece.time for piece in pieces)])),
+        torch.from_numpy(np.concatenate([empty.pitch, *(piece.pitch for piece in pieces)])),
+        torch.tensor([0, *itertools.accumulate(lengths)]),
+    )
+
+
+def transpose(ids: Tensor, shifts: Tensor, vocab: Vocabulary) -> tuple[Tensor, Tensor]:
+    """ids (B, T) with row b moved by shifts[b] semitones; by how much each pitch moves, (B, T).
+
+    A shift is made smaller where it would move a note off the piano. The root of a chord moves
+    around its octave: five semitones above G is the C below.
+    """
+    keys = vocab.pitch_ids
+    chords = vocab.rooted_chord_ids
+    is_note = (ids >= keys.start) & (ids < keys.stop)
+    is_chord = (ids >= chords.start) & (ids < chords.stop)
+    lowest = ids.masked_fill(~is_note, keys.stop - 1).amin(1)
+    highest = ids.masked_fill(~is_note, keys.start).amax(1)
+    shifts = shifts.clamp(keys.start - lowest, keys.stop - 1 - highest)[:, None]
+    root = (ids - chords.start) % 12  # twelve ids in a row have one quality
+    moves = torch.where(is_chord, (root + shifts) % 12 - root, shifts)  # (B, T)
+    return torch.where(is_note | is_chord, ids + moves, ids), moves
+
+
+def cut_windows(
+    corpus: Corpus, starts: Tensor, block_size: int, vocab: Vocabulary, shifts: Tensor | None = None
+) -> Window:
+    """The windows that begin at starts (B,), in tokens of the corpus, with targets.
+
+    A window lies in one piece: what is after its end is PAD, and not scored; what is before its
+    beginning is not counted. shifts (B,): semitones by which each window is transposed.
+    """
+    device = starts.device
+    piece = torch.searchsorted(corpus.offsets, starts, right=True) - 1
+    begin = corpus.offsets[piece][:, None]  # (B, 1)
+    end = corpus.offsets[piece + 1][:, None]
+    at = starts[:, None] + torch.arange(-MEMORY, block_size + 1, device=device)
+    inside = (at >= begin) & (at < end)  # (B, MEMORY + T + 1)
+    at = at.clamp(0, len(corpus.ids) - 1)
+    ids = corpus.ids[at].long().masked_fill(~inside, PAD)
+    here = slice(MEMORY, MEMORY + block_size)
+    pitch = corpus.pitch[at[:, here]].float()
+    if shifts is not None:
+        ids, moves = transpose(ids, shifts, vocab)
+        pitch = pitch + moves[:, here]
+    time = corpus.time[at[:, here]]
+    before = torch.zeros(len(starts), len(vocab.words), device=device)
+    before.scatter_add_(1, ids[:, :MEMORY], inside[:, :MEMORY].float())
+    return Window(
+        idx=ids[:, here],
+        time=(time - time[:, :1]).float(),
+        pitch=pitch,
+        recent=ids[:, MEMORY - RECENT : MEMORY],
+        before=before / MEMORY,
+        targets=ids[:, MEMORY + 1 :].masked_fill(~inside[:, MEMORY + 1 :], IGNORE),
+    )
 
 
 @dataclass
 class Batches:
     """Training batch number i, as a pure function of the seed and i."""
-    ids: Tensor  # (N,) int16, on the training device
+
+    corpus: Corpus
     vocab: Vocabulary
-    options: Options
+    settings: Settings
 
-    def __post_init__(self):
-        self.openings = (self.ids == self.vocab.bos).nonzero()[:, 0].cpu().numpy()  # where pieces begin
+    def starts(self, i: int) -> Tensor:
+        """Where the windows of batch i begin, (B,)."""
+        offsets = self.corpus.offsets.cpu().numpy()
+        train = self.settings.train
+        T = self.settings.model.block_size
+        # Multiples of the golden ratio fill 0 to 1 evenly, so that all music is read equally often
+        # at any time, without a shuffle. The seed moves the starting point.
+        number = np.arange(i * train.batch_size, (i + 1) * train.batch_size)
+        phase = (number * (5**0.5 - 1) / 2 + train.seed * 2**0.5) % 1
+        # A window lies around a token of the corpus, but inside its piece.
+        token = (phase * offsets[-1]).astype(int)
+        piece = np.searchsorted(offsets, token, side="right") - 1
+        begin = offsets[piece]
+        end = offsets[piece + 1]
+        anywhere = np.maximum(begin, np.minimum(token - T // 2, end - 1 - T))
+        opening = offsets[(phase * (len(offsets) - 1)).astype(int)]
+        starts = np.where(number % OPENING_EVERY == 0, opening, anywhere)
+        return torch.from_numpy(starts).to(self.corpus.ids.device)
 
-    def __getitem__(self, i):
-        """This rank's part of batch i: inputs (B / PROCESSES, MEMORY + T) and targets, transposed."""
-        train, T = self.options.train, self.options.model.block_size
-        N, device = len(self.ids), self.ids.device
-        rng, B, most = np.random.default_rng((train.seed, i)), train.batch_size, self.options.data.transpose
-        # Multiples of the golden ratio spread evenly: no music is read again before the rest. Every eighth
-        # window begins a piece, as all that is written does.
-        n = np.arange(i * B, (i + 1) * B)
-        share = ((5**0.5 - 1) / 2 * n + 2**0.5 * train.seed) % 1
-        starts = np.where(n % 8, share * N, self.openings[(share * len(self.openings)).astype(int)])
-        shifts = torch.from_numpy(rng.integers(-most, most + 1, size=B)).to(device)
-        part = slice(RANK * B // PROCESSES, (RANK + 1) * B // PROCESSES)
-        window = (starts[part, None].astype(int) + np.arange(-MEMORY, T + 1)) % N  # goes round
-        ids = self.ids[torch.from_numpy(window).to(device)].long()  # (B, MEMORY + T + 1)
-        ids = transpose_ids(ids, shifts[part], self.vocab)
-        return ids[:, :-1], ids[:, MEMORY + 1 :]
+    def __getitem__(self, i: int) -> Window:
+        """Batch i: --batch-size windows, each transposed at random."""
+        train = self.settings.train
+        most = self.settings.data.transpose
+        rng = np.random.default_rng((train.seed, i))
+        shifts = torch.from_numpy(rng.integers(-most, most + 1, size=train.batch_size))
+        shifts = shifts.to(self.corpus.ids.device)
+        T = self.settings.model.block_size
+        return cut_windows(self.corpus, self.starts(i), T, self.vocab, shifts)
 
 
-def learning_rate(step, config):
+def cut_all_windows(
+    corpus: Corpus, block_size: int, stride: int, vocab: Vocabulary, limit: int | None = None
+) -> Window:
+    """Windows that score every token of each piece once, except BOS; none is transposed.
+
+    stride: tokens from one window to the next; the overlap is read again, as context, and not
+    scored again. limit: at most so many windows, spread evenly over the pieces.
+    """
+    starts = []
+    is_first = []
+    for begin, end in itertools.pairwise(corpus.offsets.tolist()):
+        # A window that begins at s scores up to token s + block_size.
+        of_piece = [*range(begin, max(begin + 1, end - 1 - block_size + stride), stride)]
+        starts += of_piece
+        is_first += [start == begin for start in of_piece]
+    chosen = np.arange(len(starts))
+    if limit is not None and len(starts) > limit:
+        chosen = np.linspace(0, len(starts) - 1, limit).round().astype(int)
+    windows = cut_windows(corpus, torch.tensor(starts, dtype=torch.long)[chosen], block_size, vocab)
+    is_later = ~torch.tensor(is_first, dtype=torch.bool)[chosen]
+    windows.targets[is_later, : block_size - stride] = IGNORE  # the window before scores these
+    return windows
+
+
+def learning_rate(step: int, train: TrainSettings) -> float:
     """The learning rate as a fraction of its peak: linear warmup, linear decay to zero."""
-    fallen = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return min((step + 1) / max(1, config.warmup), 1 - fallen)
+    rising = (step + 1) / max(1, train.warmup)
+    falling = 1 - (step - train.warmup) / max(1, train.steps - train.warmup)
+    return min(rising, falling)
 
 
-def orthogonalize(x):
-    """The matrix of the singular vectors of x with singular values near 1 (Newton-Schulz iteration)."""
+def orthogonalize(x: Tensor) -> Tensor:
+    """The matrix with the singular vectors of x and singular values between 0.7 and 1.2.
+
+    A Newton-Schulz iteration with the coefficients of Jordan et al.: each round maps a singular
+    value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, and five bring all from 0.01 to 1 near 1.
+    """
     if x.size(0) > x.size(1):
         return orthogonalize(x.mT).mT
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm() + 1e-7)  # now no singular value is above 1
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
     return x
 
 
-def make_optimizer(model, config):
-    """AdamW, with a group for each parameter, and in it its "peak" learning rate. Only matrices decay.
+class OrthogonalAdamW(torch.optim.Optimizer):
+    """AdamW; in groups with orthogonal=True the step of a matrix is made orthogonal.
 
-    AdamW moves every weight by about the learning rate, and a matrix sums over its fan-in: so the rate falls
-    with the fan-in (Yang et al.), and one --lr fits every width. By default: 3e-4 x 1536 / 128 = 3.6e-3 for
-    matrices that read 128 numbers, 3.6e-2 for embeddings, 1.35e-2 for norms and recent. In the blocks it
-    only sets the decay: see Trainer.update.
+    AdamW's step of a matrix is strong in a few directions, its large singular values, and weak in
+    all others. An orthogonal step is as strong in every direction. That is the idea of Muon, which
+    does it to the momentum; here it is done to Adam's step, momentum divided by the root of the
+    squared gradients. The step is scaled to a root mean square of the group's learning rate.
+    """
+
+    def __init__(self, groups: list[dict], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
+        defaults = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults | {"orthogonal": False})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Move every weight by its gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                direction = self.adam_direction(p, group)
+                if group["orthogonal"]:
+                    direction = orthogonalize(direction) * max(p.shape) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"])
+
+    def adam_direction(self, p: Tensor, group: dict) -> Tensor:
+        """The step of Adam at a learning rate of 1; also counts this gradient into its moments."""
+        moments = self.state[p]
+        if not moments:
+            moments["step"] = torch.tensor(0.0)
+            moments["exp_avg"] = torch.zeros_like(p)
+            moments["exp_avg_sq"] = torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        moments["step"] += 1
+        moments["exp_avg"].lerp_(p.grad, 1 - beta1)
+        moments["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+        step = moments["step"].item()
+        mean = moments["exp_avg"] / (1 - beta1**step)  # both began at 0: undo that bias
+        mean_square = moments["exp_avg_sq"] / (1 - beta2**step)
+        return mean / (mean_square.sqrt() + group["eps"])
+
+
+def make_optimizer(model: PianoGPT, train: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer, with a group for each parameter; "peak_lr" is its own peak learning rate.
+
+    By default, --lr 3e-4 gives the matrices of the blocks steps of 1.8e-3 (root mean square; 1.1e-3
+    for `contract`), the head 3.6e-3, embedding and memory 3.6e-2, norms and recent 1.35e-2. The
+    matrices of the blocks and the head decay. For plain AdamW, make the last line
+
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+    and leave "orthogonal" out: the rates suit it too.
     """
     groups = []
     for name, p in model.named_parameters():
-        orthogonal = "blocks" in name and p.dim() == 2
-        is_matrix = orthogonal or name == "head"
-        rate = LR_WIDTH / p.size(1) if is_matrix else EMBEDDING_RATE if p.dim() == 2 else REST_RATE
-        groups.append(dict(params=[p], peak=config.lr * rate, weight_decay=config.weight_decay * is_matrix,
-                           orthogonal=orthogonal))
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+        group = {"params": [p], "weight_decay": 0.0, "orthogonal": False}
+        if name.startswith("blocks") and p.dim() == 2:
+            group["orthogonal"] = True
+            group["weight_decay"] = train.weight_decay
+            rate = BLOCK_RATE / p.size(1) ** 0.5
+        elif name == "head.weight":
+            group["weight_decay"] = train.weight_decay
+            rate = HEAD_RATE / p.size(1)
+        elif name in ("embedding.weight", "memory.weight"):
+            rate = EMBEDDING_RATE
+        else:
+            rate = REST_RATE
+        group["peak_lr"] = train.lr * rate
+        groups.append(group)
+    return OrthogonalAdamW(groups)
 
 
 @torch.no_grad()
-def evaluate(model, windows, batch_size=32):
-    """The summed loss, in nats, of windows: inputs (W, MEMORY + T), targets (W, T); in float32."""
-    parts = zip(*(w.to(model.head.device).split(batch_size) for w in windows))
-    return sum(model.loss(*model.embed(x), y).item() for x, y in parts)
+def evaluate(model: PianoGPT, windows: Window, batch_size: int = 32) -> float:
+    """The summed cross-entropy of the targets of windows, in nats; in float32."""
+    device = model.head.weight.device
+    total = 0.0
+    for part in windows.groups_of(batch_size):
+        _, loss = model(part.to(device))
+        total += loss.item()
+    return total
 
 
-def mean_over_ranks(values):
-    """values, averaged over all ranks."""
+def sum_over_ranks(value: Tensor) -> float:
+    """The sum of a number over all processes."""
     if dist.is_initialized():
-        dist.all_reduce(values)
-        values = values / PROCESSES
-    return values
+        dist.all_reduce(value)
+    return value.item()
 
 
-def copy_weights(model):
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's weights on the CPU."""
-    return {k: v.cpu().clone() for k, v in model.state_dict().items()}
+    return {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
 
 
 class Trainer:
-    """A model in training: all that changes with each step, and so is in checkpoints."""
-    KEPT = ("step", "seconds", "history", "losses", "best")
+    """A model in training, with all that changes at each step.
 
-    def __init__(self, model, config, bfloat16=False, compiled=False):
-        self.model, self.config, self.bfloat16, self.device = model, config, bfloat16, model.head.device
-        self.average = copy.deepcopy(model)  # of the weights over about the last tenth of the steps
-        # Only this is compiled. The backward pass of a compiled embedding is not deterministic.
-        self.loss = torch.compile(model.loss) if compiled else model.loss
-        self.optimizer = make_optimizer(model, config)
-        self.step, self.seconds, self.best = 0, 0.0, {}  # the average that validated best
-        self.history, self.losses = [], []  # a row for each validation; the losses since the last
+    history: a row for each validation; losses: those of the steps since the last row
+    average: the weights averaged over about the last tenth of the steps; validation and music use
+        it. best: the average with the lowest validation loss so far.
+    """
 
-    def state(self):
-        """All of the trainer but its settings, for load_state."""
-        average, weights = copy_weights(self.average), copy_weights(self.model)
-        state = {k: vars(self)[k] for k in self.KEPT} | {"average": average, "weights": weights}
-        state["optimizer"] = self.optimizer.state_dict()["state"]
-        return state if self.history else state | {"best": average}
+    def __init__(self, model: PianoGPT, settings: TrainSettings, bfloat16=False, compiled=False):
+        self.model = model
+        self.settings = settings
+        self.bfloat16 = bfloat16
+        self.device = model.head.weight.device
+        self.average = copy.deepcopy(model)
+        self.optimizer = make_optimizer(model, settings)
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict] = []
+        self.losses: list[float] = []
+        self.best: dict[str, Tensor] = {}
+        if compiled:
+            # Only the blocks. The gradient of a compiled embedding is not deterministic.
+            for block in model.blocks:
+                block.compile()
+        self.parallel: nn.Module = model
+        if PROCESSES > 1:
+            self.parallel = DistributedDataParallel(model, broadcast_buffers=False)
 
-    def load_state(self, state):
-        """Continue where another trainer's state() was taken, with the same bits."""
-        vars(self).update({k: state[k] for k in self.KEPT})
-        self.model.load_state_dict(state["weights"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
-
-    def add_gradients(self, idx, targets):
-        """Put the gradient of a batch into .grad; its mean loss, over all ranks."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for x, y in zip(idx.chunk(self.config.accumulate), targets.chunk(self.config.accumulate)):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                loss = self.loss(*self.model.embed(x), y) / targets.numel()
-            loss.backward()
+    def add_gradients(self, batch: Window) -> float:
+        """Put the gradient of the mean loss of a batch into .grad; the mean loss, in nats."""
+        per_rank = len(batch.idx) // PROCESSES
+        mine = batch.rows(slice(RANK * per_rank, (RANK + 1) * per_rank))
+        scored = (batch.targets != IGNORE).sum().item()
+        total = torch.zeros((), device=self.device)  # in float32: MPS has no float64
+        parts = mine.groups_of(per_rank // self.settings.accumulate)
+        for number, part in enumerate(parts, 1):
+            with ExitStack() as stack:
+                if PROCESSES > 1 and number < len(parts):
+                    stack.enter_context(self.parallel.no_sync())  # once for all parts
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                    _, loss = self.parallel(part)
+                # DistributedDataParallel averages the gradients of the processes.
+                (loss * PROCESSES / scored).backward()
             total += loss.detach()
-        for p in self.model.parameters():
-            p.grad = mean_over_ranks(p.grad)
-        return mean_over_ranks(total).item()
+        return sum_over_ranks(total) / scored
 
     @torch.no_grad()
-    def update(self, fraction):
-        """Move the weights, at a fraction of the peak rates, and their averages.
-
-        AdamW's step of a matrix has few strong directions; in the blocks, as in Muon, all become strong.
-        """
-        before, size = [], STEP_SIZE * self.config.lr * fraction
+    def update(self, fraction: float) -> None:
+        """Move the weights, at a fraction of the peak learning rates, and their averages."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * fraction
-            before.append(group["params"][0] * (1 - group["lr"] * group["weight_decay"]))
+            group["lr"] = group["peak_lr"] * fraction
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for group, old in zip(self.optimizer.param_groups, before):
-            if group["orthogonal"]:
-                [p] = group["params"]
-                p.copy_(old + size * max(1, p.size(0) / p.size(1)) ** 0.5 * orthogonalize(p - old))
-        for average, p in zip(self.average.parameters(), self.model.parameters()):
-            average.lerp_(p, 10 / (10 + self.step))
+        newest = AVERAGE_SPEED / (AVERAGE_SPEED + self.step)  # 1 at first
+        for average, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(p, newest)
 
-    def train_step(self, idx, targets):
-        """Learn from one batch; the mean loss in nats. Raises UserError."""
-        loss = self.add_gradients(idx, targets)
+    def train_step(self, batch: Window) -> float:
+        """Learn from one batch; its mean loss in nats. Raises UserError if it is no number."""
+        loss = self.add_gradients(batch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(loss + norm):
-            raise UserError(f"the loss became {loss:g} after {self.step} steps: pass a smaller --lr")
-        self.update(learning_rate(self.step, self.config))
+            what = f"gradient became {norm:g}" if math.isfinite(loss) else f"loss became {loss:g}"
+            raise UserError(f"the {what} after {self.step} steps: pass a smaller --lr")
+        self.update(learning_rate(self.step, self.settings))
         self.step += 1
         self.losses.append(loss)
         return loss
 
-    def best_row(self):
-        """The row of the best validation; where nothing is held out, the last row."""
-        return min(self.history, key=lambda row: row.get("val_loss", 1e9 - row["step"]))
+    def best_row(self) -> dict:
+        """The row of the lowest validation loss; if nothing is held out, the last row."""
+        validated = [row for row in self.history if "val_loss" in row]
+        if not validated:
+            return self.history[-1]
+        return min(validated, key=lambda row: row["val_loss"])
 
-    def validate(self, windows, batches):
-        """Add a row to the history; keep the average if it is the best so far."""
-        row = {"step": self.step, "seconds": self.seconds,
-               "train_loss": sum(self.losses) / max(1, len(self.losses))}
-        text, self.losses = f"training loss {row['train_loss']:.4f}", []
-        if len(windows[0]):
-            total, targets = evaluate(self.average, windows), windows[1]
-            row["val_loss"] = total / (targets != IGNORE).sum().item()
-            row["val_nats_per_note"] = total / max(1, is_in(targets, batches.vocab.pitches).sum().item())
+    def validate(self, windows: Window, vocab: Vocabulary) -> None:
+        """Add a row to the history; keep the averaged weights if they are the best so far."""
+        train_loss = sum(self.losses) / max(1, len(self.losses))
+        row = {"step": self.step, "seconds": self.seconds, "train_loss": train_loss}
+        text = f"training loss {train_loss:.4f}"
+        is_scored = windows.targets != IGNORE
+        scored = windows.targets[is_scored]
+        if len(scored):
+            total = evaluate(self.average, windows)
+            notes = (vocab.says.kind[scored.numpy()] == Kind.PITCH).sum().item()
+            row["val_loss"] = total / len(scored)
+            row["val_nats_per_note"] = total / max(1, notes)
             text += f", validation loss {row['val_loss']:.4f}"
         self.history.append(row)
+        self.losses = []
         if self.best_row() is row:
             self.best = copy_weights(self.average)
-        say(f"step {self.step} of {self.config.steps}: {text}, {self.seconds:.0f} seconds")
+        say(f"step {self.step} of {self.settings.steps}: {text}, {self.seconds:.0f} seconds")
 
-    def run(self, batches, windows, stopped, save):
-        """Train to the last step or until stopped(); save() is called periodically."""
-        pbar = progress(total=self.config.steps, initial=self.step, desc="training", unit="step")
-        every = self.config.save_every
-        saved = clock = time.monotonic()
-        while self.step < self.config.steps:
-            if mean_over_ranks(torch.tensor(float(stopped()), device=self.device)):
+    def train(
+        self,
+        batches: Batches,
+        windows: Window,
+        stopped: Callable[[], bool],
+        save: Callable[[], None],
+    ) -> None:
+        """Train to the last step or until stopped(); save() is called now and then."""
+        pbar = progress_bar(
+            total=self.settings.steps, initial=self.step, desc="training", unit="step"
+        )
+        clock = time.monotonic()
+        saved = clock
+        while self.step < self.settings.steps:
+            if sum_over_ranks(torch.tensor(float(stopped()), device=self.device)) > 0:
                 break
-            loss = self.train_step(*batches[self.step])
-            self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
-            if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                self.validate(windows, batches)
-            pbar.set_postfix_str(f"loss {loss:.3f}", False)
+            loss = self.train_step(batches[self.step])
+            now = time.monotonic()
+            self.seconds += now - clock
+            clock = now
+            if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
+                self.validate(windows, batches.vocab)
+            pbar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             pbar.update()
-            if self.step % every == 0 if every else clock - saved > 120:  # seconds
+            if self.settings.save_every:
+                is_due = self.step % self.settings.save_every == 0
+            else:
+                is_due = clock - saved > SAVE_SECONDS
+            if is_due:
                 save()
                 saved = clock
         pbar.close()
 
 
-# ---- 5. Writing: logits -> legal -> drawn -> a piece
+# ---- 5. Writing: logits -> rules -> an id is drawn -> a piece
 
-LEAST_BARS, MOST_BARS = 8, 24  # new bars after which a piece without a given length may and must end
-CHECK_EVERY = 32  # tokens between checks for finished pieces
-ILLEGAL = -1e9  # logit of an id that may not follow
+LEAST_BARS = 8  # new bars after which a piece without a given length may end
+MOST_BARS = 24  # after so many it must
+KEPT_OF_WINDOW = 1 / 3  # of a full window, what begins the next one; MEMORY counts the rest
+# Not -inf: a softmax over nothing but illegal ids would be undefined. exp(-1e9) is 0.
+ILLEGAL = -1e9
 
 
-def draw(logits, vocab, temperature, rng):
-    """The next ids (B,), drawn from logits (B, V); temperature is for pitches and chords alone."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = logits.softmax(-1)  # (B, V)
-    for span in (vocab.pitches, vocab.harmonies):  # their totals stay
-        p[:, span] = (logits[:, span] / temperature).softmax(-1) * p[:, span].sum(-1, keepdim=True)
-    cumulative = p.cumsum(-1)
-    u = torch.rand(len(logits), 1, generator=rng, device=logits.device)
-    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]  # never one with p = 0
+@dataclass
+class Request:
+    """What is asked of the music, for the rules."""
+
+    vocab: Vocabulary
+    sample: SampleSettings
+    chords: np.ndarray  # (bars, 12) ids of Chord tokens, one for each twelfth of a bar; or empty
+    old_bars: int  # bars of the prompt
+
+    @property
+    def least_bars(self) -> float:
+        """Bars that a piece must have before EOS may end it; with --bars EOS never does."""
+        return math.inf if self.sample.bars else self.old_bars + LEAST_BARS
+
+    @property
+    def most_bars(self) -> int:
+        """After how many bars a piece is over."""
+        return self.sample.bars or self.old_bars + MOST_BARS
+
+
+# Each rule takes the logits of the next ids (B, V), the state of the music and the request, and
+# returns the logits as they should be; it may change them in place. RULES lists them in order.
+
+
+def grammar(logits: Tensor, state: State, request: Request) -> Tensor:
+    """Only what REMI's grammar allows."""
+    illegal = torch.from_numpy(~request.vocab.legal(state))
+    return logits.masked_fill_(illegal, ILLEGAL)
+
+
+def wanted_chords(logits: Tensor, state: State, request: Request) -> Tensor:
+    """The chord that was asked for, before the first note under it, and no other.
+
+    The model decides whether a note or a chord comes now. If so, it is the chord that is due, or
+    if none is, a note: it gets the probability of all notes and chords. Other kinds keep theirs.
+    """
+    if not len(request.chords):
+        return logits
+    vocab = request.vocab
+    bar = np.maximum(0, state.bar - 1 - request.old_bars) % len(request.chords)
+    twelfth = 12 * state.position // state.bar_length
+    wanted = request.chords[bar, twelfth]  # (B,) ids
+    is_due = torch.from_numpy(state.chord != wanted)
+    note_or_chord = torch.cat([logits[:, vocab.pitch_ids], logits[:, vocab.chord_ids]], dim=1)
+    all_of_them = note_or_chord.logsumexp(1)  # (B,)
+    of_notes = logits[:, vocab.pitch_ids].logsumexp(1)
+    logits[:, vocab.pitch_ids] += (all_of_them - of_notes)[:, None]
+    logits[:, vocab.chord_ids] = ILLEGAL
+    logits[is_due, vocab.pitch_ids] = ILLEGAL
+    logits[is_due, torch.from_numpy(wanted)[is_due]] = all_of_them[is_due]
+    return logits
+
+
+def not_yet_the_end(logits: Tensor, state: State, request: Request) -> Tensor:
+    """No EOS before a piece is long enough."""
+    is_too_short = torch.from_numpy(state.bar < request.least_bars)
+    logits[:, request.vocab.eos_id].masked_fill_(is_too_short, ILLEGAL)
+    return logits
+
+
+def temperature(logits: Tensor, state: State, request: Request) -> Tensor:
+    """Pitches and chords drawn more safely (below 1) or wildly; each kind stays as likely."""
+    if request.sample.temperature in (0, 1):
+        return logits
+    for ids in (request.vocab.pitch_ids, request.vocab.chord_ids):
+        if not request.vocab.may_follow[state.kind, ids.start].any():
+            continue
+        of_kind = logits[:, ids]
+        total = of_kind.logsumexp(1, keepdim=True)
+        log_shares = (of_kind / request.sample.temperature).log_softmax(1)
+        torch.add(log_shares, total, out=of_kind)  # of_kind is a view of logits
+    return logits
+
+
+def top_k(logits: Tensor, state: State, request: Request) -> Tensor:
+    """Only the k likeliest ids."""
+    k = request.sample.top_k
+    if k == 0 or k >= logits.size(1):
+        return logits
+    least = logits.topk(k).values[:, -1:]
+    return logits.masked_fill(logits < least, ILLEGAL)
+
+
+def top_p(logits: Tensor, state: State, request: Request) -> Tensor:
+    """Only the likeliest ids that together have probability p: nucleus sampling."""
+    if request.sample.top_p in (0, 1):
+        return logits
+    probability, order = logits.softmax(1).sort(dim=1, descending=True)
+    likelier = probability.cumsum(1) - probability  # the sum of all that are likelier
+    is_cut = torch.zeros_like(logits, dtype=torch.bool)
+    is_cut.scatter_(1, order, likelier >= request.sample.top_p)
+    return logits.masked_fill(is_cut, ILLEGAL)
+
+
+def min_p(logits: Tensor, state: State, request: Request) -> Tensor:
+    """Only ids at least so likely, relative to the likeliest one."""
+    if request.sample.min_p == 0:
+        return logits
+    least = logits.amax(1, keepdim=True) + math.log(request.sample.min_p)
+    return logits.masked_fill(logits < least, ILLEGAL)
+
+
+RULES = [grammar, not_yet_the_end, wanted_chords, temperature, top_k, top_p, min_p]
+
+
+def draw(logits: Tensor, is_greedy: bool, rng: torch.Generator) -> np.ndarray:
+    """The next ids (B,), drawn from logits (B, V); if greedy, the likeliest ones."""
+    if is_greedy:
+        return logits.argmax(1).numpy()
+    # torch.multinomial would draw V random numbers for each piece: a fifth of all writing time.
+    cumulative = logits.softmax(1).cumsum(1)  # (B, V)
+    u = torch.rand(len(logits), 1, generator=rng) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, u, right=True)  # right: no id of probability 0
+    return drawn[:, 0].numpy()
+
+
+class Writing:
+    """B pieces that are being written, token by token."""
+
+    def __init__(self, model: PianoGPT, vocab: Vocabulary, opening: np.ndarray, B: int):
+        """opening (T,): the ids with which all pieces begin, from BOS on."""
+        self.model = model
+        self.vocab = vocab
+        trace = vocab.trace(opening)
+        self.state = State(*(np.repeat(column[-1], B) for column in trace))
+        # What is written so far: an array (B,) for each token.
+        self.ids = [np.repeat(token, B) for token in opening]
+        self.times = [np.repeat(time, B) for time in trace.time]
+        self.pitches = [np.repeat(pitch, B) for pitch in trace.pitch]
+        self.cache = KeyValueCache(model, B)
+        self.window: Window | None = None  # what the model read last: a whole window or one token
+        self.window_start = 0  # number of the token at which the window in the cache begins
+
+    def append(self, ids: np.ndarray) -> None:
+        """Add a token to each piece."""
+        self.state = self.vocab.advance(self.state, ids)
+        self.ids.append(ids)
+        self.times.append(self.state.time)
+        self.pitches.append(self.state.pitch)
+
+    def new_window(self, length: int) -> Window:
+        """The last tokens of each piece, at most `length`."""
+        self.window_start = max(0, len(self.ids) - length)
+        first = max(0, self.window_start - MEMORY)
+        columns = []
+        for rows in (self.ids, self.times, self.pitches):
+            columns.append(torch.from_numpy(np.stack(rows[first:], axis=1)))  # (B, N)
+        B, N = columns[0].shape
+        offsets = torch.arange(B + 1) * N
+        corpus = Corpus(*(column.flatten() for column in columns), offsets)
+        starts = offsets[:-1] + self.window_start - first
+        window = cut_windows(corpus, starts, len(self.ids) - self.window_start, self.vocab)
+        return window._replace(targets=None).to(self.model.head.weight.device)
+
+    def last_token(self) -> Window:
+        """The newest token of each piece, as it continues the window in the cache."""
+        old = self.window
+        time = self.times[-1] - self.times[self.window_start]
+        as_column = torch.from_numpy(np.stack([self.ids[-1], time, self.pitches[-1]]))[:, :, None]
+        idx, time, pitch = as_column.to(old.idx.device)  # 3 x (B, 1)
+        recent = torch.cat([old.recent, old.idx], dim=1)[:, -RECENT:]
+        return Window(idx, time, pitch, recent, old.before)
+
+    def next_logits(self) -> Tensor:
+        """The logits of the next ids, (B, V), on the CPU.
+
+        When the cache is full, the newer part of its window is read again, as a new window.
+        """
+        block_size = self.model.sizes.block_size
+        if self.window is None:
+            self.window = self.new_window(block_size)
+        elif self.cache.length == block_size:
+            self.cache.length = 0
+            self.window = self.new_window(int(block_size * KEPT_OF_WINDOW))
+        else:
+            self.window = self.last_token()
+        logits, _ = self.model(self.window, self.cache)
+        return logits[:, -1].float().cpu()
 
 
 @torch.inference_mode()
-def draw_tokens(model, vocab, config, ids, seed, hold):
-    """Yield ids (B,) that continue ids (B, T); the caller keeps hold (B,) at -inf to forbid EOS."""
-    vocab, size, window = copy.copy(vocab), model.config.block_size, [*F.pad(ids, (MEMORY, 0)).unbind(1)]
-    vocab.says, vocab.follows = model.says, vocab.follows.to(ids.device)
-    asked = torch.from_numpy(parse_chords(config.chords)).to(ids.device) + vocab.chords.start  # (bars, 12)
-    bar = torch.full_like(ids[:, 0], -1)  # number of the bar among the new ones
-    rng, cache = torch.Generator(ids.device).manual_seed(seed), None
-    while True:
-        new = window[-1][:, None]
-        if not cache or cache.length == size:  # First read what fits; when full, the newer third.
-            new = torch.stack(window[-MEMORY - (size // 3 if cache else size) :], 1)
-            cache = Cache(model, new)
-        logits = model(new, cache)[:, -1]  # (B, V)
-        logits[:, vocab.eos].add_(hold)
-        wanted = None
-        if len(asked):
-            bar += window[-1] == vocab.bar
-            twelfth = (12 * cache.now[POSITION] // cache.now[BAR_LENGTH]).long()
-            wanted = asked[bar % len(asked), twelfth]
-        legal = vocab.legal(cache.now, wanted)
-        window.append(draw(torch.where(legal, logits, ILLEGAL), vocab, config.temperature, rng))
-        yield window[-1]
+def generate(
+    model: PianoGPT,
+    vocab: Vocabulary,
+    sample: SampleSettings,
+    seed: int,
+    prompt_ids: np.ndarray | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[np.ndarray]:
+    """New pieces, as ids from BOS on: --num-samples of them, or if stopped() the finished ones.
+
+    prompt_ids: (T,) from BOS on, with which each piece begins. At temperature 0 there is only one
+    piece, because all would be the same.
+    """
+    if prompt_ids is None:
+        opening = np.array([vocab.bos_id])
+        old_bars = 0
+    else:
+        opening = np.append(prompt_ids, vocab.bar_id)  # the continuation begins with a bar line
+        old_bars = int((prompt_ids == vocab.bar_id).sum())
+    chords = parse_chords(sample.chords) + vocab.chord_ids.start
+    request = Request(vocab, sample, chords, old_bars)
+    is_greedy = sample.temperature == 0
+    B = 1 if is_greedy else sample.num_samples
+    writing = Writing(model, vocab, opening, B)
+    rng = torch.Generator().manual_seed(seed)
+    lengths = np.zeros(B, int)  # of the pieces that are over
+    with progress_bar(desc="writing", unit=" tokens", unit_scale=B, leave=False) as pbar:
+        while not lengths.all() and not stopped():
+            logits = writing.next_logits()
+            for rule in RULES:
+                logits = rule(logits, writing.state, request)
+            writing.append(draw(logits, is_greedy, rng))
+            state = writing.state
+            is_running = lengths == 0
+            lengths[is_running & (state.kind == Kind.EOS)] = len(writing.ids)
+            # The Bar token of a bar too many is left out.
+            lengths[is_running & (state.bar > request.most_bars)] = len(writing.ids) - 1
+            pbar.update()
+    pieces = np.stack(writing.ids, axis=1)
+    return [piece[:length] for piece, length in zip(pieces, lengths, strict=True) if length]
 
 
-def find_end(ids, vocab, config):
-    """The length of a finished piece in ids (T,): with EOS or up to its last bar line; None if not over."""
-    ends, bars = ((ids == token).nonzero()[:, 0].tolist() for token in (vocab.eos, vocab.bar))
-    ends = [i + 1 for i in ends[:1]] + bars[config.bars :][:1]
-    return min(ends, default=None)
+@dataclass
+class Prompt:
+    """The music to continue."""
+
+    ids: np.ndarray  # (T,) from BOS on, without EOS
+    exact_tempos: dict[int, float]  # {id of a Tempo token: the tempo in the file, not rounded}
+
+    def last_tempo(self, vocab: Vocabulary) -> float:
+        """The tempo at the end."""
+        return vocab.decode(self.ids, self.exact_tempos).tempos[-1].qpm
 
 
-def generate(model, vocab, config, seed, prompt, stopped=lambda: False):
-    """config.num_samples pieces, or if stopped() the finished ones: lists of ids, the prompt first."""
-    old_bars, open_end = prompt.count(vocab.bar), not config.bars
-    if open_end:
-        config = replace(config, bars=old_bars + MOST_BARS)
-    opening = [vocab.bos, *prompt] + [vocab.bar] * bool(prompt)  # the continuation begins with a bar line
-    ids = torch.tensor([opening] * config.num_samples, device=model.head.device)
-    hold = torch.full((len(ids),), -math.inf, device=ids.device)
-    stream, pieces, ends = draw_tokens(model, vocab, config, ids, seed, hold), [], [None] * len(ids)
-    with progress(desc="writing", unit=" tokens", unit_scale=len(ids), leave=False) as pbar:
-        while None in ends and not stopped():
-            ids = torch.cat([ids, torch.stack(list(itertools.islice(stream, CHECK_EVERY)), 1)], 1)
-            pieces = ids[:, 1:].cpu()
-            ends = [find_end(piece, vocab, config) for piece in pieces]
-            if open_end:  # a piece with a given length ends there, not before
-                hold[(ids == vocab.bar).sum(1) >= old_bars + LEAST_BARS] = 0
-            pbar.update(CHECK_EVERY)
-    return [piece[:end].tolist() for piece, end in zip(pieces, ends) if end]
+@dataclass
+class Sample:
+    """One piece that was written."""
+
+    score: Score  # as it is saved, with its key and chords
+    key: str  # in words
+    bars: int
+    new_ids: np.ndarray  # (T,) what the model wrote, without the prompt
+
+
+def make_sample(
+    ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, sample: SampleSettings
+) -> Sample | None:
+    """A piece of generate(), decoded; None if it has no notes."""
+    old = len(prompt.ids) if prompt else 1  # BOS
+    new_ids = ids[old:]
+    first_tempo = None
+    if sample.continuation_only:
+        ids = np.append(vocab.bos_id, new_ids)
+        first_tempo = prompt.last_tempo(vocab)
+    score = vocab.decode(ids, prompt.exact_tempos if prompt else None, first_tempo)
+    if not score.note_num():
+        return None
+    if sample.tempo:
+        score.tempos = [Tempo(0, sample.tempo)]
+    signature, key = find_key(score)
+    score.key_signatures.append(signature)
+    if prompt and not sample.continuation_only:
+        _, lines = vocab.bar_lines(prompt.ids)
+        score.markers.append(TextMeta(round(lines[-1] * score.tpq), "end of prompt"))
+    for quarter, symbol in vocab.chord_changes(ids):
+        score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
+    return Sample(score, key, int((ids == vocab.bar_id).sum()), new_ids)
 
 
 # ==== You may stop here. Part II: the machinery
 
-# ---- 6. Folder: find, read in worker processes, cache, split, cut into windows
+# ---- 6. Folder: find files, read them in worker processes, cache, join recordings, split
 
-SPLITS = "train", "validation", "test"
-SAME_MUSIC, SAME_KINDS = 24, 8  # recordings of one work share 24 intervals in a row, of 8 kinds
-PIECE_END = 255  # ends the intervals of a piece
-FILE_SECONDS, FILE_MEGABYTES, WORKER_GIGABYTES, DAY = 120, 16, 4, 86_400  # limits of a file
-LONGEST_SILENCE = 8  # empty bars in a row
-
-
-@dataclass
-class Piece:
-    """One file as ids, or why it gave none."""
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # without BOS and EOS
-    notes: int = 0
-    seconds: float = 0.0
-    changes: dict[str, int] = field(default_factory=dict)
-    problem: str = ""
-    content: str = ""  # hash of what was read; none if the problem may pass
-    path: str = ""  # relative to the folder, with forward slashes
-    work: str = ""  # of which this is one recording
-    split: str = ""  # one of SPLITS
+SPLITS = ("train", "validation", "test")
+SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
+SAME_KINDS = 8  # of at least so many different sizes, so that scales and trills do not count
+FILE_SECONDS = 120  # a file of a million notes takes 20
+FILE_MEGABYTES = 16  # the largest piano files have 1
+WORKER_GIGABYTES = 4  # of memory for one file
 
 
-def write_atomically(path, data):
-    """Write a file so that path always holds all of the old bytes or all new ones."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that path always holds all of the old bytes or all of the new ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(f"{path}.tmp")  # what a killed run left is overwritten
+    new = Path(f"{path}.tmp")  # what a killed run left there is overwritten
     try:
         with open(new, "wb") as file:
             file.write(data)
@@ -972,7 +1909,29 @@ def write_atomically(path, data):
         raise OSError(e.errno, e.strerror, str(path)) from None
 
 
-def read_bytes(path):
+def find_files(folder: Path) -> dict[Path, str]:
+    """{path: "size name"} of the MIDI files in a folder, at any depth. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: make it, or name another")
+
+    def say_unlisted(error: OSError) -> None:
+        say(f"{error.filename} cannot be listed: {error.strerror}")
+
+    found = {}
+    for root, folders, names in os.walk(folder, onerror=say_unlisted):
+        for name in folders + names:
+            path = Path(root, name)
+            relative = path.relative_to(folder).as_posix()
+            is_hidden = "/." in f"/{relative}"
+            if path.suffix.lower() in (".mid", ".midi", ".kar") and not is_hidden:
+                size = path.stat().st_size if path.is_file() else 0
+                found[path] = f"{size} {relative}"
+    if not found:
+        raise UserError(f"no MIDI file under {folder}: put some there, or name another")
+    return dict(sorted(found.items()))
+
+
+def read_bytes(path: Path) -> bytes:
     """The bytes of a file of at most FILE_MEGABYTES. Raises UserError."""
     if not path.is_file():
         raise UserError("not a file")
@@ -981,312 +1940,422 @@ def read_bytes(path):
     return path.read_bytes()
 
 
-def parse_midi(data):
-    """The bytes of a MIDI file as a score. Raises UserError or an error of symusic."""
-    if data[:4] != b"MThd":
-        raise UserError("not a MIDI file")
-    if data[12:14] == b"\0\0":
-        raise UserError("no ticks in a quarter note")
-    if data[8:10] == b"\0\2":
-        raise UserError("MIDI format 2, several songs in one file: save each by itself")
-    return Score.from_midi(data)
+def read_file(path: Path, vocab: Vocabulary) -> tuple[Piece, str]:
+    """A file as a piece without a path, and a hash of its content.
 
-
-def count_changes(piano, quantized):
-    """{change: how many} of what the tokens represent differently, beyond the rounding to the grid."""
-    notes, signatures = piano.tracks[0].notes.numpy(), piano.time_signatures.numpy()
-    inside = (notes["pitch"] >= PIANO[0]) & (notes["pitch"] <= PIANO[1])
-    signature = np.searchsorted(signatures["time"], notes["time"], side="right")
-    beats = notes["duration"] / piano.tpq * np.r_[4, signatures["denominator"]][signature] / 4
-    metres, kept = ([(round(8 * t.time / s.tpq), t.numerator, t.denominator) for t in s.time_signatures]
-                    for s in (piano, quantized))  # bar lines are multiples of a sixteenth
-    changed = {new for old, new in itertools.pairwise([(0, 4, 4), *metres]) if old[1:] != new[1:]}
-    return {"notes outside the piano's range dropped": int((~inside).sum()),
-            "repeated notes in one grid position merged": int(inside.sum()) - quantized.note_num(),
-            f"notes longer than {LONGEST_NOTE} beats shortened": int((inside & (beats > LONGEST_NOTE)).sum()),
-            "tempos outside 20 to 300 changed": sum(not 20 <= tempo.qpm <= 300 for tempo in piano.tempos),
-            "time signatures moved or ignored": len(changed - {*kept})}
-
-
-def cut_silence(ids, bar):
-    """ids without the empty bars that follow LONGEST_SILENCE others, and how many those are."""
-    bars = np.split(ids, np.flatnonzero(ids == bar)[1:])
-    silence = itertools.accumulate(bars, lambda n, part: n + 1 if len(part) == 2 else 0, initial=0)
-    kept = [part for part, n in zip(bars, itertools.islice(silence, 1, None)) if n <= LONGEST_SILENCE]
-    return np.concatenate(kept), len(bars) - len(kept)
-
-
-def read_piece(path, vocab):
-    """One file as a piece, without a path."""
+    The hash is empty if the piece has a problem that may pass, as when memory is short.
+    """
     content = ""
     try:
         data = read_bytes(path)
         content = hashlib.sha256(data).hexdigest()
-        piano, changes = make_piano(parse_midi(data))
-        seconds = float(piano.to("second").end())
-        if not (seconds < DAY and piano.end() < DAY * piano.tpq):
-            raise UserError(f"longer than a day, or {DAY:,} quarter notes")
-        quantized = vocab.quantize(piano)
-        ids, cut = cut_silence(np.array(vocab.encode(quantized), np.int16), vocab.bar)
-        changes |= count_changes(piano, quantized) | {"bars of long silences cut": cut}
-        return Piece(ids, quantized.note_num(), seconds, changes, content=content)
+        return read_piece(data, vocab), content
     except UserError as e:
-        problem = str(e)
-    except (OSError, MemoryError) as e:  # may pass
-        problem, content = getattr(e, "strerror", "") or "not enough memory", ""
-    except (*SCORE_LOADING_EXCEPTION, LookupError, ZeroDivisionError, TypeError) as e:
-        problem = f"damaged: {(str(e) or type(e).__name__).splitlines()[0]}"
-    return Piece(problem=problem, content=content)
+        return Piece(problem=str(e)), content
+    except MemoryError:
+        return Piece(problem="not enough memory"), ""
+    except OSError as e:
+        return Piece(problem=e.strerror or str(e)), ""
+    except Exception as e:  # a mistake of this script, which must not look like one of the file
+        raise RuntimeError(f"reading {path} failed") from e
 
 
-def start_worker(vocab):
-    """Give a worker its vocabulary and its limits; it ends on Ctrl-C and with its parent."""
-    torch.set_num_threads(1)  # the others do not survive a fork
-    gc.disable()  # its searches cost a quarter of the time
-    start_worker.vocab, parent = vocab, mp.parent_process()
+worker_vocab: Vocabulary | None = None  # of a worker process
+
+
+def start_worker(vocab: Vocabulary) -> None:
+    """Give a worker process its vocabulary and its limits; it ends on Ctrl-C."""
+    global worker_vocab
+    worker_vocab = vocab
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    if sys.platform == "linux":  # a file that needs more memory than this fails alone
+    if sys.platform == "linux":
         import resource
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + WORKER_GIGABYTES * 2**30,) * 2)
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + WORKER_GIGABYTES * 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def read_in_worker(path):
-    """read_piece in a worker process, which dies if the parser hangs."""
-    alarm = getattr(signal, "alarm", bool)  # Windows has none
-    alarm(FILE_SECONDS)
-    piece = read_piece(path, start_worker.vocab)
-    alarm(0)
-    return piece
+def read_in_worker(path: Path) -> tuple[Piece, str]:
+    """read_file in a worker process."""
+    return read_file(path, worker_vocab)
 
 
-def read_in_workers(paths, vocab, alone=False):
-    """Yield (path, Piece) as they are read; one that crashes or hangs the parser has a problem."""
-    context = mp.get_context("fork" if sys.platform == "linux" else "spawn")
-    cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
-    pool = ProcessPoolExecutor(min(len(cores), len(paths)), context, start_worker, (vocab,))
-    unread = []
-    try:
-        jobs = {pool.submit(read_in_worker, path): path for path in paths}
-        for job in as_completed(jobs):
-            try:
-                yield jobs[job], job.result()
-            except BrokenExecutor:
-                unread.append(jobs[job])
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    if unread and alone:
-        yield paths[0], Piece(problem="crashed or hung the MIDI parser")
-    else:  # a crash breaks a pool: two more read the rest, until the culprit is alone
-        for half in filter(None, (unread[::2], unread[1::2])):
-            yield from read_in_workers(half, vocab, alone=len(half) == 1)
+def read_in_workers(paths: list[Path], vocab: Vocabulary) -> Iterator[tuple[Path, Piece, str]]:
+    """Yield (path, piece, hash) for each path; a file that crashes or hangs its worker says so."""
+    # fork starts a worker in no time, but is not safe on macOS, and Windows has none.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    workers = min(cores, len(paths))
+    with ProcessPool(workers, 0, start_worker, (vocab,), context) as pool:
+        results = pool.map(read_in_worker, paths, timeout=FILE_SECONDS).result()
+        try:
+            for path in paths:
+                try:
+                    piece, content = next(results)
+                    yield path, piece, content
+                except WorkerTimeout:
+                    yield path, Piece(problem="hung the MIDI parser"), ""
+                except ProcessExpired:
+                    yield path, Piece(problem="crashed the MIDI parser"), ""
+        finally:
+            pool.stop()  # also when the caller stops early
 
 
-def find_files(folder):
-    """{path: "size name"} of the MIDI files in a folder."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: make it, or name another")
-    tree = os.walk(folder, onerror=lambda e: say(f"{e.filename} cannot be listed: {e.strerror}"))
-    paths = sorted(Path(root, name) for root, folders, names in tree for name in folders + names)
-    names = {path: path.relative_to(folder).as_posix() for path in paths}
-    found = {path: f"{path.stat().st_size if path.is_file() else 0} {name}" for path, name in names.items()
-             if path.suffix.lower() in (".mid", ".midi", ".kar") and "/." not in f"/{name}"}
-    if not found:
-        raise UserError(f"no MIDI file under {folder}: put some there, or name another")
-    return found
+def cache_folder(cache_dir: str, vocab: Vocabulary) -> Path:
+    """Where pieces are cached that this script and these libraries read with this vocabulary.
+
+    Editing section 2 changes how files are read, and so the folder.
+    """
+    source = Path(__file__).read_text(encoding="utf-8")
+    _, _, rest = source.partition("# ---- 2. Music")
+    music_section, _, _ = rest.partition("# ---- 3. Model")
+    versions = (version("miditok"), version("symusic"))
+    key = repr((music_section, vocab.words, versions))
+    return Path(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
-def read_folder(folder, vocab, cache_dir):
-    """Every MIDI file under folder as a piece, by path; cached by content."""
-    paths, pieces = find_files(folder), {}
-    # All that decides what a file gives; the number counts changes of this script.
-    key = repr((vocab.words, version("miditok"), version("symusic"), 8))
-    cache = Path(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:16])
-    for path in paths:
-        with suppress(Exception):  # not there, damaged, or of another version
-            content = hashlib.sha256(read_bytes(path)).hexdigest()
-            entry = json.loads(gzip.decompress((cache / f"{content}.gz").read_bytes()))  # with a checksum
-            if entry["content"] == content:
-                pieces[path] = Piece(**entry | {"ids": np.array(entry["ids"], np.int16)})
+def save_to_cache(path: Path, piece: Piece, content: str) -> None:
+    """Write a piece to the cache; content: the hash of the file that it was read from."""
+    values = {k: v for k, v in vars(piece).items() if not isinstance(v, np.ndarray)}
+    text = json.dumps(values | {"content": content})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.savez_compressed(
+            file, text=np.array(text), ids=piece.ids, time=piece.time, pitch=piece.pitch
+        )
+
+
+def load_from_cache(path: Path, content: str) -> Piece | None:
+    """What save_to_cache wrote for a file of this content; None if it is missing or damaged."""
+    with suppress(Exception), np.load(path, allow_pickle=False) as arrays:
+        values = json.loads(str(arrays["text"]))
+        if values.pop("content") == content:
+            return Piece(**values, ids=arrays["ids"], time=arrays["time"], pitch=arrays["pitch"])
+    return None
+
+
+def read_folder(folder: Path, vocab: Vocabulary, cache_dir: str) -> list[Piece]:
+    """Every MIDI file under a folder as a piece, by path; cached by content."""
+    paths = list(find_files(folder))
+    cache = cache_folder(cache_dir, vocab) if cache_dir else None
+    pieces: dict[Path, Piece] = {}
+    if cache and cache.is_dir():
+        for path in paths:
+            with suppress(OSError, UserError):
+                content = hashlib.sha256(read_bytes(path)).hexdigest()
+                piece = load_from_cache(cache / f"{content}.npz", content)
+                if piece:
+                    pieces[path] = piece
     new = [path for path in paths if path not in pieces]
-    found = read_in_workers(new, vocab) if new else []
-    for path, piece in progress(found, total=len(new), desc="reading", unit="file"):
-        pieces[path] = piece
-        if cache_dir and piece.content:
-            entry = json.dumps(vars(piece) | {"ids": piece.ids.tolist()})
-            cache.mkdir(parents=True, exist_ok=True)
-            (cache / f"{piece.content}.gz").write_bytes(gzip.compress(entry.encode(), 1))
+    if new:
+        found = read_in_workers(new, vocab)
+        for path, piece, content in progress_bar(
+            found, total=len(new), desc="reading", unit="file"
+        ):
+            pieces[path] = piece
+            if cache and content:
+                save_to_cache(cache / f"{content}.npz", piece, content)
     for path in paths:
         pieces[path].path = path.relative_to(folder).as_posix()
     return [pieces[path] for path in paths]
 
 
-def pitch_intervals(ids, pitches):
-    """The semitones from each note to the next, plus 128; PIECE_END follows the last."""
-    notes = ids[is_in(ids, pitches)].astype(int)
-    return bytes((np.diff(notes) + 128).astype(np.uint8)) + bytes([PIECE_END] * bool(len(notes)))
-
-
-def join_recordings(pieces, pitches):
-    """Give recordings of the same music, in any key, the same work."""
-    found_in = {}  # {passage: the piece where it stood first}
+def read_music(folder: Path, vocab: Vocabulary, cache_dir: str) -> list[Piece]:
+    """The pieces of a folder that have music; says what was skipped and changed."""
+    found = read_folder(folder, vocab, cache_dir)
+    pieces = [piece for piece in found if not piece.problem]
+    skipped = [f"{piece.path} ({piece.problem})" for piece in found if piece.problem]
+    if skipped:
+        say(f"skipped: {count(len(skipped), 'file')}: {'; '.join(skipped)}")
+    if not pieces:
+        raise UserError(
+            f"none of the {len(found)} MIDI files under {folder} holds piano music: try another"
+        )
+    hours = sum(piece.seconds for piece in pieces) / 3600
+    notes = sum(piece.notes for piece in pieces)
+    tokens = sum(len(piece.ids) for piece in pieces)
+    say(
+        f"music: {count(len(pieces), 'file')} under {folder}, {hours:.1f} hours, "
+        f"{notes:,} notes, {tokens:,} tokens"
+    )
+    changes = Counter()
     for piece in pieces:
-        intervals = pitch_intervals(piece.ids, pitches)
+        changes.update(piece.changes)
+    changed = [f"{change}: {number:,}" for change, number in changes.items() if number]
+    if changed:
+        say("changed: " + ", ".join(changed))
+    return pieces
+
+
+def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
+    """Give recordings of the same music, in any key, the same work."""
+    works = {piece.work: piece.work for piece in pieces}  # {work: an equal one with a lower name}
+
+    def lowest(work: str) -> str:
+        while works[work] != work:
+            works[work] = works[works[work]]  # so that the next search is shorter
+            work = works[work]
+        return work
+
+    found_in: dict[bytes, str] = {}  # {passage: the work where it stood first}
+    for piece in pieces:
+        intervals = pitch_intervals(piece.ids, vocab)
         for at in range(len(intervals) - SAME_MUSIC):
             passage = intervals[at : at + SAME_MUSIC]
-            if len(set(passage)) >= SAME_KINDS:  # scales and trills prove nothing
-                works = {piece.work, found_in.setdefault(passage, piece).work}
-                for other in pieces if len(works) > 1 else ():
-                    other.work = min(works) if other.work in works else other.work
-
-
-def split_pieces(pieces, folder, data, pitches):
-    """Set each piece's split: its work's, by MAESTRO's table or folder, else by hash."""
-    table = {path.parent / (row.get("midi_filename") or ""): row.get("split")
-             for path in sorted(folder.rglob("maestro*.csv")) if path.is_file()
-             for row in csv.DictReader(path.read_text(errors="replace").splitlines())}
-    named = defaultdict(set)
+            if len(set(passage)) >= SAME_KINDS:
+                first, second = sorted(
+                    (lowest(piece.work), lowest(found_in.setdefault(passage, piece.work)))
+                )
+                works[second] = first
     for piece in pieces:
-        piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
-    join_recordings(pieces, pitches)
+        piece.work = lowest(piece.work)
+
+
+def read_split_tables(folder: Path) -> dict[Path, str]:
+    """{path: split} of the files that MAESTRO's tables under a folder list."""
+    splits = {}
+    for table in sorted(folder.rglob("maestro*.csv")):
+        if table.is_file():
+            for row in csv.DictReader(table.read_text(errors="replace").splitlines()):
+                splits[table.parent / (row.get("midi_filename") or "")] = row.get("split")
+    return splits
+
+
+def given_splits(pieces: list[Piece], folder: Path) -> dict[str, str]:
+    """{work: split} by MAESTRO's tables and by folders of that name; "" where neither says it.
+
+    A work that is given to two splits is held out.
+    """
+    table = read_split_tables(folder)
+    splits = dict.fromkeys((piece.work for piece in pieces), "")
+    strength = ("", *SPLITS)
     for piece in pieces:
         said = [*Path(piece.path).parts[:-1], table.get(folder / piece.path)]
-        named[piece.work].add(["", *(split for split in said if split in SPLITS)][-1])
-    # A work assigned to both sides is held out entirely.
-    splits = {work: max(names, key=("", *SPLITS).index) for work, names in named.items()}
+        for split in said:
+            if split in SPLITS and strength.index(split) > strength.index(splits[piece.work]):
+                splits[piece.work] = split
+    return splits
+
+
+def hold_out(works: list[str], percent: float) -> list[str]:
+    """The works to validate on, about so many percent; at least one, and not all.
+
+    A hash of its name alone decides about a work, so a new one moves no old one.
+    """
+    numbers = {work: hashlib.sha256(os.fsencode(work)).hexdigest() for work in works}
+    limit = 2**32 * percent / 100
+    below = sum(int(number[:8], 16) < limit for number in numbers.values())
+    least = 1 if percent > 0 else 0
+    by_number = sorted(works, key=numbers.get)
+    return by_number[: min(max(below, least), len(works) - 1)]
+
+
+def split_pieces(pieces: list[Piece], folder: Path, data: DataSettings, vocab: Vocabulary) -> None:
+    """Set the work and the split of each piece."""
+    for piece in pieces:
+        piece.work = Path(piece.path).parent.as_posix() if data.piece_is_folder else piece.path
+    join_recordings(pieces, vocab)
+    splits = given_splits(pieces, folder)
     if "validation" not in splits.values():
-        # By a hash of its name alone: a new work moves no old one.
-        rest = sorted((hashlib.sha256(os.fsencode(work)).hexdigest(), work) for work, split in splits.items()
-                      if split in ("", "train"))
-        held_out = sum(int(number[:8], 16) < 2**32 * data.val_percent / 100 for number, _ in rest)
-        held_out = min(max(held_out, data.val_percent > 0), len(rest) - 1)  # one is left to train on
-        splits |= {work: "validation" for _, work in rest[:held_out]}
+        free = [work for work, split in splits.items() if split in ("", "train")]
+        for work in hold_out(free, data.val_percent):
+            splits[work] = "validation"
     for piece in pieces:
         piece.split = splits[piece.work] or "train"
 
 
-def make_windows(ids, block_size, stride, limit=10**9):
-    """Inputs (W, MEMORY + T), targets (W, T) that score each token but the first once; spread if limited."""
-    ids, missing = torch.from_numpy(ids.astype(np.int64)), block_size + 1 - len(ids)
-    padded = F.pad(ids, (MEMORY, max(missing, missing % stride)), value=IGNORE)
-    windows = padded.unfold(0, MEMORY + block_size + 1, stride)
-    W = len(windows) * (len(ids) > 1)
-    chosen = torch.linspace(0, W - 1, min(W, limit)).round().long().unique()
-    x, y = windows[chosen, :-1].clamp(min=0), windows[chosen, MEMORY + 1 :]
-    y[1:, : block_size - stride] = IGNORE  # the window before scores these
-    return x, y
+# ---- 7. Checkpoint: one file, its log, its lock; names that are free
+
+FORMAT = "pianogpt 11"
+STORED_GROUPS = ("data", "tokens", "model", "train")  # groups of settings in a checkpoint
+LOG_COLUMNS = ("step", "seconds", "train_loss", "val_loss", "val_nats_per_note")
+PROGRESS_KEYS = {"step", "seconds", "history", "losses", "optimizer"}  # see trainer_progress
 
 
-# ---- 7. Files: the checkpoint, its log, its lock, names that are free
+@dataclass
+class Checkpoint:
+    """All that the file of a model holds."""
 
-FORMAT = "pianogpt 10"
-STORED = "data", "music", "model", "train"  # groups of settings in a checkpoint
-ROW = {"step": 0, "seconds": 0.0, "train_loss": 0.0,  # of the history; these only if pieces are held out:
-       "val_loss": 0.0, "val_nats_per_note": 0.0}
+    about: str  # what it started from, what it learned from
+    settings: dict[str, dict]  # those of STORED_GROUPS
+    vocabulary: list[str]  # V words in the order of their ids
+    folder: str  # where the music was
+    files: list[str]  # "size name" of the MIDI files there, to notice changes
+    pieces: list[str]  # names of the pieces it learned from
+    progress: dict = field(default_factory=dict)  # see trainer_progress
+    # "weights/...", "average/...", "best/..." and "optimizer.../...", see trainer_tensors, and
+    # "intervals", the melodic intervals of the pieces, uint8, to find known runs
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.progress["step"]
+
+    @property
+    def can_train(self) -> bool:
+        """Whether it holds what training needs; an exported model does not."""
+        return any(name.startswith("weights/") for name in self.tensors)
+
+    def weights(self, group: str) -> dict[str, Tensor]:
+        """The tensors of a group, by name."""
+        start = f"{group}/"
+        return {
+            name.removeprefix(start): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(start)
+        }
 
 
-def save_checkpoint(path, content):
+def hash_checkpoint(text: str, tensors: dict[str, Tensor]) -> str:
+    """A checksum of all that a checkpoint holds."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, and beside it the whole training log."""
-    file = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, file)
-    write_atomically(path, file.getvalue())
-    log = [ROW, *([row.get(key, "") for key in ROW] for row in content["trainer"]["history"])]
-    write_atomically(Path(f"{path}.csv"), "".join(",".join(map(str, row)) + "\n" for row in log).encode())
+    values = {k: v for k, v in vars(checkpoint).items() if k != "tensors"}
+    text = json.dumps(values)
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+    metadata = {"format": FORMAT, "json": text, "sha256": hash_checkpoint(text, tensors)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    lines = [",".join(LOG_COLUMNS)]
+    for row in checkpoint.progress["history"]:
+        lines.append(",".join(str(row.get(column, "")) for column in LOG_COLUMNS))
+    write_atomically(Path(f"{path}.csv"), "".join(f"{line}\n" for line in lines).encode())
 
 
-def is_like(value, example):
-    """Whether a value has the types, keys and shapes of an example, and finite numbers."""
-    if isinstance(example, dict):
-        return value.keys() == example.keys() and all(is_like(value[key], example[key]) for key in example)
-    if isinstance(example, list):
-        return isinstance(value, list) and all(is_like(part, example[0]) for part in value)
-    if isinstance(example, Tensor):
-        same = (value.shape, value.dtype, value.layout) == (example.shape, example.dtype, example.layout)
-        return same and bool(value.isfinite().all())
-    return type(value) is type(example) and (isinstance(example, str) or math.isfinite(value))
-
-
-def check_content(content):
-    """Raise an error unless a checkpoint is as a run with its settings makes it."""
-    options, intervals, trainer = Options(), content["intervals"], content["trainer"]
-    config = {name: asdict(getattr(options, name)) for name in STORED}
-    for name in STORED:
-        vars(getattr(options, name)).update(content["config"][name])
-    check_options(options)
-    c, V, stored = options.model, len(content["vocabulary"]), sum(w.numel() for w in trainer["best"].values())
-    if c.n_embd * max(V, c.n_layer * c.n_embd) > stored:
-        raise ValueError("its weights do not fit")  # before memory is taken for them
-    best, step, rows = PianoGPT(c, torch.ones(7, V)).state_dict(), trainer["step"], trainer["history"]
-    weights = best if trainer["weights"] else {}  # export leaves them out
-    moments = {i: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w}
-               for i, w in enumerate(weights.values()) if step}
-    state = {"step": 0, "seconds": 0.0, "losses": [0.0], "weights": weights, "average": weights, "best": best,
-             "optimizer": moments, "history": [ROW]}
-    example = {"format": "", "about": "", "config": config, "vocabulary": [""], "folder": "", "files": [""],
-               "pieces": [""], "intervals": torch.empty(len(intervals), dtype=torch.uint8), "trainer": state}
-    fits = is_like(content | {"trainer": trainer | {"history": [ROW | row for row in rows]}}, example)
-    steps = [0, *(row["step"] for row in rows), step + 1]
-    if not fits or steps != sorted(set(steps)) or (intervals == PIECE_END).sum() > len(content["pieces"]):
-        raise ValueError("its parts do not fit")
-
-
-def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU; nothing in the file can run or grow. Raises UserError."""
+def load_checkpoint(path: Path) -> Checkpoint:
+    """What save_checkpoint wrote, on the CPU; nothing in the file can run. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}: name another, or train it first, with --steps N")
+        raise UserError(
+            f"there is no checkpoint {path}: name another, or train it first, with --steps N"
+        )
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4":
+            raise UserError(
+                f"{path} was written by an older version: python tests/convert.py {path} "
+                f"{path.with_suffix('.safetensors')} makes a model of it to generate with"
+            )
     try:
-        with zipfile.ZipFile(path) as file:
-            if sum(part.file_size for part in file.infolist()) > path.stat().st_size or file.testzip():
-                raise ValueError("its parts do not fit")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError("not of this version")
-        content["trainer"]["best"] = {k: v.float() for k, v in content["trainer"]["best"].items()}
-        check_content(content)
-        return content
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError("not of this version")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        text = metadata["json"]
+        if metadata["sha256"] != hash_checkpoint(text, tensors):
+            raise ValueError("its checksum is wrong")
+        checkpoint = Checkpoint(**json.loads(text), tensors=tensors)
+        check_checkpoint(checkpoint)
     except Exception as e:
-        raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({str(e)[:60]})") from None
+        reason = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
+        raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({reason})") from None
+    for name in list(tensors):
+        if name.startswith("best/"):
+            tensors[name] = tensors[name].float()  # exported ones have 16 bits
+    return checkpoint
 
 
-def export_checkpoint(path, content, about):
-    """Write a checkpoint's best weights, in 16 bits, and what generating needs; 0."""
-    if path.exists():
-        raise UserError(f"{path} is there already: name another file")
-    best = {k: v.half() for k, v in content["trainer"]["best"].items()}
-    state = content["trainer"] | {"best": best, "weights": {}, "average": {}, "optimizer": {}, "losses": []}
-    save_checkpoint(path, content | {"about": about or content["about"], "files": [], "trainer": state})
-    say(f"exported: {path}, {path.stat().st_size / 2**20:.1f} MB")
-    return 0
+def stored_settings(checkpoint: Checkpoint) -> Settings:
+    """The settings of a checkpoint; those that it does not hold are the defaults."""
+    settings = Settings()
+    for name in STORED_GROUPS:
+        for key, value in checkpoint.settings[name].items():
+            default = getattr(getattr(settings, name), key)
+            if type(value) is not type(default):
+                raise ValueError(f"{key} is {value!r}")
+            setattr(getattr(settings, name), key, value)
+    return settings
 
 
-def start_from(path, about):
-    """A checkpoint at step 0 with the best weights, sizes and tokens of another."""
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """Raise an error if the parts of a checkpoint do not fit each other."""
+    settings = stored_settings(checkpoint)
+    check_settings(settings)
+    with torch.device("meta"):  # takes no memory
+        model = PianoGPT(settings.model, len(checkpoint.vocabulary), settings.tokens.grid)
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    groups = ["best", "weights", "average"] if checkpoint.can_train else ["best"]
+    for group in groups:
+        found = {name: weight.shape for name, weight in checkpoint.weights(group).items()}
+        if found != expected:
+            raise ValueError(f"its {group} weights do not fit its settings")
+    if checkpoint.progress.keys() != PROGRESS_KEYS:
+        raise ValueError("its progress is incomplete")
+    intervals = checkpoint.tensors["intervals"]
+    if intervals.dtype != torch.uint8 or (intervals == PIECE_END).sum() > len(checkpoint.pieces):
+        raise ValueError("its intervals do not fit its pieces")
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> PianoGPT:
+    """The model of a checkpoint, with the weights that had the lowest validation loss."""
+    settings = stored_settings(checkpoint)
+    model = PianoGPT(settings.model, len(checkpoint.vocabulary), settings.tokens.grid)
+    model.load_state_dict(checkpoint.weights("best"))
+    return model.to(device)
+
+
+def start_from(path: Path) -> Checkpoint:
+    """A checkpoint at step 0 with the best weights, the sizes and the tokens of another."""
     base = load_checkpoint(path)
-    weights = base["trainer"]["best"]
-    state = {"step": 0, "seconds": 0.0, "history": [], "losses": [], "best": {}, "optimizer": {},
-             "weights": weights, "average": weights}
-    config = {"music": base["config"]["music"], "model": base["config"]["model"], "train": FINE_TUNING}
-    return base | {"about": about + base["about"], "config": config, "files": [], "trainer": state}
+    tensors = {"intervals": base.tensors["intervals"]}
+    for name, weight in base.weights("best").items():
+        for group in ("weights", "average", "best"):
+            tensors[f"{group}/{name}"] = weight
+    return replace(
+        base,
+        about=f"started from {path.name}; {base.about}",
+        settings={
+            "tokens": base.settings["tokens"],
+            "model": base.settings["model"],
+            "train": FINE_TUNING,
+        },
+        files=[],
+        progress={"step": 0, "seconds": 0.0, "history": [], "losses": [], "optimizer": ""},
+        tensors=tensors,
+    )
 
 
-def lock_checkpoint(path):
-    """The lock that holds a checkpoint for this run alone."""
+@contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Within it no other run may train the checkpoint at path. Raises UserError if one does."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock", timeout=0)
     try:
-        return FileLock(f"{path}.lock", timeout=0).acquire().lock
+        lock.acquire()
     except Timeout:
-        raise UserError(f"another run is training {path}: wait, or pass another --checkpoint") from None
+        raise UserError(
+            f"another run is training {path}: wait, or pass another --checkpoint"
+        ) from None
+    try:
+        yield
+    finally:
+        if not path.exists():  # nothing was saved: leave no lock file behind
+            with suppress(OSError):  # Windows cannot delete an open file
+                Path(lock.lock_file).unlink()
+        lock.release()
 
 
-def write_new(folder, stem, suffix, data):
-    """Write data to folder/stem-001.suffix, or the first number without a file of any suffix; its path."""
+def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
+    """Write data to folder/stem-001.suffix, or the first number that no file has; the path."""
+    taken = {old.stem for old in folder.iterdir()}
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
-        if all(old.stem != path.stem for old in folder.iterdir()):
-            with suppress(FileExistsError):
-                path.touch(exist_ok=False)  # no other run gets it
+        if path.stem not in taken:
+            try:
+                path.touch(exist_ok=False)  # now no other run gets it
                 break
+            except FileExistsError:
+                continue
     try:
         write_atomically(path, data)
     except BaseException:
@@ -1295,125 +2364,27 @@ def write_new(folder, stem, suffix, data):
     return path
 
 
-def add_texts(data, texts):
-    """The bytes of a MIDI file with one more track, of text events: (tick, text)."""
-    score = Score()
-    score.markers = [TextMeta(*text) for text in texts]
-    track = score.dumps_midi()[14:].replace(b"\xff\6", b"\xff\1")  # symusic writes no texts
-    return data[:10] + (1 + int.from_bytes(data[10:12], "big")).to_bytes(2, "big") + data[12:] + track
+# ---- 8. Runs: train, generate, evaluate, export
 
-
-# ---- 8. Copies and figures
-
-# How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
-KEY_NAMES = "C Db D Eb E F F# G Ab A Bb B".split(), "C C# D Eb E F F# G G# A Bb B".split()
-KEY_PROFILES = ((6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
-                (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17))
-
-
-def longest_known_run(intervals, names, corpus):
-    """How many notes in a row stand in the corpus, intervals of pieces; and in which."""
-    length, found = 0, 0
-    for start in range(len(intervals)):
-        while (end := start + length + 1) < len(intervals) and (at := corpus.find(intervals[start:end])) >= 0:
-            length, found = length + 1, at
-    return (length + 1, names[corpus[:found].count(PIECE_END)]) if length else (0, "")
-
-
-def chord_symbols(ids, vocab):
-    """(quarter note, symbol) of each change of the chord in ids."""
-    now, quarters = vocab.timeline(torch.tensor(ids))
-    found = [(q, CHORDS[int(i) - vocab.chords.start]) for q, i in zip(quarters.tolist(), now[CHORD]) if i > 0]
-    return [new for old, new in itertools.pairwise([(0, ""), *found]) if old[1] != new[1]]
-
-
-def find_key(score):
-    """The key of a piece that has notes, as a key signature and in words (Krumhansl & Schmuckler)."""
-    notes = score.tracks[0].notes.numpy()
-    sounding = np.bincount(notes["pitch"] % 12, notes["duration"], 12)
-    keys = [np.roll(profile, tonic) for profile in KEY_PROFILES for tonic in range(12)]
-    minor, tonic = divmod(int(np.argmax([np.corrcoef(sounding, key)[0, 1] for key in keys])), 12)
-    sharps = (7 * (tonic + 3 * minor) + 5 + minor) % 12 - 5 - minor  # flats are negative
-    return KeySignature(0, sharps, minor), f"{KEY_NAMES[minor][tonic]} {('major', 'minor')[minor]}"
-
-
-# ---- 9. Command line: parse, choose the device, call, print
-
-FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}  # the defaults with --init-from
-
-
-def make_parser():
-    """A flag for each setting; those not given leave no trace."""
-    parser = argparse.ArgumentParser(
-        usage="python pianogpt.py [flags]", description=__doc__.split("\nThe idea:")[0], allow_abbrev=False,
-        exit_on_error=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    for group in fields(Options):
-        config = group.default_factory()
-        section = parser.add_argument_group(f"{group.name}: {config.__doc__.rstrip('.').lower()}")
-        for f in fields(config):
-            kind, text = type(f.default), f.metadata["text"]
-            if kind is bool:
-                section.add_argument(flag(f.name), action="store_true", help=text)
-            else:
-                name = {int: "N", float: "X", str: "TEXT"}[kind]
-                text += f" (default: {f.default})" * (f.default != "")
-                section.add_argument(flag(f.name), type=kind, metavar=name, help=text)
-    return parser
-
-
-def parse(argv):
-    """{setting: value} of a command line. Raises UserError or ArgumentError."""
-    parser = make_parser()
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], parser.format_help().split(), cutoff=0)[0]
-        raise UserError(f"there is no flag {unknown[0]}: do you mean {near}? --help lists all")
-    needs = dict.fromkeys(vars(SampleConfig()), "generate") | {
-        "prompt_bars": "prompt", "continuation_only": "prompt", "about": "export"}
-    for name in vars(given):
-        if (needed := needs.get(name, name)) not in given:
-            raise UserError(f"{flag(name)} does nothing without {flag(needed)}")
-    modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
-    if len(modes) > 1:
-        raise UserError(f"{' and '.join(modes)} cannot be done at once")
-    return vars(given)
-
-
-def make_options(given, checkpoint, training):
-    """The settings in force: the command line's, else the checkpoint's, else the defaults."""
-    options = Options()
-    for name, config in vars(options).items():
-        saved = checkpoint["config"].get(name, {}) if checkpoint else {}
-        for f in fields(config):
-            value = given.get(f.name, saved.get(f.name, f.default))
-            free = f.metadata.get("resumable") if training else f.name in ("steps", "seed")
-            if f.name in saved and not free and value != saved[f.name]:
-                raise UserError(f"the checkpoint has {flag(f.name)} {saved[f.name]}: omit it or pass --fresh")
-            setattr(config, f.name, value)
-    check_options(options)
-    return options
-
-
-def choose_device(name):
-    """The device of that name; auto: the GPU if there is one, else the CPU."""
-    try:
-        if name == "auto":
-            gpu = torch.accelerator.current_accelerator(check_available=True)
-            name = f"{gpu}:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
+# The defaults with --init-from: few steps, at a ninth of the usual rate, keep what was learned.
+FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}
 
 
 @contextmanager
-def catch_signals():
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list."""
+def catch_signals() -> Iterator[list[int]]:
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list; a second one ends all."""
+    caught: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP"):
+        numbers.append(signal.SIGHUP)
+    old = {}
+
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, old[number])  # a second one ends the program
-    caught, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    old = {number: signal.signal(number, catch) for number in numbers}
+        signal.signal(number, old[number])
+
+    for number in numbers:
+        old[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
@@ -1421,214 +2392,388 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-def load_model(checkpoint, vocab, device):
-    """The model of a checkpoint, with the weights that validated best."""
-    model = PianoGPT(ModelConfig(**checkpoint["config"]["model"]), vocab.says)
-    model.load_state_dict(checkpoint["trainer"]["best"])
-    return model.to(device)
+def from_rank_0(call: Callable):
+    """What call() returns on rank 0, for every rank; its UserError or OSError ends them all."""
+    result = None
+    if RANK == 0:
+        try:
+            result = call()
+        except (UserError, OSError) as e:
+            result = e
+    if PROCESSES > 1:
+        box = [result]
+        dist.broadcast_object_list(box)
+        result = box[0]
+    if isinstance(result, (UserError, OSError)):
+        raise result
+    return result
 
 
-def print_block(values):
+def print_block(values: dict) -> None:
     """Print key: value lines that a script can read."""
     for key, value in values.items():
-        say(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
+        say(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
 
 
-def usable_pieces(folder, vocab, cache_dir):
-    """The pieces of a folder that have music; prints what was skipped and changed."""
-    found = read_folder(Path(folder), vocab, cache_dir)
-    pieces, bad = [p for p in found if not p.problem], [p for p in found if p.problem]
-    if bad:
-        say(f"skipped: {count(len(bad), 'file')}: {'; '.join(f'{p.path} ({p.problem})' for p in bad)}")
-    if not pieces:
-        raise UserError(f"none of the {len(found)} MIDI files under {folder} holds piano music: try another")
-    hours, notes = sum(p.seconds for p in pieces) / 3600, sum(p.notes for p in pieces)
-    say(f"music: {count(len(pieces), 'file')} under {folder}, {hours:.1f} hours, {notes:,} notes, "
-        f"{sum(len(p.ids) for p in pieces):,} tokens")
-    changes = sum((Counter(p.changes) for p in pieces), Counter())
-    if changes:
-        say("changed: " + ", ".join(f"{change}: {number:,}" for change, number in changes.items()))
-    return pieces
-
-
-def compare_music(run, given, checkpoint, training):
-    """Say how the folder differs from what a checkpoint learned. Raises UserError."""
-    folder, learned, named = run.midi_dir, checkpoint["folder"], "midi_dir" in given
-    now = then = set(checkpoint["files"])
-    if training or named or folder == learned and Path(folder).is_dir():
-        now = set(find_files(Path(folder)).values())
-    if now != then:
-        new, gone = len(now - then), len(then - now)
-        what = f"{run.checkpoint} learned from {learned}; in {folder} {new} files are new and {gone} gone"
-        more = training and given.get("steps", 0) > checkpoint["config"]["train"]["steps"]
-        if folder != learned and not (named and more):
-            raise UserError(f"{what}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
-        say(what + (": training goes on" if training else ": more --steps or --fresh would use these"))
-
-
-def from_rank_0(call):
-    """What call() gives on rank 0, for every rank; its UserError ends them all."""
-    try:
-        result = [RANK or call()]
-    except UserError as e:
-        result = [e]
-    if PROCESSES > 1:
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], UserError):
-        raise result[0]
-    return result[0]
-
-
-def prepare_data(options, vocab):
-    """Training ids (N,), validation windows, and what the checkpoint keeps beside the trainer."""
-    folder, T = Path(options.run.midi_dir), options.model.block_size
-    files = [*find_files(folder).values()]  # before reading
-    pieces = usable_pieces(folder, vocab, options.run.cache_dir)
-    split_pieces(pieces, folder, options.data, vocab.pitches)
-    works = Counter({p.work: p.split for p in pieces}.values())
-    say(f"split: {count(works.total(), 'work')} ({', '.join(f'{works[s]} {s}' for s in SPLITS)})")
-    seen, held_out = ([p for p in pieces if p.split == split] for split in SPLITS[:2])
-    if not seen:
+def prepare_data(settings: Settings, vocab: Vocabulary) -> tuple[Corpus, Window, Checkpoint]:
+    """The training music, the validation windows, and a checkpoint that has no weights yet."""
+    folder = Path(settings.program.midi_dir)
+    files = list(find_files(folder).values())  # before reading, so that a late file counts as new
+    pieces = read_music(folder, vocab, settings.program.cache_dir)
+    split_pieces(pieces, folder, settings.data, vocab)
+    works = Counter({piece.work: piece.split for piece in pieces}.values())
+    shares = ", ".join(f"{works[split]} {split}" for split in SPLITS)
+    say(f"split: {count(works.total(), 'work')} ({shares})")
+    training = [piece for piece in pieces if piece.split == "train"]
+    held_out = [piece for piece in pieces if piece.split == "validation"]
+    if not training:
         raise UserError(f"no piece under {folder} is left to train on: all are held out")
-    ids, val_ids = (np.concatenate([[], *(np.r_[vocab.bos, p.ids, vocab.eos] for p in side)]).astype(np.int16)
-                    for side in (seen, held_out))
-    intervals = bytearray().join(pitch_intervals(p.ids, vocab.pitches) for p in seen)
-    kept = {"about": "", "config": {name: asdict(getattr(options, name)) for name in STORED},
-            "vocabulary": vocab.words, "folder": str(folder), "files": files,
-            "pieces": [p.path for p in seen],
-            "intervals": torch.frombuffer(intervals, dtype=torch.uint8)}
-    return torch.from_numpy(ids), make_windows(val_ids, T, T, 128), kept
+    T = settings.model.block_size
+    windows = cut_all_windows(make_corpus(held_out), T, T, vocab, LONGEST_VALIDATION)
+    intervals = b"".join(pitch_intervals(piece.ids, vocab) for piece in training)
+    learned = Checkpoint(
+        about="",
+        settings={name: asdict(getattr(settings, name)) for name in STORED_GROUPS},
+        vocabulary=vocab.words,
+        folder=str(folder),
+        files=files,
+        pieces=[piece.path for piece in training],
+        tensors={"intervals": torch.frombuffer(bytearray(intervals), dtype=torch.uint8)},
+    )
+    return make_corpus(training), windows, learned
 
 
-def read_prompt(config, vocab):
-    """The ids of the prompt up to a bar line, where sounding notes end; vocab gets its tempos."""
-    path = Path(config.prompt)
-    [(_, piece)] = read_in_workers([path], vocab)
-    if piece.problem:
-        raise UserError(f"{path} cannot be continued ({piece.problem}): pass another --prompt")
-    ids = piece.ids.tolist()
-    for tempo in parse_midi(path.read_bytes()).tempos:  # a continuation keeps them exactly
-        vocab.says[TEMPO, vocab.tempo_id(tempo.qpm)] = tempo.qpm
-    at = vocab.bar_lines(torch.tensor(ids))[0].tolist()
-    bars = config.prompt_bars or len(at)
-    if bars > len(at):
-        raise UserError(f"{path} is only {count(len(at), 'bar')}: ask for less")
-    if 0 < config.bars <= bars:
-        raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
-    score = vocab.decode(ids[: [*at, len(ids)][bars]])
-    if not score.note_num():
-        raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
-    ids = vocab.encode(vocab.quantize(score))
-    signature = next(i for i in reversed(ids) if vocab.words[i].startswith("TimeSig"))
-    ids += [vocab.bar, signature] * (bars - ids.count(vocab.bar))  # silent bars count
-    return ids
+def make_trainer(settings: Settings, vocab: Vocabulary, device: torch.device) -> Trainer:
+    """A new trainer. Raises UserError if the model does not fit into memory."""
+    torch.manual_seed(settings.train.seed)
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()  # few CPUs gain by it
+    bfloat16 = has_bfloat16 and not settings.program.float32
+    with training_errors():
+        model = PianoGPT(settings.model, len(vocab.words), vocab.grid).to(device)
+        return Trainer(model, settings.train, bfloat16, settings.program.compile)
 
 
-def write_sample(ids, old, config, origin, vocab, known):
-    """Write a piece, its first `old` ids the prompt, with origin, key and chords; whether it has notes."""
-    shown = ids[old:] if config.continuation_only else ids
-    score = vocab.decode(shown, config.tempo)
-    if not score.note_num():
-        say(f"piece {origin['piece']} has no notes and is left out: train longer")
-        return False
-    signature, key = find_key(score)
-    score.key_signatures.append(signature)
-    if old and not config.continuation_only:
-        end = vocab.bar_lines(torch.tensor(ids[:old]))[1][-1].item()
-        score.markers.append(TextMeta(round(end * score.tpq), "end of prompt"))
-    texts = [(0, f"PianoGPT {json.dumps(origin | {'key': key})}")]
-    texts += [(round(quarter * score.tpq), symbol) for quarter, symbol in chord_symbols(shown, vocab)]
-    path = write_new(Path(config.samples_dir), "sample", ".mid", add_texts(score.dumps_midi(), texts))
-    run, name = longest_known_run(pitch_intervals(np.array(ids[old:]), vocab.pitches), *known)
-    bars, seconds = shown.count(vocab.bar), score.to("second").end()
-    say(f"sample: {count(bars, 'bar')}, {key}, {count(score.note_num(), 'note')}, {seconds:.1f} seconds, "
-        f"longest known run {count(run, 'note')}{f' ({name})' * bool(name)}, {path}")
-    return True
-
-
-def make_trainer(options, checkpoint, kept, vocab, device):
-    """A new trainer, or one where a checkpoint left off; then `kept` gets what was learned before."""
-    c, V, parts = options.model, len(vocab.words), PROCESSES * options.train.accumulate
-    weights = 3 * V * c.n_embd + 12 * c.n_layer * c.n_embd**2  # kept seven times: gradient, moments, copies
-    activations = options.train.batch_size // parts * c.block_size * (24 * c.n_layer * c.n_embd + 3 * V)
+@contextmanager
+def training_errors() -> Iterator[None]:
+    """Within it what cannot be computed on this machine is a UserError that says what to do."""
     try:
-        torch.empty(7 * weights + activations, device=device)  # asks for it, and gives it back
-    except RuntimeError:
-        needed = f"{(7 * weights + activations) / 2**28:,.0f} GB"
-        raise UserError(f"training needs about {needed}: pass --accumulate N, or smaller sizes") from None
-    torch.manual_seed(options.train.seed)
-    model = PianoGPT(options.model, vocab.says).to(device)
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()  # few CPUs are faster in it
-    bfloat16 = fast and not options.run.float32
-    trainer = Trainer(model, options.train, bfloat16, options.run.compile)
+        yield
+    except torch._dynamo.exc.TorchDynamoException:
+        raise UserError("torch.compile does not work here: leave out --compile") from None
+    except RuntimeError as e:
+        # A GPU has an error of its own for this; a CPU has only its text.
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            raise UserError(
+                "there is not enough memory: pass --accumulate N, or smaller sizes"
+            ) from None
+        raise
+
+
+def trainer_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """The tensors of a trainer: "weights/...", "average/...", "best/...", "optimizer.../..."."""
+    groups = {"weights": copy_weights(trainer.model), "average": copy_weights(trainer.average)}
+    groups["best"] = trainer.best if trainer.history else copy_weights(trainer.average)
+    names = [name for name, _ in trainer.model.named_parameters()]
+    for number, state in trainer.optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            groups.setdefault(f"optimizer.{key}", {})[names[number]] = value.cpu()
+    tensors = {}
+    for group, weights in groups.items():
+        for name, weight in weights.items():
+            tensors[f"{group}/{name}"] = weight
+    return tensors
+
+
+def trainer_progress(trainer: Trainer) -> dict:
+    """All else that changes in a trainer, as plain values."""
+    return {
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "history": trainer.history,
+        "losses": trainer.losses,
+        "optimizer": type(trainer.optimizer).__name__,
+    }
+
+
+def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Continue where another trainer was saved, bit for bit.
+
+    Raises UserError if that one had another optimizer.
+    """
+    progress = checkpoint.progress
+    used = type(trainer.optimizer).__name__
+    if progress["optimizer"] not in (used, ""):
+        raise UserError(
+            f"the checkpoint was trained by {progress['optimizer']}, not {used}: pass --fresh, or "
+            "--init-from it with another --checkpoint"
+        )
+    trainer.model.load_state_dict(checkpoint.weights("weights"))
+    trainer.average.load_state_dict(checkpoint.weights("average"))
+    trainer.best = checkpoint.weights("best")
+    names = [name for name, _ in trainer.model.named_parameters()]
+    state: dict[int, dict] = defaultdict(dict)
+    for key, value in checkpoint.tensors.items():
+        group, _, name = key.partition("/")
+        if group.startswith("optimizer."):
+            state[names.index(name)][group.removeprefix("optimizer.")] = value
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": dict(state)})
+    trainer.step = progress["step"]
+    trainer.seconds = progress["seconds"]
+    trainer.history = progress["history"]
+    trainer.losses = progress["losses"]
+
+
+def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint) -> None:
+    """Let a new trainer go on from a checkpoint; what that learned from joins `learned`."""
+    resume(trainer, checkpoint)
+    learned.about = checkpoint.about
+    if checkpoint.files == learned.files:
+        learned.pieces = checkpoint.pieces  # also what it learned from earlier
+        learned.tensors["intervals"] = checkpoint.tensors["intervals"]
+        return
+    learned.pieces += checkpoint.pieces
+    both = [learned.tensors["intervals"], checkpoint.tensors["intervals"]]
+    learned.tensors["intervals"] = torch.cat(both)
+    for row in trainer.history:  # losses on other held-out music do not compare
+        row.pop("val_loss", None)
+        row.pop("val_nats_per_note", None)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint and its log to a name that is free."""
+    old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
+    path.unlink()
+    log = Path(f"{path}.csv")
+    if log.exists():
+        log.rename(f"{old}.csv")
+    say(f"kept the old checkpoint as {old}")
+
+
+def describe_model(trainer: Trainer, settings: Settings) -> str:
+    """Size, precision and device of a model, and how it is trained."""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    words = [f"{parameters:,} parameters", "bfloat16" if trainer.bfloat16 else "float32"]
+    if settings.program.compile:
+        words.append("compiled")
+    words[-1] += f" on {trainer.device}"
+    if PROCESSES > 1:
+        words[-1] += f" in {PROCESSES} processes"
+    if trainer.step:
+        words.append(f"from step {trainer.step} on")
+    return f"model: {', '.join(words)}; Ctrl-C saves and stops"
+
+
+def save_run(path: Path, learned: Checkpoint, trainer: Trainer, is_last: bool) -> None:
+    """Save a trainer with what it learned from, on rank 0.
+
+    If that fails, say so and go on; the last time raise OSError, unless only the log failed.
+    """
+    if RANK != 0:
+        return
+    tensors = learned.tensors | trainer_tensors(trainer)
+    try:
+        save_checkpoint(path, replace(learned, progress=trainer_progress(trainer), tensors=tensors))
+    except OSError as e:
+        if is_last and e.filename == str(path):
+            raise
+        say(f"cannot save {e.filename} ({e.strerror}): training goes on")
+
+
+def train_model(
+    settings: Settings, checkpoint: Checkpoint | None, vocab: Vocabulary, device: torch.device
+) -> int:
+    """Train and save a model; 0, or 128 + the number of the signal that stopped it."""
+    path = Path(settings.program.checkpoint)
+    corpus, windows, learned = from_rank_0(lambda: prepare_data(settings, vocab))
+    batches = Batches(corpus.to(device), vocab, settings)
+    trainer = make_trainer(settings, vocab, device)
     if checkpoint:
-        trainer.load_state(checkpoint["trainer"])
-        kept["about"] = checkpoint["about"]
-        if checkpoint["files"] != kept["files"]:
-            trainer.history = [{k: v for k, v in row.items() if "val" not in k} for row in trainer.history]
-            kept["pieces"] += checkpoint["pieces"]
-            kept["intervals"] = torch.cat([kept["intervals"], checkpoint["intervals"]])
-    return trainer
+        continue_from(checkpoint, trainer, learned)
+    if settings.program.fresh and path.exists() and RANK == 0:
+        set_aside(path)
+    say(describe_model(trainer, settings))
 
-
-def run_training(options, checkpoint, vocab, device):
-    """Train and save a model; 0 or 128 + the signal that stopped it."""
-    path, train = Path(options.run.checkpoint), options.train
-    ids, windows, kept = from_rank_0(lambda: prepare_data(options, vocab))
-    batches = Batches(ids.to(device), vocab, options)
-    trainer = make_trainer(options, checkpoint, kept, vocab, device)
-    if options.run.fresh and path.exists() and not RANK:
-        old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
-        path.unlink()
-        os.path.exists(f"{path}.csv") and os.rename(f"{path}.csv", f"{old}.csv")
-        say(f"kept the old checkpoint as {old}")
-    parameters = f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters"
-    how = ("float32", "bfloat16")[trainer.bfloat16] + ", compiled" * options.run.compile
-    say(f"model: {parameters}, {how} on {device}{f' in {PROCESSES} processes' * (PROCESSES > 1)}"
-        f"{f', from step {trainer.step} on' * bool(trainer.step)}, peak learning rate {train.lr:g} at width "
-        f"{LR_WIDTH}, scaled by fan-in; Ctrl-C saves and stops")
-
-    def save(last=False):
-        try:
-            RANK or save_checkpoint(path, kept | {"trainer": trainer.state()})
-        except OSError as e:
-            if last and e.filename == str(path):  # its log alone may fail
-                raise
-            say(f"cannot save {e.filename} ({e.strerror}): training goes on")
+    def save_and_go_on() -> None:
+        save_run(path, learned, trainer, is_last=False)
 
     with catch_signals() as caught:
-        try:
-            trainer.run(batches, windows, lambda: bool(caught), save)
-        except Exception as e:
-            isinstance(e, UserError) or save()
-            if isinstance(e, torch._dynamo.exc.TorchDynamoException):
-                raise UserError("torch.compile does not work here: leave out --compile") from None
-            raise
-        save(last=True)
-    if trainer.step < train.steps:
-        say(f"stopped at step {trainer.step}, saved {path}: the same command continues, without --generate")
-        return 128 + (caught or [signal.SIGTERM])[0]
-    best = {key: value for key, value in trainer.best_row().items() if "val" in key}
+        with training_errors():
+            trainer.train(batches, windows, lambda: bool(caught), save_and_go_on)
+        save_run(path, learned, trainer, is_last=True)
+    if trainer.step < settings.train.steps:
+        say(
+            f"stopped at step {trainer.step}, saved {path}: the same command continues, "
+            "without --generate"
+        )
+        return 128 + (caught[0] if caught else signal.SIGTERM)  # or another rank was stopped
+    best = {key: value for key, value in trainer.best_row().items() if key.startswith("val")}
     print_block(trainer.history[-1] | best | {"checkpoint": path})
     return 0
 
 
-def run_evaluation(options, checkpoint, vocab, device):
-    """Print the loss of a checkpoint on a folder; 0."""
-    model, T = load_model(checkpoint, vocab, device), options.model.block_size
-    pieces = usable_pieces(options.run.evaluate, vocab, options.run.cache_dir)
-    learned = checkpoint["intervals"].numpy().tobytes()
-    known = sum(pitch_intervals(p.ids, vocab.pitches) in learned for p in pieces)
-    loss, tokens, notes = 0.0, sum(len(p.ids) + 1 for p in pieces), sum(p.notes for p in pieces)
-    for piece in progress(pieces, desc="evaluating", unit="piece"):
-        loss += evaluate(model, make_windows(np.r_[vocab.bos, piece.ids, vocab.eos], T, stride=T // 2))
-    print_block({"pieces": len(pieces), "known": known, "tokens": tokens, "notes": notes,
-                 "nats_per_token": loss / tokens, "nats_per_note": loss / notes})
+def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
+    """The prompt up to a bar line, where sounding notes end. Raises UserError."""
+    path = Path(sample.prompt)
+    [(_, piece, _)] = read_in_workers([path], vocab)
+    if piece.problem:
+        raise UserError(f"{path} cannot be continued ({piece.problem}): pass another --prompt")
+    ids = piece.ids[:-1]  # without EOS
+    starts, _ = vocab.bar_lines(ids)
+    bars = sample.prompt_bars or len(starts)
+    if bars > len(starts):
+        raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
+    if 0 < sample.bars <= bars:
+        raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
+    end = starts[bars] if bars < len(starts) else len(ids)
+    score = vocab.decode(ids[:end])
+    if not score.note_num():
+        raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
+    ids = vocab.encode(vocab.quantize(score))
+    [signatures] = np.nonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
+    silent_bar = [vocab.bar_id, ids[signatures[-1]]]
+    missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
+    ids = np.append(ids, silent_bar * missing).astype(np.int16)
+    exact = {vocab.tempo_id(t.qpm): t.qpm for t in parse_midi(path.read_bytes()).tempos}
+    return Prompt(ids, exact)
+
+
+def write_sample(
+    sample: Sample,
+    settings: SampleSettings,
+    origin: dict,
+    checkpoint: Checkpoint,
+    vocab: Vocabulary,
+) -> None:
+    """Save a piece with a text that says what made it, and print a line about it."""
+    text = json.dumps(origin | {"key": sample.key})
+    sample.score.markers.insert(0, TextMeta(0, f"PianoGPT {text}"))
+    data = sample.score.dumps_midi()
+    path = write_new(Path(settings.samples_dir), "sample", ".mid", data)
+    intervals = pitch_intervals(sample.new_ids, vocab)
+    corpus = checkpoint.tensors["intervals"].numpy().tobytes()
+    length, name = longest_known_run(intervals, checkpoint.pieces, corpus)
+    known = f"longest known run {count(length, 'note')}"
+    if name:
+        known += f" ({name})"
+    seconds = sample.score.to("second").end()
+    say(
+        f"sample: {count(sample.bars, 'bar')}, {sample.key}, "
+        f"{count(sample.score.note_num(), 'note')}, {seconds:.1f} seconds, {known}, {path}"
+    )
+
+
+def write_music(
+    settings: Settings, given: dict, vocab: Vocabulary, device: torch.device, prompt: Prompt | None
+) -> int:
+    """Write the samples; 0, or 128 + the signal that stopped it. UserError if none has notes."""
+    checkpoint = load_checkpoint(Path(settings.program.checkpoint))
+    about = f" ({checkpoint.about})" if checkpoint.about else ""
+    say(
+        f"written by: {settings.program.checkpoint}, step {checkpoint.step} of "
+        f"{checkpoint.settings['train']['steps']}, trained on {checkpoint.folder}{about}"
+    )
+    seed = settings.train.seed
+    if "seed" not in given:
+        seed = int(np.random.default_rng().integers(10**6))
+        say(f"seed: {seed}; with this --seed the pieces come again")
+    if settings.sample.temperature == 0 and settings.sample.num_samples > 1:
+        say("temperature 0: all pieces would be the same, so there is one")
+    origin = asdict(settings.sample) | {"prompt": Path(settings.sample.prompt).name}
+    del origin["samples_dir"]
+    origin |= {"seed": seed, "step": checkpoint.step}
+    model = load_model(checkpoint, device)
+    ids = prompt.ids if prompt else None
+    written = 0
+    with catch_signals() as caught:
+        pieces = generate(model, vocab, settings.sample, seed, ids, lambda: bool(caught))
+        for number, piece in enumerate(pieces, 1):
+            sample = make_sample(piece, prompt, vocab, settings.sample)
+            if sample is None:
+                say(f"piece {number} has no notes and is left out: train longer")
+                continue
+            write_sample(sample, settings.sample, origin | {"piece": number}, checkpoint, vocab)
+            written += 1
+    if caught:
+        say(f"stopped: {written} of {settings.sample.num_samples} pieces were finished")
+        return 128 + caught[0]
+    if not written:
+        raise UserError("no piece has notes: train longer")
     return 0
 
 
-def open_checkpoint(path, given, run, stack):
-    """The checkpoint, if there is one, and whether to train; then the stack holds its lock.
+def evaluate_folder(
+    settings: Settings, checkpoint: Checkpoint, vocab: Vocabulary, device: torch.device
+) -> int:
+    """Print the loss of a checkpoint on a folder; 0."""
+    model = load_model(checkpoint, device)
+    pieces = read_music(Path(settings.program.evaluate), vocab, settings.program.cache_dir)
+    learned = checkpoint.tensors["intervals"].numpy().tobytes()
+    known = sum(pitch_intervals(piece.ids, vocab) in learned for piece in pieces)
+    T = settings.model.block_size
+    loss = 0.0
+    tokens = 0
+    for piece in progress_bar(pieces, desc="evaluating", unit="piece"):
+        # The overlap of half a window is context for the next one.
+        loss += evaluate(model, cut_all_windows(make_corpus([piece]), T, T // 2, vocab))
+        tokens += len(piece.ids) - 1  # BOS is given
+    notes = sum(piece.notes for piece in pieces)
+    print_block(
+        {
+            "pieces": len(pieces),
+            "known": known,
+            "tokens": tokens,
+            "notes": notes,
+            "nats_per_token": loss / tokens,
+            "nats_per_note": loss / notes,
+        }
+    )
+    return 0
+
+
+def export_model(path: Path, checkpoint: Checkpoint, about: str) -> int:
+    """Write the best weights of a checkpoint, in 16 bits, and what generating needs; 0."""
+    if path.exists():
+        raise UserError(f"{path} is there already: name another file")
+    tensors = {"intervals": checkpoint.tensors["intervals"]}
+    for name, weight in checkpoint.weights("best").items():
+        tensors[f"best/{name}"] = weight.half()
+    exported = replace(checkpoint, about=about or checkpoint.about, files=[], tensors=tensors)
+    save_checkpoint(path, exported)
+    say(f"exported: {path}, {path.stat().st_size / 2**20:.1f} MB")
+    return 0
+
+
+def compare_music(
+    program: ProgramSettings, given: dict, checkpoint: Checkpoint, training: bool
+) -> None:
+    """Say how the folder differs from what a checkpoint learned. Raises UserError."""
+    if not checkpoint.files:  # an exported model does not know them
+        return
+    folder = program.midi_dir
+    learned = checkpoint.folder
+    is_named = "midi_dir" in given
+    is_the_same = folder == learned and Path(folder).is_dir()
+    if not (training or is_named or is_the_same):
+        return
+    now = set(find_files(Path(folder)).values())
+    then = set(checkpoint.files)
+    if now == then:
+        return
+    text = (
+        f"{program.checkpoint} learned from {learned}; in {folder} {len(now - then)} files are new "
+        f"and {len(then - now)} gone"
+    )
+    old_steps = checkpoint.settings["train"].get("steps", TrainSettings.steps)
+    trains_further = training and given.get("steps", 0) > old_steps
+    if folder != learned and not (is_named and trains_further):
+        raise UserError(f"{text}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
+    say(f"{text}: {'training goes on' if training else 'more --steps or --fresh would use these'}")
+
+
+def open_checkpoint(
+    path: Path, given: dict, program: ProgramSettings, stack: ExitStack
+) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint, if there is one, and whether to train it; then the stack holds its lock.
 
                               no checkpoint      unfinished     finished
         no mode               train              train on       say that it is finished
@@ -1636,110 +2781,215 @@ def open_checkpoint(path, given, run, stack):
         with --steps N        train to N         train on to N  train on to N
         --evaluate, --export  an error           as it is       as it is
 
-    With --fresh there is none. One that is named must be there to generate, unless its music is named too.
+    With --fresh there is none. One that is named must be there to generate, unless its music is
+    named too.
     """
-    there = path.exists() or "checkpoint" in given and "midi_dir" not in given
-    if run.evaluate or run.export or run.generate and there and not (run.fresh or "steps" in given):
+    must_exist = "checkpoint" in given and "midi_dir" not in given
+    may_train = program.fresh or "steps" in given
+    only_write = program.generate and not may_train and (path.exists() or must_exist)
+    if program.evaluate or program.export or only_write:
         return load_checkpoint(path), False
-    lock = lock_checkpoint(path)
-    stack.callback(lambda: (path.exists() or Path(lock.lock_file).unlink(missing_ok=True), lock.release()))
-    about = f"started from {Path(run.init_from).name}; " * bool(run.init_from)
-    if run.fresh or not path.exists():
-        return start_from(Path(run.init_from), about) if run.init_from else None, True
+    stack.enter_context(hold_lock(path))
+    if program.fresh or not path.exists():
+        return (start_from(Path(program.init_from)) if program.init_from else None), True
     checkpoint = load_checkpoint(path)
-    if not checkpoint["about"].startswith(about):
-        raise UserError(f"{path} did not start from {run.init_from}: pass another --checkpoint, or --fresh")
-    if not checkpoint["trainer"]["weights"]:
-        raise UserError(f"{path} was exported: pass --init-from {path} and another --checkpoint to train it")
-    steps = given.get("steps", checkpoint["config"]["train"]["steps"])
-    return checkpoint, checkpoint["trainer"]["step"] < steps
+    started = f"started from {Path(program.init_from).name}; "
+    if program.init_from and not checkpoint.about.startswith(started):
+        raise UserError(
+            f"{path} did not start from {program.init_from}: pass another --checkpoint, or --fresh"
+        )
+    if not checkpoint.can_train:
+        raise UserError(
+            f"{path} was exported: pass --init-from {path} and another --checkpoint to train it"
+        )
+    steps = given.get("steps", checkpoint.settings["train"]["steps"])
+    return checkpoint, checkpoint.step < steps
 
 
-def run_generation(options, given, vocab, device, prompt):
-    """Write the samples; 0 or 128 + the signal that stopped it. Raises UserError if none has notes."""
-    checkpoint, config = load_checkpoint(Path(options.run.checkpoint)), options.sample
-    step, about = checkpoint["trainer"]["step"], checkpoint["about"]
-    say(f"written by: {options.run.checkpoint}, step {step} of {checkpoint['config']['train']['steps']}, "
-        f"trained on {checkpoint['folder']}{f' ({about})' * bool(about)}")
-    if "seed" not in given:
-        options.train.seed = int(np.random.default_rng().integers(10**6))
-        say(f"seed: {options.train.seed}; with this --seed the pieces come again")
-    model, origin = load_model(checkpoint, vocab, device), asdict(config) | {"samples_dir": ""}
-    origin |= {"prompt": Path(config.prompt).name, "seed": options.train.seed, "step": step}
-    known = checkpoint["pieces"], checkpoint["intervals"].numpy().tobytes()
-    with catch_signals() as caught:
-        pieces = generate(model, vocab, config, options.train.seed, prompt, lambda: bool(caught))
-        written = sum(write_sample(ids, len(prompt), config, origin | {"piece": n}, vocab, known)
-                      for n, ids in enumerate(pieces, 1))
-    if caught:
-        say(f"stopped: {written} of {config.num_samples} pieces were finished")
-    elif not written:
-        raise UserError("no piece has notes: train longer")
-    return 128 + caught[0] if caught else 0
+def find_music(program: ProgramSettings, given: dict) -> None:
+    """If my_midis/ is not here, take the one beside the script."""
+    beside = Path(__file__).parent / program.midi_dir
+    if "midi_dir" not in given and not Path(program.midi_dir).exists() and beside.is_dir():
+        program.midi_dir = str(beside)
 
 
-def check_plan(options, given, checkpoint, training, vocab):
-    """Find what is missing before the work begins; the prompt's ids. Raises UserError."""
-    beside, sample = Path(__file__).parent / options.run.midi_dir, options.sample
-    if "midi_dir" not in given and not Path(options.run.midi_dir).exists() and beside.is_dir():
-        options.run.midi_dir = str(beside)
-    if checkpoint and checkpoint["files"]:  # those of an exported model are not known
-        from_rank_0(lambda: compare_music(options.run, given, checkpoint, training))
-    parse_chords(sample.chords)
-    prompt = read_prompt(sample, vocab) if sample.prompt and not RANK else []
-    if options.run.generate:
-        Path(sample.samples_dir).mkdir(parents=True, exist_ok=True)
-        if not os.access(sample.samples_dir, os.W_OK):
-            raise UserError(f"{sample.samples_dir} cannot be written to: pass another --samples-dir")
-    return prompt
+def check_samples_folder(folder: Path) -> None:
+    """Make the folder for samples. Raises UserError, or OSError, if it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: pass another --samples-dir")
 
 
-def run(argv, stack):
+def train_and_write(
+    settings: Settings,
+    given: dict,
+    checkpoint: Checkpoint | None,
+    training: bool,
+    vocab: Vocabulary,
+    device: torch.device,
+) -> int:
+    """Train if that is due, then write music if --generate asks for it; the exit code."""
+    # Find mistakes before the work begins.
+    find_music(settings.program, given)
+    parse_chords(settings.sample.chords)
+    if checkpoint:
+        from_rank_0(lambda: compare_music(settings.program, given, checkpoint, training))
+    prompt = None
+    if settings.sample.prompt:
+        prompt = from_rank_0(lambda: read_prompt(settings.sample, vocab))
+    if settings.program.generate:
+        check_samples_folder(Path(settings.sample.samples_dir))
+
+    if training:
+        code = train_model(settings, checkpoint, vocab, device)
+        if code:
+            return code
+    elif not settings.program.generate:
+        say(
+            f"{settings.program.checkpoint} is finished: pass a larger --steps to train on, or "
+            "--fresh to start over"
+        )
+    if settings.program.generate and RANK == 0:
+        return write_music(settings, given, vocab, device, prompt)
+    return 0
+
+
+# ---- 9. Command line: flags to settings, the device, errors to one sentence
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """A flag for each setting; those not given are absent from the result."""
+    parser = argparse.ArgumentParser(
+        usage="python pianogpt.py [flags]",
+        description=__doc__.split("\nHow it works:")[0],
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    metavars = {int: "N", float: "X", str: "TEXT"}
+    for group in fields(Settings):
+        defaults = group.default_factory()
+        title = f"{group.name}: {defaults.__doc__.rstrip('.').lower()}"
+        section = parser.add_argument_group(title)
+        for f in fields(defaults):
+            text = f.metadata["text"].replace("%", "%%")
+            kind = type(f.default)
+            if kind is bool:
+                section.add_argument(flag(f.name), action="store_true", help=text)
+            else:
+                if f.default != "":
+                    text += f" (default: {f.default})"
+                section.add_argument(flag(f.name), type=kind, metavar=metavars[kind], help=text)
+    return parser
+
+
+def parse(argv: list[str] | None) -> dict:
+    """{setting: value} of a command line. Raises UserError or ArgumentError."""
+    given, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        raise UserError(f"there is no flag {unknown[0]}: --help lists all")
+    given = vars(given)
+    needs = {f.name: "generate" for f in fields(SampleSettings)}
+    needs |= {"prompt_bars": "prompt", "continuation_only": "prompt", "about": "export"}
+    for name in given:
+        if name in needs and needs[name] not in given:
+            raise UserError(f"{flag(name)} does nothing without {flag(needs[name])}")
+    modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} cannot be done at once")
+    return given
+
+
+def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) -> Settings:
+    """The settings in force: the command line's, else the checkpoint's, else the defaults.
+
+    Raises UserError for one that differs from the checkpoint's and may not.
+    """
+    settings = Settings()
+    for name, group in vars(settings).items():
+        saved = checkpoint.settings.get(name, {}) if checkpoint else {}
+        for f in fields(group):
+            value = given.get(f.name, saved.get(f.name, f.default))
+            may_change = f.metadata["resumable"] if training else f.name in ("steps", "seed")
+            if f.name in saved and value != saved[f.name] and not may_change:
+                raise UserError(
+                    f"the checkpoint has {flag(f.name)} {saved[f.name]}: omit it or pass --fresh"
+                )
+            setattr(group, f.name, value)
+    check_settings(settings)
+    return settings
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto: the GPU if there is one, else the CPU. Raises UserError."""
+    try:
+        if name == "auto":
+            gpu = torch.accelerator.current_accelerator(check_available=True)
+            name = f"{gpu}:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     """Do what the command line asks; the exit code. The stack holds the lock."""
     given = parse(argv)
-    asked = make_options(given, None, training=False).run
-    path, device = Path(asked.checkpoint), choose_device(asked.device)
-    path = path.resolve() if path.is_symlink() else path
+    program = make_settings(given, None, training=False).program
+    path = Path(program.checkpoint)
+    if path.is_symlink():
+        path = path.resolve()  # a link stays a link, and shares the lock
+    device = choose_device(program.device)
     if PROCESSES > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, asked, stack))
-    options = make_options(given, checkpoint, training)
-    vocab, options.run.checkpoint = Vocabulary(options.music), str(path)
-    if checkpoint and checkpoint["vocabulary"] != vocab.words:
-        raise UserError("the checkpoint's vocabulary is not this MidiTok's: install requirements.txt")
-    if asked.export:
-        return export_checkpoint(Path(asked.export), checkpoint, asked.about)
-    if asked.evaluate:
-        return run_evaluation(options, checkpoint, vocab, device)
-    prompt, code = check_plan(options, given, checkpoint, training, vocab), 0
-    if training:
-        code = run_training(options, checkpoint, vocab, device)
-    elif not asked.generate:
-        say(f"{path} is finished: pass a larger --steps to train on, or --fresh to start over")
-    if code or RANK or not asked.generate:
-        return code
-    return run_generation(options, given, vocab, device, prompt)
+    checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, program, stack))
+    settings = make_settings(given, checkpoint, training)
+    settings.program.checkpoint = str(path)
+    vocab = Vocabulary(settings.tokens)
+    if checkpoint and checkpoint.vocabulary != vocab.words:
+        raise UserError(
+            "the checkpoint's vocabulary is not this MidiTok's: install requirements.txt"
+        )
+    if program.export:
+        return export_model(Path(program.export), checkpoint, program.about)
+    if program.evaluate:
+        return evaluate_folder(settings, checkpoint, vocab, device)
+    return train_and_write(settings, given, checkpoint, training, vocab, device)
 
 
-def main(argv=None):
-    """0, or 2 for what the user can mend, or 128 + a signal's number."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+def open_streams() -> None:
+    """Let print work without stdout and stderr, and for names of files that are not text."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.StringIO())
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Returns 0, or 2 for what the user can fix, or 128 + a signal's number."""
+    open_streams()
     try:
         with ExitStack() as stack:
-            return run(argv, stack)
+            return run_command(argv, stack)
     except (UserError, argparse.ArgumentError) as e:
-        problem, code = str(e), 2
+        code = 2
+        problem = str(e)
     except OSError as e:
-        problem, code = f"{e.filename or 'a file'} cannot be used: {e.strerror or e}", 2
+        code = 2
+        problem = f"{e.filename or 'a file'} cannot be used: {e.strerror or e}"
     except KeyboardInterrupt:
-        problem, code = "stopped", 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
+        problem = "stopped"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     say(f"pianogpt: {problem}", "stderr")
-    time.sleep(2 * bool(RANK))  # or torchrun ends rank 0
+    if RANK != 0:
+        time.sleep(2)  # else torchrun ends rank 0 before it has said what is wrong
     return code
 
 
