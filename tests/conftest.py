@@ -1,33 +1,46 @@
-"""Tiny MIDI files, written with symusic, a tiny vocabulary and processes apart: what the tests need is made here."""
+"""Tiny MIDI files, a vocabulary and processes apart: what the tests need is made here."""
 
 import itertools
 import multiprocessing
 import os
+import resource
 import runpy
 import shlex
 import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models as tiny as these, threads cost more than they save
+# In models as tiny as these, threads cost more than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "samples")]
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 
 import pianogpt as pg  # noqa: E402
 
-TPQ = 480
+TPQ = 480  # ticks per quarter note of the files written here
+TINY = shlex.split("--n-layer 2 --n-head 2 --n-embd 32 --block-size 64 --batch-size 4 --device cpu")
 FORKS = multiprocessing.get_context("forkserver")  # its processes do not import torch again
-FORKS.set_forkserver_preload(["miditok", "pytest", "torch._dynamo", "torch.distributed.launcher.api"])
-TINY = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 64 --batch-size 4 --device cpu".split()
+PRELOADED = [
+    "miditok",
+    "pebble",
+    "pytest",
+    "safetensors.torch",
+    "torch._dynamo",
+    "torch.distributed.launcher.api",
+    "tqdm",
+]
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 def write_midi(path, tracks, metre=(4, 4), bpm=120.0, controls=(), drums=(), programs=()):
-    """Write tracks, lists of (start in quarters, length in quarters, pitch, velocity); those numbered in drums are drums.
+    """Write tracks, lists of (start in quarters, length in quarters, pitch, velocity).
 
-    controls are (track, quarter, number, value); programs are the instruments of the tracks.
+    controls: (track, quarter, number, value); drums: numbers of the tracks that are drums;
+    programs: the instruments of the tracks.
     """
     score = Score(TPQ)
     score.tempos.append(Tempo(0, bpm))
@@ -47,7 +60,9 @@ def write_midi(path, tracks, metre=(4, 4), bpm=120.0, controls=(), drums=(), pro
 
 def scale(seed=0, bars=8):
     """Two hands that run up and down, a little different for each seed."""
-    right = [(i / 2, 0.5, 60 + (i * (1 + seed % 3) + seed) % 24, 70 + i % 20) for i in range(bars * 8)]
+    right = []
+    for i in range(bars * 8):
+        right.append((i / 2, 0.5, 60 + (i * (1 + seed % 3) + seed) % 24, 70 + i % 20))
     left = [(i * 2, 2, 36 + (i * 5 + seed) % 12, 60) for i in range(bars * 2)]
     return [right, left]
 
@@ -75,12 +90,23 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def vocab():
     """The default vocabulary."""
-    return pg.Vocabulary(pg.MusicConfig())
+    return pg.Vocabulary(pg.TokenSettings())
 
 
-def alone(ids):
-    """ids (B, T) as the input of a model, with nothing to remember before them."""
-    return pg.F.pad(ids, (pg.MEMORY, 0))
+def read_piano(path):
+    """A file as one piano."""
+    piano, _ = pg.make_piano(pg.parse_midi(path.read_bytes()))
+    return piano
+
+
+def notes_of(score):
+    """(start, end, pitch) of every note, in quarters, sorted."""
+    notes = []
+    for track in score.tracks:
+        for n in track.notes:
+            end = (n.time + n.duration) / score.tpq
+            notes.append((round(n.time / score.tpq, 3), round(end, 3), n.pitch))
+    return sorted(notes)
 
 
 def start(function, *args):
@@ -90,13 +116,36 @@ def start(function, *args):
     return process
 
 
-def run_apart(folder, out, line, write=0):
-    """Run a command line in a folder, its output in out and out.err; killed in its write of that number."""
-    writes = itertools.count(1)
-    os.fsync = lambda handle: next(writes) == write and os.kill(os.getpid(), signal.SIGKILL)
-    os.chdir(folder)
+def print_into(out):
+    """Let this process print into a file, and what goes to stderr into out.err."""
     for handle, name in ((1, out), (2, f"{out}.err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
+
+
+def limit_memory(gigabytes):
+    """Let this process take no more than so much memory beyond what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + gigabytes * 2**30
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def run_apart(folder, out, line, write=0, gigabytes=0):
+    """Run a command line in a folder, its output in out; killed in its write of that number.
+
+    gigabytes: of memory that it may take; 0: as much as there is.
+    """
+    writes = itertools.count(1)
+
+    def fsync(handle):
+        if next(writes) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = fsync
+    os.chdir(folder)
+    print_into(out)
+    if gigabytes:
+        limit_memory(gigabytes)
     sys.exit(pg.main(shlex.split(line)))
 
 
@@ -114,20 +163,17 @@ def run_on_rank(line):
 def run_on_two_ranks(folder, out, line):
     """Run a command line in two processes as torchrun does, by its launcher, but forked."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     os.chdir(folder)
-    for handle, name in ((1, out), (2, f"{out}.err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
-    config = LaunchConfig(1, 1, 2, run_id=out, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-                          start_method="fork")
+    print_into(out)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=out,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
     elastic_launch(config, run_on_rank)(line)
-
-
-def read_piano(path):
-    """A file as one piano."""
-    return pg.make_piano(pg.parse_midi(path.read_bytes()))[0]
-
-
-def notes_of(score):
-    """(start, end, pitch) of every note, in quarters, sorted."""
-    notes = [n for track in score.tracks for n in track.notes]
-    return sorted((round(n.time / score.tpq, 3), round((n.time + n.duration) / score.tpq, 3), n.pitch) for n in notes)

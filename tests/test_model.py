@@ -1,161 +1,261 @@
 """The Transformer in musical time and pitch."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from conftest import alone, pg, scale, write_midi
+from conftest import pg
+from convert import convert_weights
+from torch import nn
+from torch.nn import functional as F
 
-CONFIG = pg.ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=96)
-VOCAB = pg.Vocabulary(pg.MusicConfig())
+SIZES = pg.ModelSettings(n_layer=2, n_head=4, n_embd=32, block_size=96)
+VOCAB = pg.Vocabulary(pg.TokenSettings())
 V = len(VOCAB.words)
 
 
 @pytest.fixture
 def model():
-    """A small model; nothing that counts is near zero, so that logits differ."""
+    """A small model; nothing in it is near zero, so that logits differ."""
     torch.manual_seed(0)
-    model = pg.PianoGPT(CONFIG, VOCAB.says)
-    torch.nn.init.normal_(model.head)
-    torch.nn.init.normal_(model.recent)
-    torch.nn.init.normal_(model.memory, std=100.0)
+    model = pg.PianoGPT(SIZES, V, VOCAB.grid)
+    nn.init.normal_(model.embedding.weight[1:].data)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.recent)
+    nn.init.normal_(model.memory.weight, std=3.0)
     return model
 
 
-def test_initial_loss_is_near_ln_v():
+def random_window(B=2, T=96):
+    """Random ids at random moments and pitches."""
+    ids = torch.randint(1, V, (B, pg.RECENT + T + 1))
+    before = torch.rand(B, V) ** 9
+    return pg.Window(
+        idx=ids[:, pg.RECENT : -1].clone(),
+        time=torch.randint(6, (B, T)).cumsum(1).float(),
+        pitch=torch.randint(pg.LOWEST_KEY, pg.HIGHEST_KEY + 1, (B, T)).float(),
+        recent=ids[:, : pg.RECENT],
+        before=before / before.sum(1, keepdim=True),
+        targets=ids[:, pg.RECENT + 1 :].clone(),
+    )
+
+
+def part_of(window, first, last):
+    """Some tokens of a window, as a window that follows those before them."""
+    ids = torch.cat([window.recent, window.idx], dim=1)
+    return pg.Window(
+        idx=window.idx[:, first:last],
+        time=window.time[:, first:last],
+        pitch=window.pitch[:, first:last],
+        recent=ids[:, first : first + pg.RECENT],
+        before=window.before,
+    )
+
+
+def test_first_loss_is_near_ln_v():
     torch.manual_seed(0)
-    model, ids = pg.PianoGPT(CONFIG, VOCAB.says), torch.randint(V, (8, 65))
-    loss = model.loss(*model.embed(alone(ids[:, :-1])), ids[:, 1:]) / (8 * 64)
-    assert abs(loss.item() - math.log(V)) < 0.1
+    _, loss = pg.PianoGPT(SIZES, V, VOCAB.grid)(random_window(8))
+    assert loss.item() / (8 * 96) == pytest.approx(math.log(V), abs=0.05)
+
+
+def test_weights_keep_sizes_and_those_that_add_to_the_residual_are_smaller_in_deep_models():
+    torch.manual_seed(0)
+    model = pg.PianoGPT(pg.ModelSettings(n_layer=8, n_embd=64), V, VOCAB.grid)
+    gains = {"qkv": 1, "expand": 1, "proj": 1 / 4, "contract": 1 / 4, "head": 0.1}
+    for name, linear in model.named_modules():
+        gain = gains.get(name.split(".")[-1])
+        if gain:
+            size = linear.weight.std().item() * linear.in_features**0.5
+            assert size == pytest.approx(gain, rel=0.1), name
+    assert not model.recent.any()
+    assert not model.memory.weight.any()
+
+
+def test_loss_is_summed_over_the_targets_that_are_scored(model):
+    window = random_window()
+    window.targets[:, 10:60] = pg.IGNORE
+    logits, loss = model(window)
+    expected = 0.0
+    for row, t in itertools.product(range(2), [*range(10), *range(60, 96)]):
+        expected -= logits[row, t].log_softmax(0)[window.targets[row, t]]
+    assert torch.allclose(loss, expected)
+    _, none = model(window._replace(targets=None))
+    assert none is None
 
 
 def test_future_tokens_do_not_change_past_logits(model):
-    ids = torch.randint(V, (2, 96))
-    changed = ids.clone()
-    changed[:, 50] = (ids[:, 50] + 1) % V
-    a, b = model(alone(ids)), model(alone(changed))
+    window = random_window()
+    changed = window._replace(
+        idx=window.idx.clone(), time=window.time.clone(), pitch=window.pitch.clone()
+    )
+    changed.idx[:, 50] = window.idx[:, 50] % (V - 1) + 1
+    changed.time[:, 50] += 1
+    changed.pitch[:, 50] += 1
+    a, _ = model(window)
+    b, _ = model(changed)
     assert torch.equal(a[:, :50], b[:, :50])
-    assert not torch.allclose(a[:, 50], b[:, 50]) and not torch.allclose(a[:, 95], b[:, 95])
-
-
-def test_recent_tokens_are_added_newest_last(model):
-    x, cos, sin = model.embed(alone(torch.randint(V, (2, 9))))
-    expected, mixed = model.logits(x, cos, sin), x.clone()
-    for t in range(pg.RECENT, x.size(1)):
-        mixed[:, t] += sum(model.recent[-1 - n] * x[:, t - 1 - n] for n in range(pg.RECENT))
-    assert not x[:, : pg.RECENT].any(), "nothing comes before the first token"
-    torch.nn.init.zeros_(model.recent)
-    assert torch.allclose(model.logits(mixed, cos, sin), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
-def test_attention_equals_the_textbook_head_by_head(dtype, error):
-    torch.manual_seed(0)
-    block, x, expected = pg.Block(CONFIG).to(dtype), torch.randn(3, 20, 32, dtype=dtype), 0
-    unturned = torch.ones(3, 1, 20, 8, dtype=dtype), torch.zeros(3, 1, 20, 8, dtype=dtype)
-    for head in torch.arange(32).split(8):
-        q, k, v = (x @ block.qkv[part * 32 + head].T for part in range(3))
-        future = torch.ones(20, 20).triu(1).bool()
-        weights = (q @ k.mT / 8**0.5).masked_fill(future, -math.inf).softmax(-1)
-        expected = expected + weights @ v @ block.proj[:, head].T
-    y = block.attention(x.flatten(0, 1), *unturned, None, 0) @ block.proj.T
-    assert y.dtype == dtype and torch.allclose(y.view(3, 20, 32), expected, atol=error)
-
-
-@pytest.mark.parametrize("metre", [(4, 4), (3, 4), (6, 8)])
-@pytest.mark.parametrize("grid", [8, 24])
-def test_tokens_stand_where_miditok_plays_them(metre, grid, tmp_path):
-    vocab = pg.Vocabulary(pg.MusicConfig(grid=grid))
-    ids = torch.from_numpy(pg.read_piece(write_midi(tmp_path / "x.mid", scale(1), metre=metre), vocab).ids).long()
-    score = vocab.tokenizer.decode([ids.tolist()])
-    time, pitch, _, _ = pg.place(vocab.says, ids[None], vocab.says[:, :1], torch.zeros(1))
-    is_note = pg.is_in(ids, vocab.pitches)
-    steps = time[0, is_note] - 4 * grid  # what is before the first bar line counts as a bar of 4/4
-    notes = score.tracks[0].notes
-    assert steps.tolist() == [n.time / score.tpq * grid * metre[1] / 4 for n in notes] and len(notes) == 80
-    assert pitch[0, is_note].tolist() == [n.pitch for n in notes]
-
-
-def test_follow_and_place_token_by_token_equal_all_at_once():
-    def walk(ids, now, bar_start):
-        held, (time, pitch, *after) = pg.advance(VOCAB.says, ids, now), pg.place(VOCAB.says, ids, now, bar_start)
-        assert torch.equal(after[0], held[:, :, -1])
-        return torch.cat([held, time[None], pitch[None]]), after
-
-    ids, after, parts = torch.randint(V, (3, 60)), (VOCAB.says[:, :1].expand(7, 3), torch.zeros(3)), []
-    ids[:, ::4] = VOCAB.bar
-    whole, end = walk(ids, *after)
-    for part in ids.split([17, 23, *[1] * 20], 1):
-        places, after = walk(part, *after)
-        parts.append(places)
-    assert torch.equal(torch.cat(parts, 2), whole) and all(map(torch.equal, after, end))
-
-
-def test_logits_depend_on_distances_in_time_and_pitch_alone(model):
-    x, cos, sin = model.embed(alone(torch.randint(V, (2, 50))))
-    turn = (7 * model.speeds[0] + 5 * model.speeds[1]).expand(50, 8)  # seven positions later, five semitones higher
-    some = turn * (torch.arange(50) >= 25)[:, None]
-    all_moved, some_moved = (model.logits(x, cos * turn.cos() - sin * turn.sin(), sin * turn.cos() + cos * turn.sin())
-                             for turn in (turn, some))
-    assert torch.allclose(all_moved, model.logits(x, cos, sin), atol=1e-3)
-    assert torch.allclose(some_moved[:, :25], all_moved[:, :25], atol=1e-3)
-    assert not torch.allclose(some_moved[:, 25:], all_moved[:, 25:], atol=0.1)
-
-
-def test_octaves_and_moments_turn_the_channels_differently(model):
-    time, pitch = pg.rotary_speeds(32, 8)
-    assert torch.equal(time != 0, pitch == 0) and time.any()
-    octave = [1, 1, 1, -1, 0, 0.5**0.5]  # a whole turn of the periods that divide it
-    assert torch.allclose((12 * pitch[10:16]).cos(), torch.tensor(octave), atol=1e-5)
-    cos = model.embed(alone(torch.zeros(1, 3, dtype=torch.long)))[1][0, 0]
-    assert not torch.equal(cos[0], cos[1]) and not torch.equal(cos[0], cos[2]), "tokens of one moment are told apart"
+    assert not torch.allclose(a[:, 50], b[:, 50])
+    assert not torch.allclose(a[:, 95], b[:, 95])
 
 
 @torch.inference_mode()
 def test_cached_logits_equal_uncached(model):
-    ids = torch.randint(V, (3, pg.MEMORY + 96))
-    ids[0, -50] = VOCAB.bos
-    start = ids[:, : pg.MEMORY + 60]
-    cache, window, whole = pg.Cache(model, start), ids[:, pg.MEMORY :], model(ids)
-    assert torch.allclose(model(start, cache), whole[:, :60], atol=1e-4)
-    for t in range(60, 96):
-        assert torch.allclose(model(window[:, t : t + 1], cache)[:, 0], whole[:, t], atol=1e-4)
+    window = random_window(3)
+    whole, _ = model(window)
+    cache = pg.KeyValueCache(model, 3)
+    for n in (60, 1):  # a cache of length 0 is as good as new
+        cache.length = 0
+        logits, _ = model(part_of(window, 0, n), cache)
+        assert torch.allclose(logits, whole[:, :n], atol=1e-4)
+        for t in range(n, 96):
+            logits, _ = model(part_of(window, t, t + 1), cache)
+            assert torch.allclose(logits[:, 0], whole[:, t], atol=1e-4)
+    cache.length = 1
+    with pytest.raises(AssertionError, match="only into an empty cache"):
+        model(part_of(window, 1, 3), cache)
 
 
-def test_of_the_tokens_before_the_window_counts_how_often_they_occur_in_this_piece(model):
-    ids = torch.randint(VOCAB.bar + 1, V, (2, pg.MEMORY + 20))
-    state = [VOCAB.pitches.start, VOCAB.bar, VOCAB.words.index("TimeSig_3/4")]  # the same in all
-    ids[:, pg.MEMORY - 3 : pg.MEMORY] = torch.tensor(state)
-    old, new = ids[:, : pg.MEMORY - 3], ids[:, pg.MEMORY - 3 :]
-    shuffled = torch.cat([old[:, torch.randperm(old.size(1))], new], 1)
-    other, begun = ids.clone(), ids.clone()
-    other[:, 5:50] = VOCAB.pitches.start
-    begun[:, 200] = VOCAB.bos
-    unknown = begun.clone()
-    unknown[:, :200] = 0
-    logits, x = model(ids), model.embed(ids)[0]
-    assert torch.allclose(model(shuffled), logits, atol=1e-3)
-    assert not torch.allclose(model(other), logits, atol=1e-2)
-    assert torch.equal(model(begun), model(unknown)) and not torch.allclose(model(begun), logits, atol=1e-2)
-    added = x[:, -1] - model.embedding[ids[:, -1]]
-    assert torch.allclose(added, model.memory[ids[:, : pg.MEMORY]].mean(1), atol=1e-3)
-    ids[:, -10] = VOCAB.bos
-    begun = model.embed(ids)[0][:, pg.RECENT :] - model.embedding[ids[:, pg.MEMORY :]]
-    assert torch.allclose(begun[:, :10], added[:, None], atol=1e-3) and not begun[:, 10:].any(), "a piece ends, one begins"
+def test_attention_equals_the_textbook_head_by_head():
+    torch.manual_seed(0)
+    block = pg.Block(SIZES)
+    x = torch.randn(3, 20, 32)
+    angle = torch.randn(3, 20, 4)
+    turned = torch.polar(torch.ones_like(angle), angle)
+
+    def rotated(vectors):
+        pairs = torch.complex(vectors[..., :4], vectors[..., 4:]) * turned
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    expected = 0
+    for head in torch.arange(32).split(8):
+        q, k, v = (x @ block.qkv.weight[part + head].T for part in (0, 32, 64))
+        future = torch.ones(20, 20).triu(1).bool()
+        scores = rotated(q) @ rotated(k).mT / 8**0.5
+        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        expected = expected + weights @ v @ block.proj.weight[:, head].T
+    angle = torch.cat([-angle, angle], dim=-1)[:, None]
+    y = block.attention(x.flatten(0, 1), angle.cos(), angle.sin(), 0, None)
+    assert torch.allclose(y.view(3, 20, 32), expected, atol=1e-5)
 
 
-def test_window_knows_the_state_of_the_music_before_it(model):
-    signatures = torch.tensor([[VOCAB.words.index(f"TimeSig_{n}/4")] for n in (3, 4)])
-    ids = torch.cat([torch.full((2, pg.MEMORY - 1), VOCAB.bar), signatures, torch.full((2, 3), VOCAB.bar)], 1)
-    angles = model.embed(ids)[1]
-    assert not torch.allclose(angles[0], angles[1], atol=0.01), "bars of 3/4 are shorter"
+def test_feed_forward_is_gated():
+    block = pg.Block(SIZES)
+    x = torch.randn(7, 32)
+    hidden, gate = (x @ block.expand.weight.T).split(block.contract.in_features, dim=1)
+    expected = (hidden * gate * gate.sigmoid()) @ block.contract.weight.T
+    assert torch.allclose(block.feed_forward(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("what, shift", [("time", 7.0), ("pitch", 5.0)])
+def test_logits_depend_on_distances_in_time_and_pitch_alone(what, shift, model):
+    window = random_window(T=50)
+    values = getattr(window, what)
+    later = torch.arange(50) >= 25
+    logits, _ = model(window)
+    all_moved, _ = model(window._replace(**{what: values + shift}))
+    half_moved, _ = model(window._replace(**{what: values + shift * later}))
+    assert torch.allclose(all_moved, logits, atol=1e-3)
+    assert torch.equal(half_moved[:, :25], logits[:, :25])
+    assert not torch.allclose(half_moved[:, 25:], logits[:, 25:], atol=0.1)
+
+
+def test_time_turns_some_channels_and_pitch_the_others():
+    time, pitch = pg.rotary_speeds(32, 8)
+    assert torch.equal(time != 0, pitch == 0)
+    assert torch.equal(time[16:].sign() + pitch[16:].sign(), torch.ones(16))
+    octave = [1, 1, 1, -1, 0, 0.5**0.5]  # a whole turn of the periods that divide it
+    assert torch.allclose((12 * pitch[10:16]).cos(), torch.tensor(octave), atol=1e-5)
+    finer, _ = pg.rotary_speeds(32, 24)
+    assert torch.allclose(24 * finer, 8 * time), "a beat turns as far on every grid"
+
+
+def test_tokens_of_one_moment_are_told_apart(model):
+    window = part_of(random_window(), 0, 3)
+    still = window._replace(time=torch.zeros(2, 3), pitch=torch.full((2, 3), 60.0))
+    cos, sin = model.turn(still, 0)
+    _, later = model.turn(still, 1)
+    assert cos.shape == (2, 1, 3, 8)
+    assert len(sin[0, 0].unique(dim=0)) == 3
+    assert torch.equal(later[:, :, :2], sin[:, :, 1:]), "they count on from the first"
+
+
+def test_each_token_is_told_the_three_before_it_and_all_the_counts(model):
+    window = random_window()
+    x = model.embed(window)
+    ids = torch.cat([window.recent, window.idx], dim=1)
+    of_id = model.embedding.weight
+    memory = window.before @ model.memory.weight.T
+    for t in range(96):
+        oldest, middle, newest, own = of_id[ids[:, t : t + 4]].unbind(1)
+        mix = own + oldest * model.recent[0] + middle * model.recent[1] + newest * model.recent[2]
+        assert torch.allclose(x[:, t], F.layer_norm(mix + memory, (32,)), atol=1e-4)
+    assert torch.allclose(model.embed(part_of(window, 40, 96)), x[:, 40:], atol=1e-5)
+
+
+def test_tokens_before_the_window_change_logits_by_how_often_they_occur(model):
+    def logits_after(old):
+        ids = torch.cat([old, new])
+        nowhere = torch.zeros_like(ids)
+        corpus = pg.Corpus(ids, nowhere, nowhere, torch.tensor([0, len(ids)]))
+        window = pg.cut_windows(corpus, torch.tensor([len(old) + pg.RECENT]), 20, VOCAB)
+        logits, _ = model(window)
+        return logits
+
+    old = torch.randint(1, V, (pg.MEMORY - pg.RECENT,))
+    new = torch.randint(1, V, (pg.RECENT + 21,))
+    logits = logits_after(old)
+    other = old.clone()
+    other[5:300] = 50
+    assert torch.allclose(logits_after(old[torch.randperm(len(old))]), logits, atol=1e-4)
+    assert not torch.allclose(logits_after(other), logits, atol=1e-2)
+
+
+def test_padding_is_zero_and_learns_nothing(model):
+    window = random_window()
+    window.idx[:, 50:] = pg.PAD
+    window.recent[:] = pg.PAD
+    _, loss = model(window)
+    loss.backward()
+    gradient = model.embedding.weight.grad
+    assert not pg.PianoGPT(SIZES, V, VOCAB.grid).embedding.weight[pg.PAD].any()
+    assert not gradient[pg.PAD].any()
+    assert gradient[window.idx[:, :50]].any(-1).all()
+
+
+def test_functional_call_computes_with_the_weights_it_is_given(model):
+    window = random_window()
+    logits, _ = model(window)
+    for name, weight in model.named_parameters():
+        other, _ = torch.func.functional_call(model, {name: weight + 1}, (window,))
+        assert not torch.allclose(other, logits), name
 
 
 def test_bfloat16_loss_is_near_float32(model):
-    ids = torch.randint(V, (4, 97))
-    embedded = model.embed(alone(ids[:, :-1]))
-    exact = model.loss(*embedded, ids[:, 1:])
+    window = random_window(4)
+    _, exact = model(window)
+    outputs = []
+    model.blocks[0].register_forward_hook(lambda block, inputs, x: outputs.append(x.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        assert abs(model.loss(*embedded, ids[:, 1:]) / exact - 1) < 0.01
-        x, block = torch.randn(5, 32), model.blocks[0]
-        assert block.add(x, x.bfloat16(), block.proj).dtype == torch.float32, "only products are rounded, not their sum"
+        logits, loss = model(window)
+    assert logits.dtype == torch.bfloat16
+    assert outputs == [torch.float32], "only products are rounded, not their sum"
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    assert loss.item() != exact.item()
+
+
+def test_weights_of_the_older_version_compute_the_same(model):
+    old = {"recent": torch.randn(pg.RECENT, 1, 32), "memory": torch.randn(V, 32)}
+    for name, weight in model.state_dict().items():
+        if name not in ("recent", "memory.weight"):
+            old[name.removesuffix(".weight")] = torch.randn(weight.shape)
+    model.load_state_dict(convert_weights(old))
+    assert torch.equal(model.blocks[1].qkv.weight, old["blocks.1.qkv"])
+    window = random_window()
+    ids = torch.cat([window.recent, window.idx], dim=1)
+    # It added the memory to each token, and then mixed in the tokens before.
+    tokens = old["embedding"][ids] + (window.before @ old["memory"])[:, None]
+    expected = tokens[:, pg.RECENT :].clone()
+    for n in range(pg.RECENT):
+        expected += tokens[:, n : n + 96] * old["recent"][n]
+    assert torch.allclose(model.embed(window), F.layer_norm(expected, (32,)), atol=1e-4)

@@ -1,194 +1,377 @@
 """Learning."""
 
+import copy
 import math
+import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from conftest import pg
 
-MODEL = pg.ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32)
-VOCAB = pg.Vocabulary(pg.MusicConfig())
-IDS = np.r_[VOCAB.bos, np.arange(499) * 7 % len(VOCAB.words)]
+MODEL = pg.ModelSettings(n_layer=2, n_head=2, n_embd=32, block_size=32)
+VOCAB = pg.Vocabulary(pg.TokenSettings())
+V = len(VOCAB.words)
 
 
-def make_parts(**train):
-    """A trainer, batches and validation windows over a small periodic corpus."""
-    config = pg.TrainConfig(**{"steps": 24, "batch_size": 4, "warmup": 5, "eval_every": 8, "seed": 1} | train)
-    torch.manual_seed(config.seed)
-    trainer = pg.Trainer(pg.PianoGPT(MODEL, VOCAB.says), config)
-    whole = pg.Options(data=pg.DataConfig(transpose=2), model=MODEL, train=config)
-    batches = pg.Batches(torch.from_numpy(IDS).short(), VOCAB, whole)
-    return trainer, batches, pg.make_windows(IDS[:100], 32, 32)
+def make_piece(length):
+    """A piece that repeats itself; it need not be music."""
+    ids = np.append(VOCAB.bos_id, np.arange(length - 1) * 7 % V).astype(np.int16)
+    state = VOCAB.trace(ids)
+    time = state.time.astype(np.int32)
+    return pg.Piece(ids=ids, time=time, pitch=state.pitch.astype(np.int16))
 
 
-def run(trainer, batches, windows, until=None, save=lambda: None):
-    """Train to the end or until a step."""
-    trainer.run(batches, windows, lambda: trainer.step == until, save)
+LONG = pg.make_corpus([make_piece(500)])
+MIXED = pg.make_corpus([make_piece(length) for length in (90, 30, 12, 20, 9)])  # most are padded
+WINDOWS = pg.cut_all_windows(pg.make_corpus([make_piece(100)]), 32, 32, VOCAB)
+NO_WINDOWS = pg.cut_all_windows(pg.make_corpus([]), 32, 32, VOCAB)
+
+
+def make_trainer(bfloat16=False, compiled=False, **train):
+    """A trainer of a small model."""
+    defaults = {"steps": 24, "batch_size": 4, "warmup": 5, "eval_every": 8, "seed": 1}
+    settings = pg.TrainSettings(**defaults | train)
+    torch.manual_seed(settings.seed)
+    model = pg.PianoGPT(MODEL, V, VOCAB.grid)
+    return pg.Trainer(model, settings, bfloat16, compiled)
+
+
+def batches_of(trainer, corpus=LONG):
+    """The batches of a trainer over a corpus."""
+    data = pg.DataSettings(transpose=2)
+    return pg.Batches(corpus, VOCAB, pg.Settings(model=MODEL, train=trainer.settings, data=data))
+
+
+def run(trainer, until=None, windows=WINDOWS, save=lambda: None):
+    """Train to the end, or until a step; returns the trainer."""
+    trainer.train(batches_of(trainer), windows, lambda: trainer.step == until, save)
     return trainer
 
 
+def checkpoint_of(trainer):
+    """A checkpoint of a trainer."""
+    train = asdict(trainer.settings)
+    settings = {"data": {}, "tokens": {}, "model": asdict(MODEL), "train": train}
+    return pg.Checkpoint(
+        about="",
+        settings=settings,
+        vocabulary=VOCAB.words,
+        folder="",
+        files=[],
+        pieces=[],
+        progress=pg.trainer_progress(trainer),
+        tensors={"intervals": torch.zeros(0, dtype=torch.uint8)} | pg.trainer_tensors(trainer),
+    )
+
+
 def same(a, b):
-    """Whether two weight dicts are equal bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    """Whether two dicts of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def gradient_of(model):
+    """All gradients in one vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_one_batch_can_be_overfitted():
-    trainer, batches, _ = make_parts(steps=120, lr=2e-3)
-    losses = [trainer.train_step(*batches[0]) for _ in range(120)]
-    assert losses[0] > 5.5 and losses[-1] < 0.1
+    trainer = make_trainer(steps=100, lr=2e-3)
+    batch = batches_of(trainer)[0]
+    losses = [trainer.train_step(batch) for _ in range(100)]
+    assert losses[0] == pytest.approx(math.log(V), abs=0.1)
+    assert losses[-1] < 0.1
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(pg, "check_content", lambda content: None)
-    whole = run(*make_parts())
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
+    path = tmp_path / "m.safetensors"
+    whole = run(make_trainer())
     for stop in (1, 8, 13):
-        first = run(*make_parts(), until=stop)
-        pg.save_checkpoint(tmp_path / "m.pt", {"trainer": first.state()})
-        second, *data = make_parts()
-        second.load_state(pg.load_checkpoint(tmp_path / "m.pt")["trainer"])
-        assert second.step == stop and same(second.state()["best"], first.state()["best"])
-        run(second, *data)
-        assert all(same(second.state()[key], whole.state()[key]) for key in ("weights", "average", "best"))
-        one, other = ([row | {"seconds": 0} for row in t.history] for t in (second, whole))
-        assert one == other and len(one) == 3
+        pg.save_checkpoint(path, checkpoint_of(run(make_trainer(), until=stop)))
+        resumed = make_trainer(seed=2)
+        resumed.settings = whole.settings
+        pg.resume(resumed, pg.load_checkpoint(path))
+        assert same(pg.load_checkpoint(path).tensors, checkpoint_of(resumed).tensors)
+        assert resumed.step == stop
+        run(resumed)
+        assert same(pg.trainer_tensors(resumed), pg.trainer_tensors(whole))
+        one, other = ([row | {"seconds": 0} for row in t.history] for t in (resumed, whole))
+        assert one == other
+        assert len(one) == 3
 
 
-def test_another_seed_gives_other_weights():
-    assert not same(*(pg.copy_weights(run(*make_parts(seed=seed), until=1).model) for seed in (1, 2)))
+def test_another_seed_gives_other_weights_and_the_same_seed_the_same():
+    one, again, other = (run(make_trainer(seed=seed), until=1) for seed in (1, 1, 2))
+    weights = pg.copy_weights(one.model)
+    assert same(pg.copy_weights(again.model), weights)
+    assert not same(pg.copy_weights(other.model), weights)
 
 
-def test_batch_split_in_parts_leaves_the_gradient_of_the_whole():
+@pytest.fixture(params=[LONG, MIXED], ids=["full", "padded"])
+def batch_and_gradient(request):
+    """A batch of eight windows, its mean loss, and the gradient of that, computed at once."""
+    trainer = make_trainer(batch_size=8)
+    batch = batches_of(trainer, request.param)[0]
+    _, total = trainer.model(batch)
+    mean = total / (batch.targets != pg.IGNORE).sum()
+    mean.backward()
+    return batch, mean.item(), gradient_of(trainer.model)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_batch_split_in_parts_has_the_gradient_of_the_whole(accumulate, batch_and_gradient):
+    batch, mean, gradient = batch_and_gradient
+    trainer = make_trainer(batch_size=8, accumulate=accumulate)
+    sizes = []
+    trainer.model.register_forward_pre_hook(lambda m, inputs: sizes.append(len(inputs[0].idx)))
+    assert trainer.add_gradients(batch) == pytest.approx(mean)
+    assert torch.allclose(gradient_of(trainer.model), gradient, atol=1e-6)
+    assert sizes == [8 // accumulate] * accumulate
+
+
+def test_shares_of_the_ranks_add_up_to_the_whole(batch_and_gradient, monkeypatch):
+    batch, mean, gradient = batch_and_gradient
+    losses = []
     gradients = []
-    for accumulate in (1, 4):
-        trainer, batches, _ = make_parts(batch_size=8, accumulate=accumulate)
-        loss = trainer.add_gradients(*batches[0])
-        gradients.append(torch.cat([torch.tensor([loss]), *(p.grad.flatten() for p in trainer.model.parameters())]))
-    assert gradients[0].any() and torch.allclose(*gradients, atol=1e-6)
+    for rank in range(2):
+        trainer = make_trainer(batch_size=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(pg, "PROCESSES", 2)
+            patch.setattr(pg, "RANK", rank)
+            losses.append(trainer.add_gradients(batch))
+        gradients.append(gradient_of(trainer.model))
+    assert sum(losses) == pytest.approx(mean)
+    assert torch.allclose(sum(gradients) / 2, gradient, atol=1e-6), "they will be averaged"
 
 
-def test_run_takes_every_batch_and_writes_checkpoints_as_often_as_asked(monkeypatch):
-    saved, drawn, (trainer, *data) = [], [], make_parts(save_every=7)
+def test_run_takes_every_batch_and_saves_as_often_as_asked(monkeypatch):
+    drawn = []
+    saved = []
     get_batch = pg.Batches.__getitem__
-    monkeypatch.setattr(pg.Batches, "__getitem__", lambda self, i: drawn.append(i) or get_batch(self, i))
-    run(trainer, *data, save=lambda: saved.append(trainer.step))
-    assert saved == [7, 14, 21] and drawn == [*range(24)]
+
+    def count(batches, i):
+        drawn.append(i)
+        return get_batch(batches, i)
+
+    monkeypatch.setattr(pg.Batches, "__getitem__", count)
+    trainer = make_trainer(save_every=7)
+    run(trainer, save=lambda: saved.append(trainer.step))
+    assert saved == [7, 14, 21]
+    assert drawn == [*range(24)]
+    assert [row["step"] for row in trainer.history] == [8, 16, 24]
+    monkeypatch.setattr(pg, "SAVE_SECONDS", 0)
+    trainer = make_trainer(steps=2)
+    run(trainer, save=lambda: saved.append(trainer.step))
+    assert saved[3:] == [1, 2]
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
-    config = pg.TrainConfig(steps=1000, warmup=100)
-    rates = [pg.learning_rate(step, config) for step in range(1000)]
-    assert rates[0] == 0.01 and max(rates) == rates[99] == 1.0 and rates[-1] == pytest.approx(1 / 900)
-    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    settings = pg.TrainSettings(steps=1000, warmup=100)
+    rates = [pg.learning_rate(step, settings) for step in range(1000)]
+    assert rates[0] == 0.01
+    assert max(rates) == rates[99] == 1.0
+    assert rates[-1] == pytest.approx(1 / 900)
+    assert rates[:100] == sorted(rates[:100])
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert pg.learning_rate(0, pg.TrainSettings(steps=10, warmup=0)) == 1.0
 
 
 def test_step_takes_the_scheduled_rate_and_clips_the_gradient():
-    trainer, batches, _ = make_parts()
-    torch.nn.init.normal_(trainer.model.head, std=10.0)
-    norms, parameters = [], [*trainer.model.parameters()]
-    trainer.optimizer.step = lambda: norms.append(sum(p.grad.square().sum() for p in parameters).sqrt().item())
-    trainer.train_step(*batches[0])
+    trainer = make_trainer()
+    torch.nn.init.normal_(trainer.model.head.weight, std=10.0)
+    norms = []
+    trainer.optimizer.step = lambda: norms.append(gradient_of(trainer.model).norm().item())
+    trainer.train_step(batches_of(trainer)[0])
     assert norms == pytest.approx([1.0], rel=1e-3)
-    assert all(g["lr"] == pytest.approx(g["peak"] / 5) for g in trainer.optimizer.param_groups)
+    for group in trainer.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(group["peak_lr"] / 5)
+    assert all(p.grad is None for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("n_embd, inner", [(128, 336), (512, 1360)])
 def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner):
-    model = pg.PianoGPT(pg.ModelConfig(n_layer=1, n_embd=n_embd), VOCAB.says)
-    optimizer = pg.make_optimizer(model, pg.TrainConfig(lr=1.0))
-    found = {p: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    expected = {"head": (1536 / n_embd, 0.5), "embedding": (120, 0), "memory": (120, 0)}
-    expected |= dict.fromkeys(("recent", "norm", "norm_1", "norm_2"), (45, 0))
-    for name, fan_in in (("qkv", n_embd), ("proj", n_embd), ("expand", n_embd), ("contract", inner)):
-        expected[name] = (1536 / fan_in, 0.5)
-    assert {name.split(".")[-1]: found[p] for name, p in model.named_parameters()} == expected
+    model = pg.PianoGPT(pg.ModelSettings(n_layer=1, n_embd=n_embd), V, VOCAB.grid)
+    optimizer = pg.make_optimizer(model, pg.TrainSettings(lr=1.0, weight_decay=0.3))
+    expected = {"head.weight": (1536 / n_embd, 0.3, False), "recent": (45, 0.0, False)}
+    for name in ("embedding", "memory"):
+        expected[f"{name}.weight"] = (120, 0.0, False)
+    for name in ("norm", "blocks.0.norm_1", "blocks.0.norm_2"):
+        expected[f"{name}.weight"] = (45, 0.0, False)
+    for name, fan_in in (
+        ("qkv", n_embd),
+        ("proj", n_embd),
+        ("expand", n_embd),
+        ("contract", inner),
+    ):
+        expected[f"blocks.0.{name}.weight"] = (67 / fan_in**0.5, 0.3, True)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        [p] = group["params"]
+        found[names[p]] = (group["peak_lr"], group["weight_decay"], group["orthogonal"])
+    assert found == expected
 
 
-def test_step_of_a_matrix_in_the_blocks_is_orthogonal_and_of_the_scheduled_size():
-    (trainer, batches, _), rate = make_parts(lr=1e-3, warmup=4, weight_decay=0.0), 1e-3 / 4 * 67
-    before = pg.copy_weights(trainer.model)
-    trainer.train_step(*batches[1])  # of windows that begin anywhere
-    for name, weight in pg.copy_weights(trainer.model).items():
-        step = weight - before[name]
-        if name.startswith("blocks") and step.dim() == 2:
-            sizes = torch.linalg.svdvals(step) / (rate * max(1, step.size(0) / step.size(1)) ** 0.5)
-            assert 0.6 < sizes.min() and sizes.max() < 1.25
-        elif name != "embedding":  # AdamW's first step: its rate, in the direction of the gradient's sign
-            peak = next(g["lr"] for g, (n, _) in zip(trainer.optimizer.param_groups, trainer.model.named_parameters()) if n == name)
-            assert step.abs().max() == pytest.approx(peak, rel=1e-2)
+def test_steps_are_those_of_adamw_and_in_the_blocks_orthogonal():
+    trainer = make_trainer(lr=1e-3)
+    plain = copy.deepcopy(trainer.model)
+    groups = []
+    for group, p in zip(trainer.optimizer.param_groups, plain.parameters(), strict=True):
+        group["lr"] = group["peak_lr"]
+        groups.append({"params": [p], "lr": group["lr"], "weight_decay": group["weight_decay"]})
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    torch.manual_seed(0)
+    for _ in range(5):
+        size = 10.0 ** -torch.randint(2, 10, ()).item()  # some are as small as epsilon
+        old = pg.copy_weights(trainer.model)
+        for p, q in zip(trainer.model.parameters(), plain.parameters(), strict=True):
+            p.grad = size * torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        trainer.optimizer.step()
+        adamw.step()
+    theirs = dict(plain.named_parameters())
+    groups = trainer.optimizer.param_groups
+    for (name, p), group in zip(trainer.model.named_parameters(), groups, strict=True):
+        if group["orthogonal"]:
+            decay = 1 - group["lr"] * group["weight_decay"]
+            step = (p.detach() - decay * old[name]) / group["lr"]
+            values = torch.linalg.svdvals(step) / max(p.shape) ** 0.5
+            # The smallest value of a random square matrix may be near 0, and stays below 1.
+            assert values[-2] > 0.6, name
+            assert values[0] < 1.25, name
+            assert step.square().mean() ** 0.5 == pytest.approx(0.9, abs=0.2), "the rate"
+            moved = adamw.state[theirs[name]]["exp_avg"]
+            assert (step * moved).sum() < 0, "downhill"
+        else:
+            assert torch.allclose(p, theirs[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_matrices_of_the_blocks_decay_too():
-    after = []
-    for decay in (0.0, 0.5):
-        trainer, batches, _ = make_parts(lr=1e-2, warmup=1, weight_decay=decay)
-        before = trainer.model.blocks[0].qkv.detach().clone()
-        trainer.train_step(*batches[0])
-        after.append(trainer.model.blocks[0].qkv.detach())
-    rate = 1e-2 * 1536 / 32
-    assert torch.allclose(after[1] - after[0], -rate * 0.5 * before, atol=1e-3) and before.abs().max() * rate > 0.1
+@pytest.mark.parametrize("shape", [(20, 20), (8, 50), (50, 8)])
+def test_orthogonalize_keeps_the_singular_vectors_and_makes_their_values_near_1(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape) * 1e-3
+    u, values, v = torch.linalg.svd(x, full_matrices=False)
+    y = u.T @ pg.orthogonalize(x) @ v.T
+    assert (y - y.diag().diag()).abs().max() < 1e-3
+    is_large = values > 0.01 * x.norm()
+    assert is_large.sum() >= 8
+    assert y.diag()[is_large].min() > 0.6
+    assert y.diag().max() < 1.25
 
 
-def test_average_that_validates_best_is_kept():
-    trainer, batches, windows = make_parts(steps=20, lr=3e-3)
-    run(trainer, batches, windows)
-    good, row = trainer.best, trainer.best_row()
-    torch.nn.init.normal_(trainer.average.head)
-    trainer.validate(windows, batches)
-    assert trainer.history[-1]["val_loss"] > row["val_loss"] and trainer.best_row() is row and trainer.best is good
-
-
-def test_run_without_validation_keeps_the_last_average():
-    trainer = run(*make_parts(steps=12)[:2], pg.make_windows(IDS[:0], 32, 32))
-    assert same(trainer.best, pg.copy_weights(trainer.average)) and trainer.best_row() is trainer.history[-1]
-    assert ["val_loss" in row for row in trainer.history] == [False, False]
+def test_orthogonal_step_of_nothing_is_nothing():
+    assert torch.equal(pg.orthogonalize(torch.zeros(4, 6)), torch.zeros(4, 6))
 
 
 def test_average_is_of_about_the_last_tenth_of_the_steps():
-    trainer, batches, _ = make_parts()
-    weights = []
+    trainer = make_trainer(steps=40)
+    batches = batches_of(trainer)
+    expected = torch.zeros(V, 32)
+    share_of_last_half = 0.0
     for n in range(40):
-        trainer.train_step(*batches[n])
-        weights.append(trainer.model.head.detach().clone())
-    shares = torch.zeros(40)
-    for n in range(40):  # what each step has in the average
-        shares = shares * n / (n + 10) if n else shares
-        shares[n] = 10 / (n + 10)
-    expected = (shares[:, None, None] * torch.stack(weights)).sum(0)
-    assert torch.allclose(trainer.average.head, expected, atol=1e-6) and shares[20:].sum() > 0.99
+        trainer.train_step(batches[n])
+        newest = 10 / (10 + n)
+        expected.lerp_(trainer.model.head.weight.detach(), newest)
+        share_of_last_half += (float(n >= 20) - share_of_last_half) * newest
+    assert torch.allclose(trainer.average.head.weight, expected, atol=1e-6)
+    assert share_of_last_half > 0.99
 
 
-def test_validation_is_not_compiled_and_gives_the_loss_per_token_and_per_note():
-    trainer, batches, windows = make_parts()
-    trainer.loss = None  # what torch.compile would have made
-    trainer.validate(windows, batches)
-    row, notes = trainer.history[0], pg.is_in(IDS[1:100], VOCAB.pitches).sum()
-    total = pg.evaluate(trainer.model, windows, batch_size=1)
-    assert row["val_loss"] == pytest.approx(total / 99, rel=1e-5) and 0 < notes < 99
-    assert row["val_nats_per_note"] == pytest.approx(total / notes, rel=1e-5)
+def test_average_that_validates_best_is_kept():
+    trainer = run(make_trainer(steps=20, lr=3e-3))
+    best = trainer.best
+    row = trainer.best_row()
+    assert same(best, pg.copy_weights(trainer.average))
+    torch.nn.init.normal_(trainer.average.head.weight)
+    trainer.validate(WINDOWS, VOCAB)
+    assert trainer.history[-1]["val_loss"] > row["val_loss"]
+    assert trainer.best_row() is row
+    assert trainer.best is best
 
 
-def test_loss_that_is_no_number_stops_the_run_before_it_is_saved_or_learned():
-    (trainer, *data), saved = make_parts(save_every=1), []
-    torch.nn.init.constant_(trainer.model.head, math.inf)
-    before = trainer.state()
-    with pytest.raises(pg.UserError, match="the loss became nan after 0 steps: pass a smaller --lr"):
-        run(trainer, *data, save=lambda: saved.append(1))
-    assert not saved and all(same(trainer.state()[key], before[key]) for key in ("weights", "average"))
+def test_run_without_validation_keeps_the_last_average():
+    trainer = run(make_trainer(steps=12), windows=NO_WINDOWS)
+    assert same(trainer.best, pg.copy_weights(trainer.average))
+    assert trainer.best_row() is trainer.history[-1]
+    assert ["val_loss" in row for row in trainer.history] == [False, False]
 
 
 def test_average_before_the_first_validation_is_the_best_so_far():
-    trainer = run(*make_parts(), until=3)
-    assert not trainer.history and same(trainer.state()["best"], pg.copy_weights(trainer.average))
-    resumed, *data = make_parts()
-    resumed.load_state(trainer.state())
-    run(resumed, *data, until=6)
-    assert same(resumed.state()["best"], pg.copy_weights(resumed.average)), "not those of the step at which it was saved"
+    trainer = run(make_trainer(), until=3)
+    resumed = make_trainer()
+    pg.resume(resumed, checkpoint_of(trainer))
+    run(resumed, until=6)
+    assert not resumed.history
+    best = checkpoint_of(resumed).weights("best")
+    assert same(best, pg.copy_weights(resumed.average)), "not those of the step that was saved"
 
 
 def test_validation_beats_any_row_without_one():
-    trainer, *_ = make_parts()
+    trainer = make_trainer()
     trainer.history = [{"step": 8}, {"step": 16}]
     assert trainer.best_row()["step"] == 16
     trainer.history.append({"step": 24, "val_loss": 9.0})
     assert trainer.best_row()["step"] == 24
+
+
+def test_validation_gives_the_loss_of_the_average_per_token_and_per_note():
+    trainer = make_trainer()
+    trainer.losses = [2.0, 4.0]
+    torch.nn.init.normal_(trainer.average.head.weight)
+    trainer.validate(WINDOWS, VOCAB)
+    [row] = trainer.history
+    total = pg.evaluate(trainer.average, WINDOWS, batch_size=1)
+    notes = (VOCAB.says.kind[make_piece(100).ids[1:]] == pg.Kind.PITCH).sum()
+    assert 0 < notes < 99
+    assert row["train_loss"] == 3.0
+    assert row["val_loss"] == pytest.approx(total / 99, rel=1e-5)
+    assert row["val_nats_per_note"] == pytest.approx(total / notes, rel=1e-5)
+    assert not trainer.losses, "the next row is of later steps"
+
+
+def test_loss_that_is_no_number_stops_the_run_before_it_is_saved_or_learned():
+    trainer = make_trainer(save_every=1)
+    torch.nn.init.constant_(trainer.model.head.weight, math.inf)
+    before = pg.trainer_tensors(trainer)
+    saved = []
+    with pytest.raises(pg.UserError, match="became nan after 0 steps: pass a smaller --lr"):
+        run(trainer, save=lambda: saved.append(1))
+    assert not saved
+    assert same(pg.trainer_tensors(trainer), before)
+
+
+def test_checkpoint_of_another_optimizer_is_refused_but_a_new_one_may_have_none():
+    checkpoint = checkpoint_of(run(make_trainer(), until=1))
+    checkpoint.progress["optimizer"] = "Adagrad"
+    with pytest.raises(pg.UserError, match="by Adagrad, not OrthogonalAdamW: pass --fresh"):
+        pg.resume(make_trainer(), checkpoint)
+    checkpoint.progress["optimizer"] = ""
+    pg.resume(make_trainer(), checkpoint)
+
+
+def test_bfloat16_multiplies_in_bfloat16_and_learns():
+    trainer = make_trainer(bfloat16=True, steps=40, lr=2e-3)
+    batch = batches_of(trainer)[0]
+    dtypes = set()
+    for block in trainer.model.blocks:
+        block.qkv.register_forward_hook(lambda m, inputs, out: dtypes.add(out.dtype))
+    losses = [trainer.train_step(batch) for _ in range(40)]
+    assert dtypes == {torch.bfloat16}
+    assert losses[-1] < losses[0] / 2
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert trainer.average.head.weight.dtype == torch.float32
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_runs_learn_like_an_eager_one_and_are_equal_bit_for_bit():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = run(make_trainer(steps=4, eval_every=2))
+    one = run(make_trainer(steps=4, eval_every=2, compiled=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "it was compiled"
+    assert one.average.blocks[0]._compiled_call_impl is None, "validation is not compiled"
+    assert one.history[-1]["val_loss"] == pytest.approx(eager.history[-1]["val_loss"], rel=1e-3)
+    torch.compiler.reset()
+    two = run(make_trainer(steps=4, eval_every=2, compiled=True))
+    assert same(pg.trainer_tensors(one), pg.trainer_tensors(two))

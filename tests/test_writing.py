@@ -1,0 +1,321 @@
+"""Writing: logits become legal ids, ids a piece."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import pg
+from test_music import assert_grammar
+
+SIZE = 32  # tokens of a window
+NO_STATE = pg.State(*[np.zeros(1, int)] * len(pg.State._fields))
+
+
+def make_model(vocab, n_layer=1):
+    """An untrained model: it proposes everything, so the grammar has all the work."""
+    torch.manual_seed(0)
+    sizes = pg.ModelSettings(n_layer, n_head=2, n_embd=32, block_size=SIZE)
+    model = pg.PianoGPT(sizes, len(vocab.words), vocab.grid)
+    torch.nn.init.normal_(model.head.weight, std=0.2)
+    torch.nn.init.normal_(model.memory.weight, std=3.0)
+    torch.nn.init.normal_(model.recent, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(vocab):
+    """An untrained model of one layer."""
+    return make_model(vocab)
+
+
+def write(model, vocab, seed=1, prompt=None, stopped=lambda: False, **sample):
+    """Six pieces of eight bars, as lists of ids, if the settings do not say otherwise."""
+    settings = pg.SampleSettings(**{"num_samples": 6, "bars": 8} | sample)
+    prompt = None if prompt is None else np.array(prompt)
+    return [ids.tolist() for ids in pg.generate(model, vocab, settings, seed, prompt, stopped)]
+
+
+@pytest.fixture(scope="module")
+def prompt(model, vocab):
+    """The ids of three bars."""
+    [ids] = write(model, vocab, seed=3, bars=3, num_samples=1)
+    return ids
+
+
+def make_request(vocab, old_bars=0, **sample):
+    """What the rules are told."""
+    sample = pg.SampleSettings(**sample)
+    chords = pg.parse_chords(sample.chords) + vocab.chord_ids.start
+    return pg.Request(vocab, sample, chords, old_bars)
+
+
+def kinds_of(ids, vocab):
+    """The kinds of tokens."""
+    return vocab.says.kind[np.array(ids)]
+
+
+@pytest.mark.parametrize("temperature", [0.85, 0.0, 0.01, 1.0, 10.0])
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_pieces_have_their_bars_keep_the_grammar_and_are_heard_whole_at_every_temperature(
+    temperature, with_prompt, prompt, model, vocab
+):
+    opening = prompt if with_prompt else None
+    pieces = write(model, vocab, prompt=opening, bars=6, temperature=temperature)
+    assert len({tuple(ids) for ids in pieces}) == (1 if temperature == 0 else 6)
+    for ids in pieces:
+        assert ids[0] == vocab.bos_id
+        assert opening is None or ids[: len(opening)] == opening
+        assert ids.count(vocab.bar_id) == 6
+        assert vocab.eos_id not in ids
+        assert_grammar(np.array(ids), vocab)
+        notes = (kinds_of(ids, vocab) == pg.Kind.PITCH).sum()
+        assert vocab.decode(np.array(ids)).note_num() == notes
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_chords_that_are_asked_for_are_written_and_no_others(with_prompt, prompt, model, vocab):
+    opening = prompt if with_prompt else [vocab.bos_id]
+    old_bars = opening.count(vocab.bar_id)
+    for ids in write(model, vocab, prompt=opening, bars=16, chords="C Am F,G7 Em"):
+        assert_grammar(np.array(ids), vocab)
+        state = vocab.trace(np.array(ids))
+        written = set()
+        for t in range(len(opening), len(ids)):
+            in_first_half = 2 * state.position[t] < state.bar_length[t]
+            third = "F:maj" if in_first_half else "G:7dom"
+            wanted = ["C:maj", "A:min", third, "E:min"][(state.bar[t] - 1 - old_bars) % 4]
+            if state.kind[t] in (pg.Kind.CHORD, pg.Kind.PITCH):
+                assert vocab.words[state.chord[t]] == f"Chord_{wanted}", "notes are under it"
+                written.add(wanted)
+            if state.kind[t] == pg.Kind.CHORD:
+                assert state.chord[t] != state.chord[t - 1], "it is written once"
+        assert len(written) > 3
+
+
+def test_wanted_chords_take_the_share_of_notes_and_chords_alone(model, vocab):
+    [ids] = write(model, vocab, bars=12, num_samples=1, chords="C Am F,G7")
+    state = vocab.trace(np.array(ids))
+    request = make_request(vocab, chords="C Am F,G7")
+    torch.manual_seed(0)
+    logits = pg.grammar(torch.randn(len(ids), len(vocab.words)), state, request)
+    before = logits.softmax(1)
+    after = pg.wanted_chords(logits.clone(), state, request).softmax(1)
+    kinds = vocab.says.kind
+    others = (kinds != pg.Kind.PITCH) & (kinds != pg.Kind.CHORD)
+    assert torch.allclose(after[:, others], before[:, others], atol=1e-5)
+    may_change = np.isin(state.kind, (pg.Kind.POSITION, pg.Kind.TEMPO))
+    chords = after[:, vocab.chord_ids].sum(1).numpy()[may_change]
+    pitches = after[:, vocab.pitch_ids].sum(1).numpy()[may_change]
+    is_due = chords > pitches
+    assert 0 < is_due.sum() < len(is_due)
+    assert not pitches[is_due].any()
+    assert not chords[~is_due].any()
+
+
+def test_without_chords_the_model_writes_its_own(model, vocab):
+    logits = torch.randn(1, len(vocab.words))
+    assert torch.equal(pg.wanted_chords(logits.clone(), NO_STATE, make_request(vocab)), logits)
+    [ids] = write(model, vocab, bars=4, num_samples=1)
+    assert len(set(ids) & {*range(vocab.chord_ids.start, vocab.chord_ids.stop)}) > 3
+
+
+def test_five_thousand_tokens_past_the_window_keep_the_grammar(model, vocab):
+    [ids] = write(model, vocab, bars=122, num_samples=1)
+    assert len(ids) > 5000 + SIZE
+    assert_grammar(np.array(ids), vocab)
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_piece_of_no_asked_for_length_ends_after_8_to_24_new_bars(
+    with_prompt, prompt, model, vocab
+):
+    opening = prompt if with_prompt else None
+    old_bars = 3 if with_prompt else 0
+    eager = copy.deepcopy(model)  # writes short bars, and without the rule it would end at once
+    eager.head.weight.data[[vocab.bar_id, vocab.eos_id]] *= 8
+    never = copy.copy(vocab)
+    never.may_follow = vocab.may_follow.copy()
+    never.may_follow[:, vocab.eos_id] = False
+    ended = write(eager, vocab, prompt=opening, bars=0, num_samples=8)
+    cut = write(eager, never, prompt=opening, bars=0, num_samples=1)
+    assert min(ids.count(vocab.bar_id) for ids in ended) == old_bars + 8
+    for ids in ended + cut:
+        assert ids.count(vocab.bar_id) <= old_bars + 24
+        assert pg.PAD not in ids
+        if ids.count(vocab.bar_id) < old_bars + 24:
+            assert ids.index(vocab.eos_id) == len(ids) - 1
+    assert [ids.count(vocab.bar_id) for ids in cut] == [old_bars + 24]
+    assert not any(vocab.eos_id in ids for ids in cut)
+
+
+def test_stopped_pieces_are_left_out_and_finished_ones_kept(model, vocab):
+    tokens = []
+
+    def stopped():
+        tokens.append(1)
+        return len(tokens) > middle
+
+    middle = 10**6
+    whole = write(model, vocab, bars=2)
+    lengths = sorted(len(ids) for ids in whole)
+    tokens.clear()
+    middle = lengths[3]  # the last token of a piece is the bar line that is left out
+    assert lengths[2] < lengths[3]
+    kept = write(model, vocab, bars=2, stopped=stopped)
+    assert kept == [ids for ids in whole if len(ids) <= lengths[3]]
+    assert 0 < len(kept) < 6
+
+
+def test_same_seed_same_ids_and_another_seed_others(model, vocab):
+    one = write(model, vocab, 5, bars=3)
+    assert one == write(model, vocab, 5, bars=3)
+    assert one != write(model, vocab, 6, bars=3)
+
+
+@pytest.mark.parametrize("length", [1, 32, 50])
+@torch.inference_mode()
+def test_cached_generation_equals_uncached_past_the_window(length, vocab, monkeypatch):
+    monkeypatch.setattr(pg, "MEMORY", 60)
+    model = make_model(vocab, n_layer=2)
+    [opening] = write(model, vocab, num_samples=1)
+    writing = pg.Writing(model, vocab, np.array(opening[:length]), 3)
+    rng = torch.Generator().manual_seed(0)
+    start = max(0, length - SIZE)
+    for _ in range(2 * SIZE):
+        logits = writing.next_logits()
+        ids = np.stack(writing.ids, axis=1)
+        T = ids.shape[1]
+        if T - start > SIZE:
+            start = T - SIZE // 3
+        pieces = []
+        for row in ids:
+            state = vocab.trace(row)
+            pieces.append(pg.Piece(ids=row, time=state.time, pitch=state.pitch))
+        corpus = pg.make_corpus(pieces)
+        window = pg.cut_windows(corpus, corpus.offsets[:-1] + start, T - start, vocab)
+        expected, _ = model(window)
+        assert torch.allclose(logits, expected[:, -1], atol=1e-4)
+        legal = pg.grammar(logits, writing.state, make_request(vocab))
+        legal[:, vocab.eos_id] = pg.ILLEGAL
+        writing.append(pg.draw(legal, False, rng))
+    assert len({tuple(row) for row in ids}) == 3
+
+
+@torch.inference_mode()
+def test_greedy_piece_is_of_the_likeliest_ids_whatever_the_seed(model, vocab):
+    [ids] = write(model, vocab, 1, bars=3, temperature=0.0)
+    assert [ids] == write(model, vocab, 2, bars=3, temperature=0.0)
+    writing = pg.Writing(model, vocab, np.array([vocab.bos_id]), 1)
+    request = make_request(vocab, bars=3)
+    for expected in ids[1:]:
+        logits = pg.grammar(writing.next_logits(), writing.state, request)
+        logits[:, vocab.eos_id] = pg.ILLEGAL
+        assert logits.argmax().item() == expected
+        writing.append(np.array([expected]))
+
+
+def test_writing_leaves_no_graph(model, vocab):
+    found = []
+    hook = model.register_forward_hook(lambda m, inputs, out: found.append(out[0].requires_grad))
+    write(model, vocab, bars=1, num_samples=1)
+    hook.remove()
+    assert set(found) == {False}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_decides_which_pitch_and_chord_is_drawn_but_not_how_often_one_is(
+    temperature, vocab
+):
+    p = torch.zeros(1, len(vocab.words))
+    pitches = [vocab.pitch_ids.start, vocab.pitch_ids.stop - 1]
+    chords = [vocab.chord_ids.start, vocab.chord_ids.stop - 1]
+    others = [vocab.tempo_ids.start, vocab.bar_id]
+    for ids, shares in ((pitches, [0.3, 0.1]), (chords, [0.02, 0.18]), (others, [0.25, 0.15])):
+        p[0, ids] = torch.tensor(shares)
+    logits = p.log().clamp(min=pg.ILLEGAL)
+    state = NO_STATE._replace(kind=np.array([pg.Kind.POSITION]))
+    request = make_request(vocab, temperature=temperature)
+    after = pg.temperature(logits, state, request).softmax(1)
+    expected = p.clone()
+    for ids in (pitches, chords):
+        sharp = p[0, ids] ** (1 / temperature)
+        expected[0, ids] = sharp / sharp.sum() * p[0, ids].sum()
+    assert torch.allclose(after, expected, atol=1e-5)
+
+
+ONLY = [  # settings, and which of the probabilities 0.1, 0.4, 0.04, 0.3, 0.16 are left
+    ({"top_k": 2}, [1, 3]),
+    ({"top_k": 4}, [0, 1, 3, 4]),
+    ({"top_k": 10**6}, [0, 1, 2, 3, 4]),
+    ({"top_p": 0.01}, [1]),
+    ({"top_p": 0.5}, [1, 3]),
+    ({"top_p": 0.75}, [1, 3, 4]),
+    ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
+    ({"min_p": 0.2}, [0, 1, 3, 4]),
+    ({"min_p": 0.5}, [1, 3]),
+    ({"min_p": 1.0}, [1]),
+    ({}, [0, 1, 2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize("settings, kept", ONLY, ids=str)
+def test_rules_keep_exactly_the_likely_ids(settings, kept, vocab):
+    p = torch.tensor([[0.1, 0.4, 0.04, 0.3, 0.16], [0.3, 0.1, 0.16, 0.4, 0.04]])
+    logits = torch.full((2, len(vocab.words)), pg.ILLEGAL)
+    logits[:, 5:10] = p.log() + 3
+    after = logits
+    for rule in (pg.top_k, pg.top_p, pg.min_p):
+        after = rule(after, NO_STATE, make_request(vocab, **settings))
+    first, second = (row.nonzero().flatten() for row in after > pg.ILLEGAL / 2)
+    assert (first - 5).tolist() == kept
+    assert sorted(p[1, second - 5].tolist()) == sorted(p[0, kept].tolist())
+    assert torch.equal(after[0, first], logits[0, first])
+
+
+def test_rules_are_applied_in_writing(model, vocab):
+    [greedy] = write(model, vocab, bars=3, temperature=0.0)
+    for setting in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert write(model, vocab, bars=3, temperature=1.0, **setting) == [greedy] * 6
+
+
+def test_ids_are_drawn_as_often_as_their_probability_says():
+    p = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2])
+    logits = p.log().clamp(min=pg.ILLEGAL).repeat(20_000, 1)
+    drawn = pg.draw(logits, False, torch.Generator().manual_seed(0))
+    assert np.bincount(drawn, minlength=5) / 20_000 == pytest.approx(p.numpy(), abs=0.02)
+
+
+def test_id_without_probability_is_never_drawn_at_the_edges_of_chance(monkeypatch):
+    logits = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
+    logits[:, :9] = pg.ILLEGAL
+    logits[:, 300:] = pg.ILLEGAL
+    for u in (0.0, 1 - 2**-24):  # the least and the most that torch.rand can give
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, generator: torch.full(shape, u))
+        drawn = pg.draw(logits, False, None)
+        assert drawn.min() >= 9
+        assert drawn.max() < 300
+
+
+def test_sample_has_its_key_its_chords_and_the_end_of_its_prompt(prompt, model, vocab):
+    given = pg.Prompt(np.array(prompt), {})
+    [ids] = write(model, vocab, prompt=prompt, bars=5, num_samples=1, chords="C")
+    _, lines = vocab.bar_lines(np.array(ids))
+    sample = pg.make_sample(np.array(ids), given, vocab, pg.SampleSettings(tempo=77.0))
+    assert sample.bars == 5
+    assert sample.new_ids.tolist() == ids[len(prompt) :]
+    assert [(t.time, round(t.qpm)) for t in sample.score.tempos] == [(0, 77)]
+    assert len(sample.score.key_signatures) == 1
+    texts = {marker.text: marker.time for marker in sample.score.markers}
+    assert texts["end of prompt"] == round(480 * lines[3])
+    assert texts["C"] >= texts["end of prompt"]
+    settings = pg.SampleSettings(continuation_only=True)
+    rest = pg.make_sample(np.array(ids), given, vocab, settings)
+    assert rest.bars == 2
+    assert {marker.text for marker in rest.score.markers} == {"C"}
+    assert rest.score.end() <= round(480 * (lines[5] - lines[3]))
+
+
+def test_sample_without_notes_is_none(vocab):
+    ids = np.array([vocab.bos_id, vocab.bar_id, vocab.id_of["TimeSig_4/4"]])
+    assert pg.make_sample(ids, None, vocab, pg.SampleSettings()) is None
