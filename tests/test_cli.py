@@ -1,5 +1,6 @@
 """Sections 8 and 9: whole runs by the command line, most of them in-process."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -231,17 +232,24 @@ def test_help_shows_every_setting_with_its_default(capsys):
 # ---- Runs that stop, and go on
 
 
-def interrupt_at_ten(monkeypatch, line=""):
-    """The exit code of a training with a Ctrl-C after step 10."""
+@contextlib.contextmanager
+def signal_at_ten(monkeypatch, number):
+    """Within it a training gets a signal after step 10."""
     validate = pg.Trainer.validate
 
-    def validate_then_stop(trainer, *args):
+    def validate_then_signal(trainer, *args):
         validate(trainer, *args)
         if trainer.step == 10:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pg.Trainer, "validate", validate_then_stop)
+        patch.setattr(pg.Trainer, "validate", validate_then_signal)
+        yield
+
+
+def interrupt_at_ten(monkeypatch, line=""):
+    """The exit code of a training with a Ctrl-C after step 10."""
+    with signal_at_ten(monkeypatch, signal.SIGINT):
         return train(line)
 
 
@@ -1010,15 +1018,7 @@ def test_run_that_starts_from_an_exported_model_knows_what_that_learned_and_can_
     train = pg.make_settings({}, checkpoint, training=True).train
     assert (train.lr, train.warmup, train.steps, train.batch_size) == (3.3e-5, 50, 20, 8)
 
-    validate = pg.Trainer.validate
-
-    def validate_then_stop(trainer, *args):
-        validate(trainer, *args)
-        if trainer.step == 10:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pg.Trainer, "validate", validate_then_stop)
+    with signal_at_ten(monkeypatch, signal.SIGTERM):
         assert pianogpt(f"{line} b") == 128 + signal.SIGTERM
     assert pianogpt(f"{line} b") == 0
     assert_same_run("a", "b")
