@@ -1,13 +1,15 @@
-"""Turn a checkpoint of the older version (.pt) into one to generate with, or to start from.
+"""Turn a checkpoint of an older version into one to generate with, or to start from.
 
-    python tests/convert.py old.pt new.safetensors
+    python tests/convert.py old new.safetensors
 
-The weights compute the same as before; training cannot be resumed. For one version only.
+old: of format 10 (.pt) or 11. The weights compute the same as before; training cannot be resumed.
 """
 
+import json
 import sys
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -42,33 +44,64 @@ def convert_weights(old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return new
 
 
-def main() -> None:
-    """Convert the file."""
-    old = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+def enlarge(weight: torch.Tensor, name: str, old: list[str], new: list[str]) -> torch.Tensor:
+    """A weight for the words of the new vocabulary, which are the old ones and longer lengths.
+
+    A new length is read as the longest old one, and is as unlikely as PAD until it is learned.
+    """
+    if name == "embedding.weight":
+        instead = "Duration_12.0.12"
+    elif name in ("head.weight", "memory.weight"):
+        instead = "PAD_None"
+    else:
+        return weight
+    rows = torch.tensor([old.index(word if word in old else instead) for word in new])
+    if name == "memory.weight":  # (C, V)
+        return weight[:, rows]
+    return weight[rows]
+
+
+def read_10(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The values of a checkpoint and the weights that had the lowest validation loss."""
+    old = torch.load(path, map_location="cpu", weights_only=True)
     assert old["format"] == "pianogpt 10", old["format"]
     trainer = old["trainer"]
-    settings = {name: old["config"][name] for name in ("data", "model", "train")}
-    tensors = {"intervals": old["intervals"]}
     dtype = trainer["best"]["head"].dtype
-    for name, weight in convert_weights(trainer["best"]).items():
-        tensors[f"best/{name}"] = weight.to(dtype)
-    checkpoint = pg.Checkpoint(
-        about=old["about"],
-        settings=settings | {"tokens": old["config"]["music"]},
-        vocabulary=old["vocabulary"],
-        folder=old["folder"],
-        files=[],
-        pieces=old["pieces"],
-        progress={
-            "step": trainer["step"],
-            "seconds": trainer["seconds"],
-            "history": trainer["history"],
-            "losses": [],
-            "optimizer": "",
-        },
-        tensors=tensors,
-    )
-    pg.save_checkpoint(Path(sys.argv[2]), checkpoint)
+    weights = {k: v.to(dtype) for k, v in convert_weights(trainer["best"]).items()}
+    settings = {name: old["config"][name] for name in ("data", "model", "train")}
+    progress = {key: trainer[key] for key in ("step", "seconds", "history")}
+    values = {name: old[name] for name in ("about", "vocabulary", "folder", "pieces")}
+    settings["tokens"] = old["config"]["music"]
+    return values | {"settings": settings, "progress": progress}, weights | {
+        "intervals": old["intervals"]
+    }
+
+
+def read_11(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The same of a checkpoint of format 11."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        assert metadata["format"] == "pianogpt 11", metadata["format"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+    return json.loads(metadata["json"]), weights | {"intervals": tensors["intervals"]}
+
+
+def main() -> None:
+    """Convert the file."""
+    _, old, new = sys.argv
+    with open(old, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    values, weights = (read_10 if is_zip else read_11)(old)
+    intervals = weights.pop("intervals")
+    vocabulary = pg.Vocabulary(pg.TokenSettings(**values["settings"]["tokens"])).words
+    tensors = {"intervals": intervals}
+    for name, weight in weights.items():
+        enlarged = enlarge(weight, name, values["vocabulary"], vocabulary)
+        tensors[f"best/{name}"] = enlarged.clone()
+    progress = values["progress"] | {"begin": 0, "losses": [], "optimizer": ""}
+    values |= {"vocabulary": vocabulary, "files": [], "progress": progress}
+    pg.save_checkpoint(Path(new), pg.Checkpoint(**values, tensors=tensors))
 
 
 if __name__ == "__main__":

@@ -423,13 +423,13 @@ def run(argv: list[str] | None) -> None:
         samples = [piece.ids for piece in pg.read_music(Path(folder), vocab, "")]
     else:
         model = pg.load_model(checkpoint, device)
-        samples = pg.generate(model, vocab, settings.sample, settings.train.seed)
+        samples = pg.generate(model, vocab, settings.sample, settings.train.seed).values()
     bars = settings.sample.bars
     if not bars:
         bars = int(np.median([(ids == vocab.bar_id).sum() for ids in samples]))
     new = [(-1, opening(ids, bars, vocab.bar_id)) for ids in samples]
     old = [(piece.work, opening(piece.ids, bars, vocab.bar_id)) for piece in held_out]
-    known = (checkpoint.pieces, checkpoint.tensors["intervals"].numpy().tobytes())
+    known = (checkpoint.pieces, checkpoint.intervals())
     ours = describe(new, "samples", vocab, known)
     others = describe(old, "held-out pieces", vocab, known)
     if len(ours) < 2 or len({excerpt.work for excerpt in others}) < 4:

@@ -275,12 +275,12 @@ def test_checkpoint_of_the_older_version_is_converted_and_writes_music(
     }
     torch.save(content, "old.pt")
     assert pg.main(["--generate", "--checkpoint", "old.pt"]) == 2
-    command = "python tests/convert.py old.pt old.safetensors makes a model of it to generate with"
+    command = "python tests/convert.py old.pt old-new.safetensors makes a model of it"
     assert command in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", command.split()[1:4])
     runpy.run_path(str(ROOT / "tests" / "convert.py"), run_name="__main__")
 
-    converted = pg.load_model(pg.load_checkpoint(Path("old.safetensors")), torch.device("cpu"))
+    converted = pg.load_model(pg.load_checkpoint(Path("old-new.safetensors")), torch.device("cpu"))
     idx = torch.randint(1, len(vocab.words), (1, 8))
     share = torch.rand(1, len(vocab.words)) / 100
     places = torch.zeros(1, 8)
@@ -291,7 +291,7 @@ def test_checkpoint_of_the_older_version_is_converted_and_writes_music(
         if name.startswith(("blocks", "head", "norm")):
             assert torch.allclose(converted.state_dict()[name], weight, atol=1e-2), name
 
-    line = "--generate --bars 2 --seed 1 --checkpoint old.safetensors"
+    line = "--generate --bars 2 --seed 1 --checkpoint old-new.safetensors"
     assert pg.main(line.split()) == 0
     out = capsys.readouterr().out
     assert "step 7 of 1500, trained on midi (scales, public domain)" in out

@@ -66,26 +66,6 @@ def test_folder_that_cannot_be_listed_is_named(folder, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{folder}/closed cannot be listed: Permission denied\n"
 
 
-GOOD = midi([tempo(500_000)], note(60, 480))
-DAMAGED = {  # the bytes, how the sentence begins
-    "an unknown event": (
-        GOOD[: GOOD.rfind(b"MTrk")] + b"MTrk\0\0\0\4\xf5\xf5\xf5\xf5",
-        "damaged: .",
-    ),
-    "an early end": (GOOD[:-5], "damaged: ."),
-    "half a header": (GOOD[:9], "damaged: ."),
-    "something before it": (b"GIF89a" + GOOD, "not a MIDI file$"),
-    "another kind of file": (b"RIFF" + GOOD[4:], "not a MIDI file$"),
-    "format 2": (GOOD[:9] + b"\2" + GOOD[10:], "MIDI format 2, several songs in one file: save"),
-}
-
-
-@pytest.mark.parametrize("data, problem", DAMAGED.values(), ids=DAMAGED)
-def test_unreadable_file_says_in_plain_words_what_is_wrong(data, problem):
-    with pytest.raises(pg.UserError, match=f"^{problem}"):
-        pg.read_piece(data, VOCAB)
-
-
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
 def test_forked_and_spawned_workers_read_what_one_process_reads(platform, folder, monkeypatch):
     """FORKS stands for spawn: its processes inherit nothing either, all they get is pickled."""
@@ -131,8 +111,8 @@ def test_file_that_harms_its_worker_costs_only_itself_and_another_day_is_tried_a
     folder, tmp_path
 ):
     acts = {
-        "piece03.mid": (kill_worker, "crashed the MIDI parser"),
-        "piece05.mid": (signal.pause, "hung the MIDI parser"),
+        "piece03.mid": (kill_worker, "crashed its reader"),
+        "piece05.mid": (signal.pause, "takes too long to read"),
         "piece07.mid": (fail_to_read, "Input/output error"),
     }
     if sys.platform == "linux":  # memory is limited there only
@@ -150,7 +130,7 @@ def test_lone_file_that_kills_its_worker_is_reported(folder, monkeypatch):
     path = folder / "piece00.mid"
     harm(monkeypatch, path, "read_piece", kill_worker)
     [(_, piece, content)] = pg.read_in_workers([path], VOCAB)
-    assert (piece.problem, content) == ("crashed the MIDI parser", "")
+    assert (piece.problem, content) == ("crashed its reader", "")
 
 
 def test_mistake_of_the_script_is_not_taken_for_a_damaged_file(folder, tmp_path):
@@ -398,5 +378,5 @@ def test_held_out_music_is_validated_but_neither_trained_on_nor_known(folder):
     assert learned.pieces == [piece.path for piece in train]
     known = b"".join(pg.pitch_intervals(piece.ids, VOCAB) for piece in train)
     assert bytes(learned.tensors["intervals"].tolist()) == known
-    sizes = [f"{(folder / piece.path).stat().st_size} {piece.path}" for piece in pieces]
-    assert learned.files == sizes
+    assert learned.files == pg.list_contents(folder)
+    assert [file.split(" ")[1] for file in learned.files] == [piece.path for piece in pieces]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import pg
+from symusic import Tempo, TimeSignature
 from test_music import assert_grammar
 
 SIZE = 32  # tokens of a window
@@ -33,7 +34,8 @@ def write(model, vocab, seed=1, prompt=None, stopped=lambda: False, **sample):
     """Six pieces of eight bars, as lists of ids, if the settings do not say otherwise."""
     settings = pg.SampleSettings(**{"num_samples": 6, "bars": 8} | sample)
     prompt = None if prompt is None else np.array(prompt)
-    return [ids.tolist() for ids in pg.generate(model, vocab, settings, seed, prompt, stopped)]
+    pieces = pg.generate(model, vocab, settings, seed, prompt, stopped)
+    return [ids.tolist() for ids in pieces.values()]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,25 @@ def prompt(model, vocab):
 def make_request(vocab, old_bars=0, **sample):
     """What the rules are told."""
     sample = pg.SampleSettings(**sample)
-    chords = pg.parse_chords(sample.chords) + vocab.chord_ids.start
+    chords, _ = pg.parse_chords(sample.chords)
+    chords += vocab.chord_ids.start
     return pg.Request(vocab, sample, chords, old_bars)
+
+
+def random_logits(seed, *shape):
+    """float32, as a model's."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def log(p):
+    """Logits of probabilities."""
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(p), pg.ILLEGAL)
+
+
+def softmax(logits):
+    """Probabilities of logits (B, V)."""
+    return np.exp(logits - pg.log_sum_exp(logits))
 
 
 def kinds_of(ids, vocab):
@@ -97,16 +116,15 @@ def test_wanted_chords_take_the_share_of_notes_and_chords_alone(model, vocab):
     [ids] = write(model, vocab, bars=12, num_samples=1, chords="C Am F,G7")
     state = vocab.trace(np.array(ids))
     request = make_request(vocab, chords="C Am F,G7")
-    torch.manual_seed(0)
-    logits = pg.grammar(torch.randn(len(ids), len(vocab.words)), state, request)
-    before = logits.softmax(1)
-    after = pg.wanted_chords(logits.clone(), state, request).softmax(1)
+    logits = pg.grammar(random_logits(0, len(ids), len(vocab.words)), state, request)
+    before = softmax(logits)
+    after = softmax(pg.wanted_chords(logits.copy(), state, request))
     kinds = vocab.says.kind
     others = (kinds != pg.Kind.PITCH) & (kinds != pg.Kind.CHORD)
-    assert torch.allclose(after[:, others], before[:, others], atol=1e-5)
+    assert np.allclose(after[:, others], before[:, others], atol=1e-5)
     may_change = np.isin(state.kind, (pg.Kind.POSITION, pg.Kind.TEMPO))
-    chords = after[:, vocab.chord_ids].sum(1).numpy()[may_change]
-    pitches = after[:, vocab.pitch_ids].sum(1).numpy()[may_change]
+    chords = after[:, vocab.chord_ids].sum(axis=1)[may_change]
+    pitches = after[:, vocab.pitch_ids].sum(axis=1)[may_change]
     is_due = chords > pitches
     assert 0 < is_due.sum() < len(is_due)
     assert not pitches[is_due].any()
@@ -114,8 +132,9 @@ def test_wanted_chords_take_the_share_of_notes_and_chords_alone(model, vocab):
 
 
 def test_without_chords_the_model_writes_its_own(model, vocab):
-    logits = torch.randn(1, len(vocab.words))
-    assert torch.equal(pg.wanted_chords(logits.clone(), NO_STATE, make_request(vocab)), logits)
+    logits = random_logits(0, 1, len(vocab.words))
+    after = pg.wanted_chords(logits.copy(), NO_STATE, make_request(vocab))
+    assert (after == logits).all()
     [ids] = write(model, vocab, bars=4, num_samples=1)
     assert len(set(ids) & {*range(vocab.chord_ids.start, vocab.chord_ids.stop)}) > 3
 
@@ -180,7 +199,7 @@ def test_cached_generation_equals_uncached_past_the_window(length, vocab, monkey
     model = make_model(vocab, n_layer=2)
     [opening] = write(model, vocab, num_samples=1)
     writing = pg.Writing(model, vocab, np.array(opening[:length]), 3)
-    rng = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     start = max(0, length - SIZE)
     for _ in range(2 * SIZE):
         logits = writing.next_logits()
@@ -195,7 +214,7 @@ def test_cached_generation_equals_uncached_past_the_window(length, vocab, monkey
         corpus = pg.make_corpus(pieces)
         window = pg.cut_windows(corpus, corpus.offsets[:-1] + start, T - start, vocab)
         expected, _ = model(window)
-        assert torch.allclose(logits, expected[:, -1], atol=1e-4)
+        assert np.allclose(logits, expected[:, -1], atol=1e-4)
         legal = pg.grammar(logits, writing.state, make_request(vocab))
         legal[:, vocab.eos_id] = pg.ILLEGAL
         writing.append(pg.draw(legal, False, rng))
@@ -211,7 +230,7 @@ def test_greedy_piece_is_of_the_likeliest_ids_whatever_the_seed(model, vocab):
     for expected in ids[1:]:
         logits = pg.grammar(writing.next_logits(), writing.state, request)
         logits[:, vocab.eos_id] = pg.ILLEGAL
-        assert logits.argmax().item() == expected
+        assert logits.argmax() == expected
         writing.append(np.array([expected]))
 
 
@@ -227,21 +246,20 @@ def test_writing_leaves_no_graph(model, vocab):
 def test_temperature_decides_which_pitch_and_chord_is_drawn_but_not_how_often_one_is(
     temperature, vocab
 ):
-    p = torch.zeros(1, len(vocab.words))
+    p = np.zeros((1, len(vocab.words)))
     pitches = [vocab.pitch_ids.start, vocab.pitch_ids.stop - 1]
     chords = [vocab.chord_ids.start, vocab.chord_ids.stop - 1]
     others = [vocab.tempo_ids.start, vocab.bar_id]
     for ids, shares in ((pitches, [0.3, 0.1]), (chords, [0.02, 0.18]), (others, [0.25, 0.15])):
-        p[0, ids] = torch.tensor(shares)
-    logits = p.log().clamp(min=pg.ILLEGAL)
+        p[0, ids] = shares
     state = NO_STATE._replace(kind=np.array([pg.Kind.POSITION]))
     request = make_request(vocab, temperature=temperature)
-    after = pg.temperature(logits, state, request).softmax(1)
-    expected = p.clone()
+    after = softmax(pg.temperature(log(p), state, request))
+    expected = p.copy()
     for ids in (pitches, chords):
         sharp = p[0, ids] ** (1 / temperature)
         expected[0, ids] = sharp / sharp.sum() * p[0, ids].sum()
-    assert torch.allclose(after, expected, atol=1e-5)
+    assert np.allclose(after, expected, atol=1e-5)
 
 
 ONLY = [  # settings, and which of the probabilities 0.1, 0.4, 0.04, 0.3, 0.16 are left
@@ -261,16 +279,16 @@ ONLY = [  # settings, and which of the probabilities 0.1, 0.4, 0.04, 0.3, 0.16 a
 
 @pytest.mark.parametrize("settings, kept", ONLY, ids=str)
 def test_rules_keep_exactly_the_likely_ids(settings, kept, vocab):
-    p = torch.tensor([[0.1, 0.4, 0.04, 0.3, 0.16], [0.3, 0.1, 0.16, 0.4, 0.04]])
-    logits = torch.full((2, len(vocab.words)), pg.ILLEGAL)
-    logits[:, 5:10] = p.log() + 3
-    after = logits
+    p = np.array([[0.1, 0.4, 0.04, 0.3, 0.16], [0.3, 0.1, 0.16, 0.4, 0.04]])
+    logits = np.full((2, len(vocab.words)), pg.ILLEGAL)
+    logits[:, 5:10] = np.log(p) + 3
+    after = logits.copy()
     for rule in (pg.top_k, pg.top_p, pg.min_p):
         after = rule(after, NO_STATE, make_request(vocab, **settings))
-    first, second = (row.nonzero().flatten() for row in after > pg.ILLEGAL / 2)
+    first, second = (np.flatnonzero(row) for row in after > pg.ILLEGAL / 2)
     assert (first - 5).tolist() == kept
     assert sorted(p[1, second - 5].tolist()) == sorted(p[0, kept].tolist())
-    assert torch.equal(after[0, first], logits[0, first])
+    assert (after[0, first] == logits[0, first]).all()
 
 
 def test_rules_are_applied_in_writing(model, vocab):
@@ -280,25 +298,37 @@ def test_rules_are_applied_in_writing(model, vocab):
 
 
 def test_ids_are_drawn_as_often_as_their_probability_says():
-    p = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2])
-    logits = p.log().clamp(min=pg.ILLEGAL).repeat(20_000, 1)
-    drawn = pg.draw(logits, False, torch.Generator().manual_seed(0))
-    assert np.bincount(drawn, minlength=5) / 20_000 == pytest.approx(p.numpy(), abs=0.02)
+    p = np.array([0.0, 0.5, 0.3, 0.0, 0.2])
+    logits = log(p)[None].repeat(20_000, axis=0)
+    drawn = pg.draw(logits, False, np.random.default_rng(0))
+    assert np.bincount(drawn, minlength=5) / 20_000 == pytest.approx(p, abs=0.02)
 
 
-def test_id_without_probability_is_never_drawn_at_the_edges_of_chance(monkeypatch):
-    logits = torch.randn(64, 400, generator=torch.Generator().manual_seed(0))
+class Chance:
+    """A generator that always draws the same number."""
+
+    def __init__(self, u):
+        self.u = u
+
+    def random(self, shape):
+        """As of a numpy Generator."""
+        return np.full(shape, self.u)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])  # the least and the most that can be drawn
+def test_id_without_probability_is_never_drawn_at_the_edges_of_chance(u):
+    logits = random_logits(0, 64, 400)
     logits[:, :9] = pg.ILLEGAL
     logits[:, 300:] = pg.ILLEGAL
-    for u in (0.0, 1 - 2**-24):  # the least and the most that torch.rand can give
-        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, generator: torch.full(shape, u))
-        drawn = pg.draw(logits, False, None)
-        assert drawn.min() >= 9
-        assert drawn.max() < 300
+    drawn = pg.draw(logits, False, Chance(u))
+    assert drawn.min() >= 9
+    assert drawn.max() < 300
 
 
 def test_sample_has_its_key_its_chords_and_the_end_of_its_prompt(prompt, model, vocab):
-    given = pg.Prompt(np.array(prompt), {})
+    _, lines = vocab.bar_lines(np.array(prompt))
+    metre = [TimeSignature(0, 4, 4)]
+    given = pg.Prompt(np.array(prompt), round(480 * lines[3]), [Tempo(0, 99)], metre, [], {})
     [ids] = write(model, vocab, prompt=prompt, bars=5, num_samples=1, chords="C")
     _, lines = vocab.bar_lines(np.array(ids))
     sample = pg.make_sample(np.array(ids), given, vocab, pg.SampleSettings(tempo=77.0))
