@@ -123,12 +123,6 @@ def handle_signals(handler: Callable) -> dict[int, Callable]:
 
 if __name__ == "__main__":
     handle_signals(stop_at_once)  # before the libraries, which take seconds to load
-# A thread of PyTorch that waits for work spins before it sleeps: for so long by default that on a
-# busy machine this program is many times slower. 10,000 rounds, about half of a millisecond, cost
-# an idle machine nothing. OMP_WAIT_POLICY is for other systems' threads, which do not count rounds.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 try:
     import miditok
@@ -221,6 +215,9 @@ class SampleSettings:
     continuation_only: bool = setting(False, "leave the prompt out of the file")
     bars: int = setting(0, "bars of the whole piece; 0: it ends itself after 8 to 24 new bars", 0)
     chords: str = setting("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
+    division: int = setting(
+        0, "notes begin on N-th parts of a beat; 0: of the prompt's, or anywhere without one", 0, 48
+    )
     tempo: float = setting(0.0, "quarter notes per minute; 0: the model decides", 4, 1000, off=True)
     temperature: float = setting(
         0.85,
@@ -320,7 +317,8 @@ MOST_BEATS = 12  # in a bar
 TIME_SIGNATURES = dict.fromkeys((4, 8, 16), (1, MOST_BEATS))  # beat unit: least and most beats
 LONGEST_NOTE = 24  # quarter notes
 # 19.8 to 304 quarter notes per minute in steps of 2 %, about the least that one hears.
-TEMPO_RANGE = (120 / 1.02**91, 120 * 1.02**47)
+TEMPO_STEP = 1.02
+TEMPO_RANGE = (120 / TEMPO_STEP**91, 120 * TEMPO_STEP**47)
 TEMPO_STEPS = 91 + 1 + 47
 LOWEST_KEY = 21  # MIDI pitches of a piano's outer keys
 HIGHEST_KEY = 108
@@ -401,6 +399,10 @@ KEY_PROFILES = {
     "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
     "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
 }
+# The same for all 24 keys, of zero mean and unit length, so that a dot product is a correlation.
+KEY_TEMPLATES = np.array([np.roll(p, tonic) for p in KEY_PROFILES.values() for tonic in range(12)])
+KEY_TEMPLATES -= KEY_TEMPLATES.mean(axis=1, keepdims=True)
+KEY_TEMPLATES /= np.linalg.norm(KEY_TEMPLATES, axis=1, keepdims=True)
 MAJOR_TONICS = ["C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
 MINOR_TONICS = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
 
@@ -956,6 +958,7 @@ class State(NamedTuple):
     beat_unit: np.ndarray  # 4: a beat is a quarter note; 8: an eighth
     pitch: np.ndarray  # of the last note; after a Chord token, of its root
     chord: np.ndarray  # id of the last Chord token in this bar; 0: there was none
+    tempo: np.ndarray  # id of the last Tempo token; 0: there was none
     bar: np.ndarray  # number of Bar tokens so far
     bar_start: np.ndarray  # time at which the bar began, in grid positions
 
@@ -972,7 +975,7 @@ class Vocabulary:
     """What an id says, what state the music is in after it, and which ids may come next.
 
     words (V,): the tokens as MidiTok spells them, in the order of their ids
-    table (8, V): a row for each number of a State: what a token sets it to, or SAYS_NOTHING
+    table (9, V): a row for each number of a State: what a token sets it to, or SAYS_NOTHING
     says: the same rows by name; says.pitch[id] is the pitch that a token sets
     may_follow (kinds, V) bool: MAY_FOLLOW, with a column for each id instead of each kind
     """
@@ -990,6 +993,7 @@ class Vocabulary:
         self.rooted_chord_ids = slice(self.chord_ids.start, self.chord_ids.stop - 1)  # not "none"
         self.position_ids = self.ids_of_kind("Position")
         self.tempo_ids = self.ids_of_kind("Tempo")
+        self.duration_ids = self.ids_of_kind("Duration")
 
         rows = [self.meaning(*word.split("_")) for word in self.words]
         self.table = np.array(rows).T.copy()
@@ -1006,6 +1010,8 @@ class Vocabulary:
         self.later_ids = slice(first_position + 1, self.position_ids.stop)
         self.later_positions = self.says.position[self.later_ids]
         self.key_pitches = self.says.pitch[self.pitch_ids]
+        self.lengths = np.array([self.length_of(word) for word in self.words[self.duration_ids]])
+        self.has_key = CHORD_TEMPLATES[:, self.key_pitches % 12] > 0  # (chords, keys)
 
     def ids_of_kind(self, name: str) -> slice:
         """The ids of a kind of token, which lie in a row."""
@@ -1018,7 +1024,7 @@ class Vocabulary:
         row = State(MIDITOK_KINDS[name], *[SAYS_NOTHING] * (len(State._fields) - 1))
         if name == "BOS":
             # It begins a silent bar of 4/4 before the first one, on middle C.
-            return State(Kind.BOS, 0, 4 * self.grid, 4, MIDDLE_C, chord=0, bar=0, bar_start=0)
+            return State(Kind.BOS, 0, 4 * self.grid, 4, MIDDLE_C, 0, 0, bar=0, bar_start=0)
         if name == "Bar":
             return row._replace(position=0, chord=0)
         if name == "TimeSig":
@@ -1026,6 +1032,8 @@ class Vocabulary:
             return row._replace(bar_length=beats * self.grid, beat_unit=unit)
         if name == "Position":
             return row._replace(position=int(value))
+        if name == "Tempo":
+            return row._replace(tempo=self.id_of[f"Tempo_{value}"])
         if name == "Pitch":
             return row._replace(pitch=int(value))
         if name == "Chord":
@@ -1067,11 +1075,14 @@ class Vocabulary:
         """
         legal = self.may_follow.take(state.kind, axis=0)
         at = self.later_positions
-        is_later = (at > state.position[:, None]) & (at < state.bar_length[:, None])
-        legal[:, self.later_ids] &= is_later
+        if legal[:, self.later_ids.start].any():
+            is_later = (at > state.position[:, None]) & (at < state.bar_length[:, None])
+            legal[:, self.later_ids] &= is_later
         # After a note, which ends with its Duration, comes a higher one at the same moment.
-        least = np.where(state.kind == Kind.DURATION, state.pitch + 1, 0)
-        legal[:, self.pitch_ids] &= self.key_pitches >= least[:, None]
+        is_over = state.kind == Kind.DURATION
+        if is_over.any():
+            least = np.where(is_over, state.pitch + 1, 0)
+            legal[:, self.pitch_ids] &= self.key_pitches >= least[:, None]
         return legal
 
     def bar_lines(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1102,6 +1113,11 @@ class Vocabulary:
                 changes.append((float(quarters[at]), symbol))
             last = symbol
         return changes
+
+    def length_of(self, word: str) -> float:
+        """The grid positions that a Duration token lasts."""
+        beats, parts, of = map(int, word.removeprefix("Duration_").split("."))
+        return (beats + parts / of) * self.grid
 
     def metre_of(self, token_id: int) -> tuple[int, int]:
         """The beats in a bar and the beat unit that a TimeSig token says."""
@@ -1270,28 +1286,26 @@ def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
     return np.array(twelfths, int).reshape(-1, 12), list(dict.fromkeys(remarks))
 
 
-def find_key(score: Score) -> tuple[KeySignature, str]:
-    """The key of a one-track score that has notes, as a signature and in words.
+def find_tonic(sounding: np.ndarray) -> np.ndarray:
+    """The keys of B pieces, (B,): 0 to 11 are C to B major, 12 to 23 C to B minor.
 
-    It is the one whose profile correlates best with how long each pitch class sounds (Krumhansl &
-    Schmuckler).
+    sounding (B, 12): how long each pitch class sounds. The key is the one whose profile correlates
+    best with that (Krumhansl & Schmuckler).
     """
+    return (sounding @ KEY_TEMPLATES.T).argmax(axis=1)
+
+
+def find_key(score: Score) -> tuple[KeySignature, str]:
+    """The key of a one-track score that has notes, as a signature and in words."""
     notes = score.tracks[0].notes.numpy()
     sounding = np.bincount(notes["pitch"] % 12, notes["duration"], 12)
-    best = (-2.0, "major", 0)
-    for mode, profile in KEY_PROFILES.items():
-        for tonic in range(12):
-            fit = float(np.corrcoef(sounding, np.roll(profile, tonic))[0, 1])
-            if fit > best[0]:
-                best = (fit, mode, tonic)
-    _, mode, tonic = best
-    is_minor = int(mode == "minor")
-    name = MINOR_TONICS[tonic] if is_minor else MAJOR_TONICS[tonic]
+    is_minor, tonic = divmod(int(find_tonic(sounding[None])[0]), 12)
+    name = f"{MINOR_TONICS[tonic]} minor" if is_minor else f"{MAJOR_TONICS[tonic]} major"
     # Around the circle of fifths, 7 semitones a step. Sharps are positive, flats negative: from -5
     # to 6 in major, from -6 to 5 in minor.
     major_tonic = tonic + 3 * is_minor
     sharps = (7 * major_tonic + 5 + is_minor) % 12 - 5 - is_minor
-    return KeySignature(0, sharps, is_minor), f"{name} {mode}"
+    return KeySignature(0, sharps, is_minor), name
 
 
 # ---- 3. Model: a causal Transformer that sees an id, a time and a pitch for each token
@@ -1302,6 +1316,7 @@ TOKEN_TIME = 0.0125
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
 RECENT = 3  # a note is three tokens, so each token is told the three before it
 MEMORY = 1024  # tokens before the window that are counted, to stay in key
+MANY_PIECES = 8  # that are written at once; for fewer, a second thread and bfloat16 gain nothing
 PAD = 0  # id of the PAD token, which stands where there is none
 IGNORE = -100  # a target that is not scored
 
@@ -1329,23 +1344,41 @@ class Window(NamedTuple):
         return [self.rows(slice(n, n + size)) for n in range(0, len(self.idx), size)]
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself, and so faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return False
+
+
 class KeyValueCache:
-    """The keys and values of the tokens of a window that were read so far, for each layer."""
+    """The keys and values of the tokens of a window that were read so far, for each layer.
+
+    Those of many pieces are in bfloat16 where that is fast: reading them takes half of the time of
+    a step of 32 pieces, and in 16 bits it takes half as long. Those of few fit into the processor.
+    """
 
     def __init__(self, model: PianoGPT, batch_size: int):
         sizes = model.sizes
         shape = (batch_size, sizes.n_head, sizes.block_size, sizes.n_embd // sizes.n_head)
-        layers = torch.empty(sizes.n_layer, 2, *shape, device=model.head.weight.device)
-        self.keys, self.values = layers.unbind(1)
+        device = model.head.weight.device
+        in_half = batch_size >= MANY_PIECES and has_fast_bfloat16(device)
+        dtype = torch.bfloat16 if in_half else torch.float32
+        layers = torch.empty(sizes.n_layer, 2, *shape, device=device, dtype=dtype)
+        self.layers = [layer.unbind() for layer in layers]  # (keys, values) of each
         self.length = 0  # tokens
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v of new tokens, (B, nh, T, hs); returns those of all tokens of the layer."""
         T = k.size(2)
-        self.keys[layer].narrow(2, self.length, T).copy_(k)
-        self.values[layer].narrow(2, self.length, T).copy_(v)
         end = self.length + T
-        return self.keys[layer].narrow(2, 0, end), self.values[layer].narrow(2, 0, end)
+        both = []
+        for stored, new in zip(self.layers[layer], (k, v), strict=True):
+            stored.narrow(2, self.length, T).copy_(new)
+            both.append(stored.narrow(2, 0, end))
+        return both
 
 
 def rotary_speeds(hs: int, grid: int) -> tuple[Tensor, Tensor]:
@@ -1400,8 +1433,8 @@ class Block(nn.Module):
         if cache is not None:
             assert T == 1 or cache.length == 0, "several tokens at once only into an empty cache"
             k, v = cache.extend(layer, k, v)  # (B, nh, all tokens so far, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, is_causal=T > 1)  # (B, nh, T, hs)
+        return self.proj(y.transpose(1, 2).reshape(x.shape).to(x.dtype))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """SwiGLU, x (B T, C) -> (B T, C): half of the hidden channels gate the other half."""
@@ -1929,9 +1962,27 @@ class Trainer:
 
 LEAST_BARS = 8  # new bars after which a piece without a given length may end
 MOST_BARS = 24  # after so many it must
+# Nats by which an end on the tonic becomes likelier, bar by bar, up to the last one. A model hears
+# few ends: without this, nearly all pieces are cut.
+END_LEAN = 12.0
+CHORD_LEAN = 1.0  # nats by which the notes of a chord that was asked for become likelier
+BASS_LEAN = 2.0  # and its root in the bass
+TEMPO_LEAP = 2.0  # from one tempo to the next at most so many times as fast, or as slow
+DIVISIONS = (4, 3, 8, 6, 12)  # of a beat, on which the notes of a prompt may lie
 KEPT_OF_WINDOW = 1 / 3  # of a full window, what begins the next one; MEMORY counts the rest
 # Not -inf: a softmax over nothing but illegal ids would be undefined. exp(-1e9) is 0.
 ILLEGAL = -1e9
+
+
+def find_division(ids: np.ndarray, vocab: Vocabulary) -> int:
+    """Into how many parts of a beat the onsets of a piece, ids (T,), divide it; 0: no grid."""
+    state = vocab.trace(ids)
+    offsets = state.position[state.kind == Kind.POSITION] % vocab.grid
+    for division in DIVISIONS:
+        on_grid = (offsets * division % vocab.grid == 0).sum()
+        if vocab.grid % division == 0 and on_grid >= 0.98 * len(offsets):
+            return division
+    return 0
 
 
 @dataclass
@@ -1942,11 +1993,13 @@ class Request:
     sample: SampleSettings
     chords: np.ndarray  # (bars, 12) ids of Chord tokens, one for each twelfth of a bar; or empty
     old_bars: int  # bars of the prompt
+    division: int = 0  # notes begin on so many parts of a beat; 0: anywhere
+    tonics: np.ndarray | None = None  # (B,) ids of the Chord tokens of the tonic triads so far
 
     @property
-    def least_bars(self) -> float:
-        """Bars that a piece must have before EOS may end it; with --bars EOS never does."""
-        return math.inf if self.sample.bars else self.old_bars + LEAST_BARS
+    def least_bars(self) -> int:
+        """Bars that a piece must have before EOS may end it."""
+        return self.sample.bars or self.old_bars + LEAST_BARS
 
     @property
     def most_bars(self) -> int:
@@ -1968,36 +2021,110 @@ def log_sum_exp(logits: np.ndarray) -> np.ndarray:
 
 def grammar(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
     """Only what REMI's grammar allows."""
-    logits[~request.vocab.legal(state)] = ILLEGAL
+    return np.where(request.vocab.legal(state), logits, ILLEGAL)
+
+
+def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
+    """Notes on the grid that was asked for: each Position is played on the nearest that is on it.
+
+    A model of recorded performances leaves a grid at the next bar line.
+    """
+    if not request.division:
+        return logits
+    step = request.vocab.grid / request.division
+    positions = logits[:, request.vocab.position_ids]  # a view, (B, positions)
+    n = positions.shape[1]
+    allowed = np.arange(0, n, step).round().astype(int)
+    first = np.append(0, (allowed[:-1] + allowed[1:] + 1) // 2)  # nearest to each of them, from it
+    most = positions.max(axis=1, keepdims=True)
+    share = np.add.reduceat(np.exp(positions - most), first, axis=1)
+    positions[:] = ILLEGAL
+    positions[:, allowed] = np.log(share + 1e-30) + most
     return logits
+
+
+def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
+    """No leap of tempo that music does not make, as from 117 to 23, from which none comes back."""
+    ids = request.vocab.tempo_ids
+    if not request.vocab.may_follow[state.kind, ids.start].any():
+        return logits
+    steps = np.abs(np.arange(ids.start, ids.stop) - state.tempo[:, None])
+    is_leap = (steps * math.log(TEMPO_STEP) > math.log(TEMPO_LEAP)) & (state.tempo[:, None] > 0)
+    logits[:, ids][is_leap] = ILLEGAL
+    return logits
+
+
+def due_chords(state: State, request: Request) -> np.ndarray:
+    """The ids of the Chord tokens that are asked for now, (B,); 0: none.
+
+    Without --chords, a piece that is as long as it may be closes on its tonic.
+    """
+    if len(request.chords):
+        bar = np.maximum(0, state.bar - 1 - request.old_bars) % len(request.chords)
+        return request.chords[bar, 12 * state.position // state.bar_length]
+    return np.where(state.bar >= request.most_bars, request.tonics, 0)
 
 
 def wanted_chords(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """The chord that was asked for, before the first note under it, and no other.
+    """The chord that is asked for, before the first note under it, and no other; its notes.
 
     The model decides whether a note or a chord comes now. If so, it is the chord that is due, or
     if none is, a note: it gets the probability of all notes and chords. Other kinds keep theirs.
+    Notes of the chord become likelier than others.
     """
-    if not len(request.chords):
+    wanted = due_chords(state, request)
+    [rows] = np.nonzero(wanted)
+    if not len(rows):
         return logits
     vocab = request.vocab
-    bar = np.maximum(0, state.bar - 1 - request.old_bars) % len(request.chords)
-    twelfth = 12 * state.position // state.bar_length
-    wanted = request.chords[bar, twelfth]  # (B,) ids
-    is_due = state.chord != wanted
-    of_notes = log_sum_exp(logits[:, vocab.pitch_ids])  # (B, 1)
-    all_of_them = np.logaddexp(of_notes, log_sum_exp(logits[:, vocab.chord_ids]))
-    logits[:, vocab.pitch_ids] += all_of_them - of_notes
-    logits[:, vocab.chord_ids] = ILLEGAL
-    logits[is_due, vocab.pitch_ids] = ILLEGAL
-    logits[is_due, wanted[is_due]] = all_of_them[is_due, 0]
+    wanted = wanted[rows]
+    is_due = state.chord[rows] != wanted
+    asked = logits[rows]
+    notes = asked[:, vocab.pitch_ids]  # a view, (rows, keys)
+    chords = asked[:, vocab.chord_ids]
+    note_or_chord = np.logaddexp(log_sum_exp(notes), log_sum_exp(chords))  # (rows, 1)
+    notes += CHORD_LEAN * vocab.has_key[wanted - vocab.chord_ids.start]
+    # The note right after a Chord token is the lowest of its moment, the bass.
+    root = (wanted - vocab.chord_ids.start) % 12
+    is_root = vocab.key_pitches % 12 == root[:, None]
+    notes += BASS_LEAN * is_root * (state.kind[rows, None] == Kind.CHORD)
+    notes += note_or_chord - log_sum_exp(notes)
+    notes[is_due] = ILLEGAL
+    chords[:] = ILLEGAL
+    asked[is_due, wanted[is_due]] = note_or_chord[is_due, 0]
+    logits[rows] = asked
     return logits
 
 
-def not_yet_the_end(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No EOS before a piece is long enough."""
-    is_too_short = state.bar < request.least_bars
-    logits[is_too_short, request.vocab.eos_id] = ILLEGAL
+def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
+    """No note that rings on under the next of the chords that were asked for."""
+    vocab = request.vocab
+    if not len(request.chords) or not (state.kind == Kind.VELOCITY).any():
+        return logits
+    wanted = request.chords.flatten()
+    n = len(wanted)
+    now = np.maximum(0, state.bar - 1 - request.old_bars) * 12
+    now = now + 12 * state.position // state.bar_length  # the twelfth of a bar
+    is_other = wanted[(now[:, None] + np.arange(1, n + 1)) % n] != wanted[now % n][:, None]
+    twelfths = np.where(is_other.any(axis=1), is_other.argmax(axis=1) + 1, n)  # to the change
+    end = (now % 12 + twelfths) * state.bar_length / 12  # as if all bars were as long as this one
+    left = np.maximum(end - state.position, vocab.lengths.min())
+    logits[:, vocab.duration_ids][vocab.lengths > left[:, None]] = ILLEGAL
+    return logits
+
+
+def begin_and_end(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
+    """No silent bar before the first note; no end too early, and a likelier one on the tonic."""
+    eos_id = request.vocab.eos_id
+    if not request.vocab.may_follow[state.kind, request.vocab.bar_id].any():
+        return logits
+    is_first_bar = (state.kind == Kind.TIME_SIGNATURE) & (state.bar == 1)
+    logits[is_first_bar, request.vocab.bar_id] = ILLEGAL
+    logits[state.bar < request.least_bars, eos_id] = ILLEGAL
+    done = (state.bar - request.least_bars + 1) / (request.most_bars - request.least_bars + 1)
+    root = (request.tonics - request.vocab.chord_ids.start) % 12
+    is_home = (state.chord == request.tonics) & (state.pitch % 12 == root)
+    logits[:, eos_id] += END_LEAN * np.maximum(0, done) * is_home
     return logits
 
 
@@ -2046,7 +2173,18 @@ def min_p(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
     return logits
 
 
-RULES = [grammar, not_yet_the_end, wanted_chords, temperature, top_k, top_p, min_p]
+RULES = [
+    on_the_grid,
+    grammar,
+    begin_and_end,
+    steady_tempo,
+    wanted_chords,
+    lift_at_change,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+]
 
 
 def draw(logits: np.ndarray, is_greedy: bool, rng: np.random.Generator) -> np.ndarray:
@@ -2054,8 +2192,8 @@ def draw(logits: np.ndarray, is_greedy: bool, rng: np.random.Generator) -> np.nd
     if is_greedy:
         return logits.argmax(axis=1)
     cumulative = np.exp(logits - logits.max(axis=1, keepdims=True)).cumsum(axis=1)
-    u = rng.random((len(logits), 1)) * cumulative[:, -1:]
-    return (cumulative <= u).sum(axis=1)  # the number of ids before the first beyond u
+    u = rng.random((len(logits), 1), np.float32) * cumulative[:, -1:]
+    return (cumulative > u).argmax(axis=1)  # the first id beyond u
 
 
 class Writing:
@@ -2071,6 +2209,9 @@ class Writing:
         self.ids = [np.repeat(token, B) for token in opening]
         self.times = [np.repeat(time, B) for time in trace.time]
         self.pitches = [np.repeat(pitch, B) for pitch in trace.pitch]
+        self.sounding = np.zeros((B, 12))  # for how long each pitch class
+        for moment in zip(trace.kind, trace.pitch, opening, strict=True):
+            self.count_note(*(np.repeat(value, B) for value in moment))
         self.cache = KeyValueCache(model, B)
         self.window: Window | None = None  # what the model read last: a whole window or one token
         self.window_start = 0  # number of the token at which the window in the cache begins
@@ -2078,9 +2219,22 @@ class Writing:
     def append(self, ids: np.ndarray) -> None:
         """Add a token to each piece."""
         self.state = self.vocab.advance(self.state, ids)
+        self.count_note(self.state.kind, self.state.pitch, ids)
         self.ids.append(ids)
         self.times.append(self.state.time)
         self.pitches.append(self.state.pitch)
+
+    def count_note(self, kind: np.ndarray, pitch: np.ndarray, ids: np.ndarray) -> None:
+        """Add the notes that end with these Duration tokens to self.sounding."""
+        [rows] = np.nonzero(kind == Kind.DURATION)
+        if len(rows):
+            lengths = self.vocab.lengths[ids[rows] - self.vocab.duration_ids.start]
+            self.sounding[rows, pitch[rows] % 12] += lengths
+
+    def tonics(self) -> np.ndarray:
+        """The ids of the Chord tokens of the tonic triads of the pieces, (B,)."""
+        # The first 24 chords are the major and minor triads, as the keys are.
+        return self.vocab.chord_ids.start + find_tonic(self.sounding)
 
     def new_window(self, length: int) -> Window:
         """The last tokens of each piece, at most `length`."""
@@ -2122,6 +2276,22 @@ class Writing:
         return logits[:, -1].float().cpu().numpy()
 
 
+@contextmanager
+def few_threads(pieces: int) -> Iterator[None]:
+    """Within it one thread computes a few pieces.
+
+    The steps are so small that more threads gain nothing, and on a busy machine, where they wait
+    for each other all the time, one is several times faster.
+    """
+    threads = torch.get_num_threads()
+    if pieces < MANY_PIECES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.inference_mode()
 def generate(
     model: PianoGPT,
@@ -2136,23 +2306,30 @@ def generate(
     prompt_ids: (T,) from BOS on, with which each piece begins. At temperature 0 there is only one
     piece, because all would be the same.
     """
+    division = sample.division
     if prompt_ids is None:
         opening = np.array([vocab.bos_id])
         old_bars = 0
     else:
         opening = np.append(prompt_ids, vocab.bar_id)  # the continuation begins with a bar line
         old_bars = int((prompt_ids == vocab.bar_id).sum())
+        division = division or find_division(prompt_ids, vocab)
     chords, _ = parse_chords(sample.chords)
     chords += vocab.chord_ids.start
-    request = Request(vocab, sample, chords, old_bars)
+    request = Request(vocab, sample, chords, old_bars, division)
     is_greedy = sample.temperature == 0
     B = 1 if is_greedy else sample.num_samples
     writing = Writing(model, vocab, opening, B)
+    request.tonics = writing.tonics()
     rng = np.random.default_rng(seed)
     lengths = np.zeros(B, int)  # of the pieces that are over
-    with progress_bar(desc="writing", unit=" tokens", unit_scale=B, leave=False) as pbar:
+    pbar = progress_bar(desc="writing", unit=" tokens", unit_scale=B, leave=False)
+    with few_threads(B), pbar:
         while not lengths.all() and not stopped():
             logits = writing.next_logits()
+            begins_bar = writing.state.kind == Kind.BAR
+            if begins_bar.any():
+                request.tonics = np.where(begins_bar, writing.tonics(), request.tonics)
             for rule in RULES:
                 logits = rule(logits, writing.state, request)
             writing.append(draw(logits, is_greedy, rng))
@@ -2186,6 +2363,7 @@ class Sample:
     score: Score  # as it is saved, with its key and chords
     key: str  # in words
     bars: int
+    is_cut: bool  # it had not ended when it was as long as it may be
     new_ids: np.ndarray  # (T,) what the model wrote, without the prompt
 
 
@@ -2231,7 +2409,8 @@ def make_sample(
         score.key_signatures.append(signature)
     for quarter, symbol in vocab.chord_changes(ids):
         score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
-    return Sample(score, key, int((ids == vocab.bar_id).sum()), new_ids)
+    is_cut = ids[-1] != vocab.eos_id
+    return Sample(score, key, int((ids == vocab.bar_id).sum()), is_cut, new_ids)
 
 
 # ==== You may stop here. Part II: the machinery
@@ -2838,6 +3017,7 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
 # ---- 8. Runs: train, generate, evaluate, export
 
 # The defaults with --init-from: few steps, at a ninth of the usual rate, keep what was learned.
+FEW_FILES = 20  # of which --init-from holds none out
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}
 
 
@@ -2912,8 +3092,7 @@ def prepare_data(settings: Settings, vocab: Vocabulary) -> tuple[Corpus, Window,
 def make_trainer(settings: Settings, vocab: Vocabulary, device: torch.device) -> Trainer:
     """A new trainer."""
     torch.manual_seed(settings.train.seed)
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()  # few CPUs gain by it
-    bfloat16 = has_bfloat16 and not settings.program.float32
+    bfloat16 = device.type == "cuda" and has_fast_bfloat16(device) and not settings.program.float32
     model = PianoGPT(settings.model, len(vocab.words), vocab.grid).to(device)
     return Trainer(model, settings.train, bfloat16, settings.program.compile)
 
@@ -3063,8 +3242,9 @@ def train_model(
             "without --generate"
         )
         return 128 + (caught[0] if caught else signal.SIGTERM)  # or another rank was stopped
-    best = {key: value for key, value in trainer.best_row().items() if key.startswith("val")}
-    print_block(trainer.history[-1] | best | {"checkpoint": path})
+    best = trainer.best_row()
+    losses = {key: value for key, value in best.items() if key.startswith("val")}
+    print_block(trainer.history[-1] | losses | {"best_step": best["step"], "checkpoint": path})
     return 0
 
 
@@ -3160,7 +3340,7 @@ def write_sample(
         known += f" ({name})"
     seconds = sample.score.to("second").end()
     say(
-        f"sample: {count(sample.bars, 'bar')}, {sample.key}, "
+        f"sample: {count(sample.bars, 'bar')}{' (cut)' if sample.is_cut else ''}, {sample.key}, "
         f"{count(sample.score.note_num(), 'note')}, {seconds:.1f} seconds, {known}, {path}"
     )
 
@@ -3328,6 +3508,18 @@ def check_samples_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to: pass another --samples-dir")
 
 
+def hold_out_few(settings: Settings, given: dict) -> None:
+    """Hold nothing out of a few files that a trained model learns from, unless asked to.
+
+    The loss on one of ten works rises while the others are learned, so that the weights of the
+    first steps would be kept. --init-from ends after few steps at a small rate anyway.
+    """
+    few = settings.program.init_from and "val_percent" not in given
+    if few and len(find_files(Path(settings.program.midi_dir))) < FEW_FILES:
+        settings.data.val_percent = 0.0
+        say(f"fewer than {FEW_FILES} files: none is held out, see --val-percent")
+
+
 def train_and_write(
     settings: Settings,
     given: dict,
@@ -3351,6 +3543,7 @@ def train_and_write(
         check_samples_folder(Path(settings.sample.samples_dir))
 
     if training:
+        hold_out_few(settings, given)
         code = train_model(settings, checkpoint, vocab, device)
         if code:
             return code

@@ -150,7 +150,7 @@ def test_trains_with_a_bar_on_a_terminal_generates_and_its_loss_falls(
     assert max(map(len, bars)) <= 80
 
     values = dict(re.findall(r"^(\w+): (.+)$", out, re.M))
-    keys = "step seconds train_loss val_loss val_nats_per_note checkpoint"
+    keys = "step seconds train_loss val_loss val_nats_per_note best_step checkpoint"
     assert list(values) == ["music", "split", "model", *keys.split(), "sample"]
     assert values["step"] == "60"
     assert values["checkpoint"] == str(MODEL)

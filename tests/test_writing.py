@@ -42,7 +42,7 @@ def write(model, vocab, seed=1, prompt=None, stopped=lambda: False, **sample):
 def prompt(model, vocab):
     """The ids of three bars."""
     [ids] = write(model, vocab, seed=3, bars=3, num_samples=1)
-    return ids
+    return [i for i in ids if i != vocab.eos_id]
 
 
 def make_request(vocab, old_bars=0, **sample):
@@ -50,7 +50,8 @@ def make_request(vocab, old_bars=0, **sample):
     sample = pg.SampleSettings(**sample)
     chords, _ = pg.parse_chords(sample.chords)
     chords += vocab.chord_ids.start
-    return pg.Request(vocab, sample, chords, old_bars)
+    c_major = np.array([vocab.id_of["Chord_C:maj"]])
+    return pg.Request(vocab, sample, chords, old_bars, tonics=c_major)
 
 
 def random_logits(seed, *shape):
@@ -86,7 +87,7 @@ def test_pieces_have_their_bars_keep_the_grammar_and_are_heard_whole_at_every_te
         assert ids[0] == vocab.bos_id
         assert opening is None or ids[: len(opening)] == opening
         assert ids.count(vocab.bar_id) == 6
-        assert vocab.eos_id not in ids
+        assert vocab.eos_id not in ids[:-1]
         assert_grammar(np.array(ids), vocab)
         notes = (kinds_of(ids, vocab) == pg.Kind.PITCH).sum()
         assert vocab.decode(np.array(ids)).note_num() == notes
@@ -129,6 +130,35 @@ def test_wanted_chords_take_the_share_of_notes_and_chords_alone(model, vocab):
     assert 0 < is_due.sum() < len(is_due)
     assert not pitches[is_due].any()
     assert not chords[~is_due].any()
+
+
+def test_asked_chords_make_no_tempo_likelier(model, vocab):
+    """Over 50 pieces, by the share of tokens."""
+    shares = []
+    for chords in ("", "C Am F,G7 C"):
+        pieces = write(model, vocab, num_samples=50, bars=4, chords=chords)
+        kinds = np.concatenate([kinds_of(ids, vocab) for ids in pieces])
+        after = kinds[1:][kinds[:-1] == pg.Kind.POSITION]
+        shares.append((after == pg.Kind.TEMPO).mean())
+    assert shares[1] == pytest.approx(shares[0], abs=0.04)
+    assert shares[0] > 0.1
+
+
+def test_notes_of_an_asked_chord_are_likelier(vocab):
+    request = make_request(vocab, chords="Am")
+    state = NO_STATE._replace(
+        kind=np.array([pg.Kind.POSITION]),
+        bar=np.array([1]),
+        bar_length=np.array([96]),
+        chord=np.array([vocab.id_of["Chord_A:min"]]),
+    )
+    p = softmax(pg.wanted_chords(np.zeros((1, len(vocab.words))), state, request))[0]
+    keys = p[vocab.pitch_ids]
+    in_chord = np.isin(np.arange(21, 109) % 12, (9, 0, 4))
+    assert keys[in_chord] / keys[~in_chord].mean() == pytest.approx(np.exp(pg.CHORD_LEAN))
+    assert p[vocab.tempo_ids].sum() / p.sum() == pytest.approx(
+        (vocab.tempo_ids.stop - vocab.tempo_ids.start) / len(vocab.words)
+    ), "notes take the place of chords, and of nothing else"
 
 
 def test_without_chords_the_model_writes_its_own(model, vocab):
@@ -228,10 +258,107 @@ def test_greedy_piece_is_of_the_likeliest_ids_whatever_the_seed(model, vocab):
     writing = pg.Writing(model, vocab, np.array([vocab.bos_id]), 1)
     request = make_request(vocab, bars=3)
     for expected in ids[1:]:
-        logits = pg.grammar(writing.next_logits(), writing.state, request)
-        logits[:, vocab.eos_id] = pg.ILLEGAL
+        if writing.state.bar == 3:
+            break  # here it closes on its tonic
+        logits = writing.next_logits()
+        for rule in (pg.grammar, pg.begin_and_end, pg.steady_tempo):
+            logits = rule(logits, writing.state, request)
         assert logits.argmax() == expected
         writing.append(np.array([expected]))
+
+
+DIVISION = {  # positions in a bar of 96, the division of the beat
+    "quarters": ([0, 24, 48], 4),
+    "sixteenths": ([0, 6, 12, 18, 24], 4),
+    "swing": ([0, 16, 24, 40, 48], 3),
+    "swing and sixteenths": ([0, 16, 24, 30, 40], 12),
+    "32nd notes": ([0, 3, 6, 9], 8),
+    "a performance": ([0, 5, 23, 31, 50], 0),
+}
+
+
+def bar_of(positions, vocab):
+    """The ids of a bar with a note at each position."""
+    note = "Pitch_60 Velocity_63 Duration_0.6.24"
+    words = " ".join(f"Position_{position} {note}" for position in positions)
+    return [vocab.id_of[word] for word in f"Bar_None TimeSig_4/4 {words}".split()]
+
+
+@pytest.mark.parametrize("positions, division", DIVISION.values(), ids=DIVISION)
+def test_grid_of_a_prompt_is_found_and_kept(positions, division, model, vocab):
+    opening = [vocab.bos_id, *bar_of(positions, vocab) * 2]
+    assert pg.find_division(np.array(opening), vocab) == division
+    new = set()
+    for ids in write(model, vocab, prompt=opening, bars=6):
+        state = vocab.trace(np.array(ids))
+        new |= set(state.position[len(opening) :] % 24)
+    if division:
+        assert new <= set(range(0, 24, 24 // division)) and len(new) > 1
+    else:
+        assert len(new) > 12
+
+
+def test_notes_lie_on_the_division_that_is_asked_for(model, vocab):
+    for ids in write(model, vocab, bars=4, division=3):
+        assert set(vocab.trace(np.array(ids)).position % 24) <= {0, 8, 16}
+
+
+def test_position_off_the_grid_gives_its_probability_to_the_nearest_on_it(vocab):
+    logits = random_logits(0, 2, len(vocab.words))
+    request = make_request(vocab)
+    request.division = 4
+    before = softmax(logits)[:, vocab.position_ids]
+    after = softmax(pg.on_the_grid(logits.copy(), NO_STATE, request))[:, vocab.position_ids]
+    assert np.allclose(after[:, 6], before[:, 3:9].sum(axis=1))
+    assert np.allclose(after[:, 0], before[:, :3].sum(axis=1))
+    assert np.allclose(after.sum(axis=1), before.sum(axis=1))
+    assert not after[:, np.arange(288) % 6 > 0].any()
+
+
+def test_tempo_does_not_leap(model, vocab):
+    for ids in write(model, vocab, bars=16):
+        tempos = [vocab.tempo_of(i) for i in ids if vocab.words[i].startswith("Tempo")]
+        ratios = np.array(tempos[1:]) / tempos[:-1]
+        assert len(ratios) > 5
+        assert (ratios < 2.01).all() and (ratios > 1 / 2.01).all()
+
+
+def test_no_piece_begins_with_a_silent_bar(model, vocab):
+    for ids in write(model, vocab, bars=1, num_samples=20):
+        assert ids[3] not in (vocab.bar_id, vocab.eos_id)
+
+
+def lean_to_the_end(bar, chord, pitch, vocab):
+    """The logit of EOS after a C or another note in a bar, by the rule; it was 0."""
+    state = NO_STATE._replace(
+        kind=np.array([pg.Kind.DURATION]),
+        bar=np.array([bar]),
+        chord=np.array([vocab.id_of[f"Chord_{chord}"]]),
+        pitch=np.array([pitch]),
+    )
+    logits = np.zeros((1, len(vocab.words)))
+    return pg.begin_and_end(logits, state, make_request(vocab, old_bars=3))[0, vocab.eos_id]
+
+
+def test_end_on_the_tonic_becomes_likelier_bar_by_bar(vocab):
+    leans = [lean_to_the_end(bar, "C:maj", 60, vocab) for bar in (10, 11, 20, 27)]
+    assert leans[0] == pg.ILLEGAL, "a piece of 3 + 8 bars may end in its 11th bar"
+    assert 0 < leans[1] < leans[2] < leans[3] == pg.END_LEAN
+    assert lean_to_the_end(27, "F:maj", 60, vocab) == 0
+    assert lean_to_the_end(27, "C:maj", 64, vocab) == 0
+
+
+def test_longest_piece_closes_on_its_tonic(model, vocab):
+    for ids in write(model, vocab, bars=4, num_samples=20):
+        state = vocab.trace(np.array(ids))
+        start = np.flatnonzero(state.bar == 4)[0]
+        sounding = np.zeros((1, 12))
+        for t in np.flatnonzero(state.kind[:start] == pg.Kind.DURATION):
+            length = vocab.lengths[ids[t] - vocab.duration_ids.start]
+            sounding[0, state.pitch[t] % 12] += length
+        tonic = vocab.chord_ids.start + pg.find_tonic(sounding)[0]
+        last = state.chord[start:][state.kind[start:] == pg.Kind.PITCH]
+        assert set(last) <= {tonic}
 
 
 def test_writing_leaves_no_graph(model, vocab):
@@ -310,12 +437,12 @@ class Chance:
     def __init__(self, u):
         self.u = u
 
-    def random(self, shape):
+    def random(self, shape, dtype):
         """As of a numpy Generator."""
-        return np.full(shape, self.u)
+        return np.full(shape, self.u, dtype)
 
 
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])  # the least and the most that can be drawn
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])  # the least and the most that can be drawn
 def test_id_without_probability_is_never_drawn_at_the_edges_of_chance(u):
     logits = random_logits(0, 64, 400)
     logits[:, :9] = pg.ILLEGAL
@@ -327,12 +454,15 @@ def test_id_without_probability_is_never_drawn_at_the_edges_of_chance(u):
 
 def test_sample_has_its_key_its_chords_and_the_end_of_its_prompt(prompt, model, vocab):
     _, lines = vocab.bar_lines(np.array(prompt))
-    metre = [TimeSignature(0, 4, 4)]
-    given = pg.Prompt(np.array(prompt), round(480 * lines[3]), [Tempo(0, 99)], metre, [], {})
+    bar_line = round(480 * lines[3])
+    given = pg.Prompt(np.array(prompt), bar_line, [Tempo(0, 99)], [TimeSignature(0, 4, 4)], [], {})
     [ids] = write(model, vocab, prompt=prompt, bars=5, num_samples=1, chords="C")
+    ids = [i for i in ids if i != vocab.eos_id]
     _, lines = vocab.bar_lines(np.array(ids))
     sample = pg.make_sample(np.array(ids), given, vocab, pg.SampleSettings(tempo=77.0))
-    assert sample.bars == 5
+    assert (sample.bars, sample.is_cut) == (5, True)
+    ended = np.append(ids, vocab.eos_id)
+    assert not pg.make_sample(ended, given, vocab, pg.SampleSettings()).is_cut
     assert sample.new_ids.tolist() == ids[len(prompt) :]
     assert [(t.time, round(t.qpm)) for t in sample.score.tempos] == [(0, 77)]
     assert len(sample.score.key_signatures) == 1
