@@ -95,11 +95,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 unfinished: set[Path] = set()  # files that are deleted if a signal ends the program
+main_process = 0  # the process that handles signals; a worker that has just begun is a copy of it
 
 
 def stop_at_once(number: int, frame) -> None:
     """Handle a signal while there is nothing to save: leave no worker and no half of a file."""
-    if multiprocessing.parent_process() is None:
+    if os.getpid() == main_process:
         for worker in multiprocessing.active_children():
             worker.kill()
         for path in unfinished:
@@ -113,6 +114,8 @@ def handle_signals(handler: Callable) -> dict[int, Callable]:
 
     One that is ignored, as nohup ignores the end of a terminal, stays so.
     """
+    global main_process
+    main_process = os.getpid()
     old = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -3717,7 +3720,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if len(problem) > LONGEST_MESSAGE:
-        problem = f"{problem[:LONGEST_MESSAGE]} ..."
+        problem = f"{problem[: LONGEST_MESSAGE // 2]} ... {problem[-LONGEST_MESSAGE // 2 :]}"
     say(f"pianogpt: {problem}", "stderr")
     if RANK != 0:
         time.sleep(2)  # else torchrun ends rank 0 before it has said what is wrong

@@ -35,6 +35,8 @@ from pathlib import Path
 RATE = 44_100  # samples a second
 RING_OUT = 2  # seconds of sound after the last note
 PEAK = 32_000  # the loudest sample of a piece; full scale is 32,767
+SUFFIXES = (".mid", ".midi", ".kar")
+MOST_BARS = 20_000  # one every fifth of a second for an hour
 LONGEST = 3600  # seconds; an hour of sound takes 3 GB of memory while it is written
 # The markers that pianogpt.py sets: what made the piece, as JSON, and where the user's prompt ends.
 # Its other markers are chord symbols.
@@ -95,7 +97,7 @@ def replacing(path: Path):
 
 
 def find_bars(score, end: int) -> list[int]:
-    """The ticks before end at which bars begin.
+    """The ticks before end at which bars begin; raises UserError if there are too many.
 
     Each time signature begins one, and without one it is 4/4.
     """
@@ -106,7 +108,10 @@ def find_bars(score, end: int) -> list[int]:
     changes = [tick for tick in sorted(sizes) if tick < end]
     bars = []
     for first, next_change in pairwise([*changes, end]):
-        bars += range(first, next_change, sizes[first] or 1)
+        stretch = range(first, next_change, sizes[first] or 1)
+        if len(bars) + len(stretch) > MOST_BARS:
+            raise UserError(f"has more than {MOST_BARS:,} bars")
+        bars += stretch
     return bars
 
 
@@ -159,13 +164,17 @@ def read_piece(path: Path) -> Piece:
             f"{path} does not last between 0 and {LONGEST} seconds: cut it or mend its tempo"
         )
     end_tick = max(note.end for note in all_notes(score))
+    try:
+        bars = find_bars(score, end_tick)
+    except UserError as e:
+        raise UserError(f"{path} {e}: mend its time signatures") from None
     chords, origin = read_texts(score.markers)
     chord_times = in_seconds([tick for tick, _ in chords], score)
     prompt_ends = [marker.time for marker in score.markers if marker.text == END_OF_PROMPT]
     return Piece(
         notes=notes,
         end=end,
-        bars=in_seconds(find_bars(score, end_tick), score),
+        bars=in_seconds(bars, score),
         chords=list(zip(chord_times, (symbol for _, symbol in chords), strict=True)),
         prompt_end=in_seconds([*prompt_ends, 0], score)[0],
         origin=origin,
@@ -372,7 +381,7 @@ def write_page(folder: Path, problems: dict[str, None]) -> None:
     """Write folder/index.html, which shows and plays the .mid files there; raises UserError."""
     piano = json.dumps(read_piano() | {"rate": RATE, "ringOut": RING_OUT, "peak": PEAK})
     articles = []
-    for midi in sorted(folder.glob("*.[Mm][Ii][Dd]")):
+    for midi in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
         with collecting(problems):
             articles.append(make_article(midi.stem, read_piece(midi)))
     if not articles:
@@ -393,13 +402,15 @@ def make_heard_and_seen(path: Path, soundfont: str, problems: dict[str, None]) -
         raise UserError(f"{path} is not a file: check its name")
     elif suffix == ".csv":
         draw_losses(path)
-    elif suffix == ".mid":
+    elif suffix in SUFFIXES:
         piece = read_piece(path)
         with collecting(problems):
             draw_piano_roll(path, piece)
         write_wav(path, piece.notes, soundfont)
     else:
-        raise UserError(f"{path} is neither .mid nor .csv: pass pieces or training logs")
+        raise UserError(
+            f"{path} is neither .mid, .midi, .kar nor .csv: pass pieces or training logs"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -412,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         "--soundfont", metavar="FILE", help="another .sf2 or .sf3 that plays the .wav files"
     )
     args = parser.parse_args(argv)
-    if args.soundfont and not any(path.suffix.lower() == ".mid" for path in args.files):
+    if args.soundfont and not any(path.suffix.lower() in SUFFIXES for path in args.files):
         parser.error("--soundfont plays single pieces into .wav files: name the .mid files")
     problems: dict[str, None] = {}
     for path in args.files or [Path(__file__).parent]:

@@ -123,24 +123,25 @@ def print_into(out):
 
 
 def limit_memory(gigabytes):
-    """Let this process take no more than so much memory beyond what it has."""
+    """Let this process and its children take no more than so much memory beyond what it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + gigabytes * 2**30
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def run_apart(folder, out, line, write=0, gigabytes=0):
+def run_apart(folder, out, line, write=0, gigabytes=0, threads=1, number=signal.SIGKILL):
     """Run a command line in a folder, its output in out; killed in its write of that number.
 
-    gigabytes: of memory that it may take; 0: as much as there is.
+    gigabytes: of memory that it may take; 0: as much as there is. number: the signal that kills.
     """
     writes = itertools.count(1)
 
     def fsync(handle):
         if next(writes) == write:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
+    pg.handle_signals(pg.stop_at_once)
+    pg.torch.set_num_threads(threads)
     os.fsync = fsync
     os.chdir(folder)
     print_into(out)

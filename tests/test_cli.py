@@ -37,7 +37,6 @@ from symusic import Score
 
 MODEL = Path("pianogpt.safetensors")  # the default --checkpoint
 SHIPPED = ROOT / "samples" / "piano.safetensors"
-PATHS = os.environ | {"PYTHONPATH": str(ROOT)}
 SHORT = " ".join(["--midi-dir midi", *TINY, "--steps 30 --eval-every 10 --warmup 5 --seed 1"])
 CONTINUE = "--prompt 'my prompt é.mid' --prompt-bars 4 --bars 8 --num-samples 2"
 multiprocessing.forkserver.ensure_running()  # it imports torch while the first tests run
@@ -96,9 +95,13 @@ def assert_same_run(*paths):
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
     one, two = (re.sub(r"(?m)^(\w+),[^,]+", r"\1", Path(f"{p}.csv").read_text()) for p in paths)
     assert one == two
+    for name in ("about", "vocabulary", "folder", "files", "pieces"):
+        assert getattr(a, name) == getattr(b, name), name
+    for name in ("begin", "losses", "optimizer"):
+        assert a.progress[name] == b.progress[name], name
 
 
-def full_disk(*args):
+def full_disk(*args, **kwargs):
     """What a full disk does."""
     raise OSError(28, "No space left on device")
 
@@ -121,6 +124,7 @@ def mistaken(trained_once, tmp_path_factory):
     (root / "empty").mkdir()
     (root / "bad").mkdir()
     (root / "bad" / "page.mid").write_text("<html>")
+    (root / "loop").symlink_to("loop")
     shifted = load(root / MODEL)
     first, *others = shifted.vocabulary  # as many words, in another order
     shifted.vocabulary = [*others, first]
@@ -346,6 +350,159 @@ def test_run_killed_in_any_write_or_moment_ends_as_the_uninterrupted(trained):
     assert not list(trained.glob("*.tmp"))
 
 
+class Boom(Exception):
+    """What nobody expects."""
+
+
+PHASES = {  # of a step
+    "the batch": (pg.Batches, "__getitem__"),
+    "the gradients": (pg.Trainer, "add_gradients"),
+    "the clipping": (torch.nn.utils, "clip_grad_norm_"),
+    "a matrix of the optimizer": (pg, "orthogonalize"),
+    "the averages": (torch.Tensor, "lerp_"),
+    "the validation": (pg.Trainer, "validate"),
+    "the save": (pg, "save_checkpoint"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_run_that_fails_in_a_step_saves_nothing_half_done(phase, trained, monkeypatch):
+    place, name = PHASES[phase]
+    real = getattr(place, name)
+    calls = itertools.count()
+    fails_at = {"__getitem__": 13, "validate": 2, "save_checkpoint": 3}.get(name, 100)
+    if name in ("add_gradients", "clip_grad_norm_"):
+        fails_at = 13
+
+    def fail(*args, **kwargs):
+        if next(calls) == fails_at:
+            raise Boom
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Boom):
+        patch.setattr(place, name, fail)
+        train("--save-every 1 --checkpoint b")
+    assert 0 < step_of("b") < 30 or phase == "the validation"
+    assert train("--save-every 1 --checkpoint b") == 0
+    assert_same_run(MODEL, "b")
+
+
+def test_diverged_weights_replace_no_good_ones_and_a_smaller_rate_goes_on(trained, capsys):
+    good = MODEL.read_bytes()
+    assert pianogpt("--midi-dir midi --steps 40 --lr 1 --save-every 1") == 2
+    assert "the loss became" in capsys.readouterr().err
+    kept = step_of()
+    assert MODEL.read_bytes() == good or kept > 30
+    assert pianogpt("--midi-dir midi --steps 40 --lr 1e-4") == 0
+    assert len(generate("--bars 1")) == 3
+
+
+def test_validation_that_is_no_number_ends_the_run(folder, here, monkeypatch, capsys):
+    monkeypatch.setattr(pg, "evaluate", lambda *args: math.nan)
+    assert train() == 2
+    assert "the loss became nan after 10 steps: pass a smaller --lr" in capsys.readouterr().err
+    assert not MODEL.exists()
+
+
+def test_wild_weight_decay_without_validation_is_a_sentence(folder, here, capsys):
+    assert train("--val-percent 0 --weight-decay 1e9 --generate --bars 1") == 2
+    assert "pass a smaller --lr" in capsys.readouterr().err
+
+
+def test_weight_that_16_bits_cannot_hold_is_not_exported(trained, capsys):
+    wide = load()
+    wide.tensors["best/norm.weight"][0] = 1e5
+    pg.save_checkpoint(Path("wide"), wide)
+    assert pianogpt("--export small --checkpoint wide") == 2
+    assert "too large for 16 bits" in capsys.readouterr().err
+    assert not Path("small").exists()
+    wide.tensors["best/norm.weight"][0] = math.nan
+    pg.save_checkpoint(Path("wide"), wide)
+    assert pianogpt("--generate --checkpoint wide") == 2
+    assert "its best weights are no numbers" in capsys.readouterr().err
+
+
+def test_finished_run_that_gets_more_steps_rises_to_its_rate_again(trained):
+    assert pianogpt("--midi-dir midi --steps 60") == 0
+    progress = load().progress
+    assert (progress["step"], progress["begin"]) == (60, 30)
+    settings = pg.TrainSettings(steps=60, warmup=5)
+    rates = [pg.learning_rate(step, settings, begin=30) for step in range(30, 60)]
+    assert rates[0] == 0.2 and max(rates) == 1 and rates[-1] < 0.05
+
+
+def test_run_that_is_shorter_than_its_warmup_rises_and_falls():
+    settings = pg.TrainSettings(steps=100, warmup=200)
+    rates = [pg.learning_rate(step, settings) for step in range(100)]
+    assert (rates.index(max(rates)), max(rates)) == (19, 1)
+    assert rates[-1] < 0.02
+
+
+def test_cache_that_cannot_be_written_is_said_once_and_the_run_goes_on(
+    folder, here, monkeypatch, capsys
+):
+    Path("file").write_text("")
+    assert train("--steps 3 --cache-dir file") == 0
+    assert capsys.readouterr().out.count("no cache: file/") == 1
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    assert train("--steps 3 --checkpoint b") == 0
+    assert capsys.readouterr().out.count("(No space left on device)") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited there only")
+def test_limit_on_memory_of_the_whole_program_is_kept_by_its_workers(folder, here):
+    process = start(run_apart, here, "out", f"{SHORT} --steps 1", 0, 3)
+    process.join(60)
+    assert process.exitcode == 0, Path("out.err").read_text()
+    assert "music: 12 files" in Path("out").read_text()
+
+
+def test_lock_that_was_deleted_while_it_was_taken_is_taken_again(here, monkeypatch):
+    real = pg.FileLock.acquire
+    deleted = []
+
+    def acquire(lock, *args, **kwargs):
+        taken = real(lock, *args, **kwargs)
+        if not deleted:
+            Path(lock.lock_file).unlink()
+            deleted.append(1)
+        return taken
+
+    monkeypatch.setattr(pg.FileLock, "acquire", acquire)
+    with pg.hold_lock(MODEL):
+        assert Path(f"{MODEL}.lock").exists()
+
+
+def test_several_processes_without_torchrun_are_a_sentence(trained, monkeypatch, capsys):
+    monkeypatch.setattr(pg, "PROCESSES", 4)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert pianogpt("--midi-dir midi --steps 40") == 2
+    assert "WORLD_SIZE is 4: start several processes by torchrun" in capsys.readouterr().err
+
+
+def test_long_message_is_cut(capsys):
+    assert pianogpt(f"--steps {'9' * 4000}") == 2
+    assert len(capsys.readouterr().err) < 600
+
+
+def test_version_names_the_libraries(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        pianogpt("--version")
+    assert re.match(
+        r"PianoGPT [\d.]+ \(torch .*, miditok .*, symusic .*\)", capsys.readouterr().out
+    )
+
+
+def test_of_few_files_none_is_held_out_when_a_trained_model_learns_them(trained, capsys):
+    line = f"--midi-dir midi --init-from {MODEL} --steps 3 --checkpoint"
+    assert pianogpt(f"{line} a") == 0
+    out = capsys.readouterr().out
+    assert "fewer than 20 files: none is held out, see --val-percent" in out
+    assert "12 train, 0 validation" in out
+    assert pianogpt(f"{line} b --val-percent 10") == 0
+    assert "10 train, 2 validation" in capsys.readouterr().out
+
+
 def test_two_runs_on_one_checkpoint_the_second_is_refused(trained, capsys):
     before = MODEL.read_bytes()
     with pg.hold_lock(MODEL):
@@ -538,37 +695,33 @@ def test_signal_ends_in_one_line_while_modules_load_and_while_workers_read(here)
         notes = [(n / 8, 0.1, 30 + (n * (i + 1)) % 60, 80) for n in range(20_000)]
         write_midi(Path("midi", f"{i}.mid"), [notes])
     line = f"--evaluate midi --cache-dir '' --checkpoint '{SHIPPED}'"
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    early = {number: start_script(line, f"early {number}") for number in numbers}
-    late = {number: start_script(line, f"late {number}") for number in numbers}
+    early = start_script(line, "early")
+    late = start_script(line, "late")
     time.sleep(0.5)
-    for number, run in early.items():
-        os.kill(run.pid, number)
-    workers = []
-    for number, run in late.items():
-        while run.poll() is None and not workers_of(run.pid):
-            time.sleep(0.01)
-        workers += workers_of(run.pid)
-        os.kill(run.pid, number)
-    for number in numbers:
-        assert early[number].wait(20) == late[number].wait(20) == 128 + number
-        for out in (f"early {number}", f"late {number}"):
-            assert Path(f"{out}.err").read_text() == "pianogpt: stopped\n"
+    os.kill(early.pid, signal.SIGINT)
+    while late.poll() is None and not workers_of(late.pid):
+        time.sleep(0.01)
+    workers = workers_of(late.pid)
+    os.kill(late.pid, signal.SIGTERM)
+    assert early.wait(20) == 128 + signal.SIGINT
+    assert late.wait(20) == 128 + signal.SIGTERM
+    for out in ("early.err", "late.err"):
+        assert Path(out).read_text() == "pianogpt: stopped\n"
     assert workers
     time.sleep(0.2)
     assert not any(is_running(pid) for pid in workers)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_hangup_that_is_ignored_stays_ignored(here):
-    with open("out", "wb") as out:
-        run = subprocess.Popen(
-            ["nohup", sys.executable, pg.__file__, "--version"], stdout=out, stderr=out
-        )
-    time.sleep(0.7)
-    run.send_signal(signal.SIGHUP)
-    assert run.wait(20) == 0
-    assert "PianoGPT" in Path("out").read_text()
+def test_hangup_that_is_ignored_stays_ignored():
+    """As nohup wants it."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pg.catch_signals() as caught:
+            signal.raise_signal(signal.SIGHUP)
+        assert not caught
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_first_signal_is_caught_and_the_second_has_its_old_effect():
@@ -586,36 +739,44 @@ def test_first_signal_is_caught_and_the_second_has_its_old_effect():
         signal.signal(signal.SIGTERM, old)
 
 
-def test_signal_deletes_the_halves_of_files(here):
-    line = (
-        "import pianogpt as pg, os, signal; pg.os.fsync = lambda handle: os.kill(os.getpid(), 15)"
-    )
-    line += "; pg.handle_signals(pg.stop_at_once)"
-    line += "; pg.write_new(pg.Path('.'), 'sample', '.mid', b'half of a file')"
-    run = subprocess.run([sys.executable, "-c", line], cwd=here, env=PATHS, capture_output=True)
-    assert run.returncode == 128 + signal.SIGTERM, run.stderr
-    assert os.listdir(here) == []
+@pytest.mark.parametrize("flags, write", [("--export small", 1), ("--generate --bars 1", 1)])
+def test_second_signal_deletes_the_half_of_a_file(flags, write, trained):
+    """Writing catches the first one, which here is followed at once by another."""
+    before = {*os.listdir()}
+    process = start(run_apart, trained, "out", flags, write, 0, 1, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert Path("out.err").read_text() in ("", "pianogpt: stopped\n")
+    new = {*os.listdir()} - before
+    assert new <= {"out", "out.err", "samples", "small", "small.csv"}
+    assert not list(Path().rglob("*.tmp"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the cores of a process")
-def test_busy_machine_does_not_make_it_many_times_slower(here):
-    """Two threads on two cores, beside two busy loops."""
+def test_busy_machine_does_not_make_it_many_times_slower(trained):
+    """Two threads on two cores, alone and beside two busy loops."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         pytest.skip("one core")
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores]
-    for process, core in zip(busy, cores, strict=True):
-        os.sched_setaffinity(process.pid, [core])
+    seconds = []
+    busy = []
     try:
-        line = f"--generate --bars 4 --num-samples 1 --seed 1 --checkpoint '{SHIPPED}'"
-        run = start_script(line, "out", OMP_NUM_THREADS="2")
-        os.sched_setaffinity(run.pid, cores)
-        start = time.monotonic()
-        assert run.wait(60) == 0
-        assert time.monotonic() - start < 20
+        for _ in range(2):
+            line = "--generate --bars 30 --num-samples 3 --seed 1 --device cpu"
+            began = time.monotonic()
+            process = start(run_apart, trained, "out", line, 0, 0, 2)
+            os.sched_setaffinity(process.pid, cores)
+            process.join(60)
+            assert process.exitcode == 0
+            seconds.append(time.monotonic() - began)
+            for core in cores:
+                busy.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                os.sched_setaffinity(busy[-1].pid, [core])
     finally:
         for process in busy:
             process.kill()
+    alone, beside = seconds
+    assert beside < 4 * alone, "half of the cores are left"
 
 
 # ---- Which run is meant
@@ -794,6 +955,8 @@ def times_of_files(folder):
         (f"{NEW} --midi-dir empty", "no MIDI file under empty"),
         (f"{NEW} --midi-dir bad", "none of the 1 MIDI files under bad"),
         # the checkpoint
+        ("--checkpoint loop --steps 40", "loop is a link that leads nowhere: name a file"),
+        (f"--checkpoint {'x' * 5000}", "File name too long"),
         (f"{SHORT} --checkpoint bad/page.mid/x", "bad/page.mid cannot be used: File exists"),
         ("--checkpoint bad/page.mid", "bad/page.mid is damaged or not a PianoGPT checkpoint"),
         ("--evaluate midi --checkpoint new", "there is no checkpoint new: name another, or train"),

@@ -52,6 +52,17 @@ def test_every_midi_file_in_any_case_and_depth_is_read_or_reported_by_name(folde
     assert found == sorted(expected.items())
 
 
+def test_links_to_folders_are_followed_once_and_loops_noticed(folder, tmp_path, capsys):
+    write_midi(tmp_path / "elsewhere" / "far.mid", scale(30))
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "same").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    found = [path.relative_to(folder).as_posix() for path in pg.find_files(folder)]
+    assert len(found) == 13
+    assert found[0] in ("link/far.mid", "same/far.mid")
+    assert capsys.readouterr().out.count("leads to a folder that is read already") == 2
+
+
 def test_folder_that_cannot_be_listed_is_named(folder, monkeypatch, capsys):
     real = os.scandir
 

@@ -15,8 +15,11 @@ import listen
 import numpy as np
 import pytest
 from conftest import write_midi
+from fuzz_midi import metre, midi, note, tempo
 from symusic import Score, Tempo, TextMeta, TimeSignature
 
+# 78 bytes: a metre of 1/64, one tick and a microsecond a quarter note, and a note of 2^24 of them
+MANY_BARS = midi([metre(1, 6), tempo(1), *note(60, 2**24)], ticks=1)
 A4_THEN_A5 = [[(0, 2, 69, 100), (8, 2, 81, 100)]]  # at 120 bpm from 0 to 1 s and from 4 to 5 s
 
 
@@ -265,7 +268,8 @@ def test_losses_fall_in_blue_and_validation_is_a_second_curve(tmp_path):
         ("long.mid", [[(8000, 1, 60, 60)]], "does not last"),
         ("other.csv", b"name,age\nBach,65\n", "is no training log"),
         ("no-rows.csv", b"step,train_loss,val_loss\n", "is no training log"),
-        ("letter.txt", b"Dear", "is neither .mid nor .csv"),
+        ("letter.txt", b"Dear", "is neither .mid, .midi, .kar nor .csv"),
+        ("bars.mid", MANY_BARS, "has more than 20,000 bars"),
     ],
 )
 def test_unusable_file_is_one_sentence_and_the_next_is_done(
@@ -437,8 +441,9 @@ def test_page_leaves_out_what_cannot_be_read_and_says_so(tmp_path, capsys):
     assert "holds no .mid file to play" in capsys.readouterr().err
     assert not (tmp_path / "index.html").exists()
     write_midi(tmp_path / "good.mid", A4_THEN_A5)
+    write_midi(tmp_path / "song.KAR", A4_THEN_A5)
     assert run(tmp_path) == 2
-    assert Page(tmp_path / "index.html").texts["h2"] == ["good"]
+    assert Page(tmp_path / "index.html").texts["h2"] == ["good", "song"]
     err = capsys.readouterr().err
     assert err.startswith(f"{tmp_path / 'bad.mid'} is not a MIDI file") and err.count("\n") == 1
 
