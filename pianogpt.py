@@ -219,7 +219,7 @@ class SampleSettings:
     bars: int = setting(0, "bars of the whole piece; 0: it ends itself after 8 to 24 new bars", 0)
     chords: str = setting("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
     division: int = setting(
-        0, "notes begin on N-th parts of a beat; 0: of the prompt's, or anywhere without one", 0, 48
+        0, "notes begin on N-ths of a beat; 0: as in the prompt, or anywhere without one", 0, 48
     )
     tempo: float = setting(0.0, "quarter notes per minute; 0: the model decides", 4, 1000, off=True)
     temperature: float = setting(
@@ -343,12 +343,13 @@ ALL_OFF = (123, 120)  # all notes, all sound
 PEDAL_DOWN = 64  # values of a controller from here on mean down
 # Files that forget to lift the pedal would smear their notes. Longer presses are ignored.
 LONGEST_PEDAL = 48  # quarter notes
-LONGEST_LAST_PEDAL = 16  # quarter notes; of a press that lasts to the end of the piece
+LONGEST_LAST_PEDAL = 16  # quarter notes; one that is down at the last note may be forgotten
 LONGEST_SILENCE = 32  # quarter notes; empty bars that make it longer are cut
 MIDDLE_C = 60
 TPQ = 480  # ticks per quarter note in the files that are written
 ROOT_OCTAVE = 48  # a chord's root counts as a pitch from 48 to 59, where a left hand plays
 LONGEST_PIECE = 86_400  # seconds, which is a day; also the limit in quarter notes
+MOST_TICKS = 2**31 - 1  # symusic has 32 bits for a time
 INTERVAL_ZERO = 128  # a melodic interval of n semitones is stored as the byte 128 + n
 PIECE_END = 255  # the byte after the intervals of a piece
 
@@ -402,7 +403,7 @@ KEY_PROFILES = {
     "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
     "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
 }
-# The same for all 24 keys, of zero mean and unit length, so that a dot product is a correlation.
+# The same for all 24 keys, of zero mean and unit length: dot products rank as correlations do.
 KEY_TEMPLATES = np.array([np.roll(p, tonic) for p in KEY_PROFILES.values() for tonic in range(12)])
 KEY_TEMPLATES -= KEY_TEMPLATES.mean(axis=1, keepdims=True)
 KEY_TEMPLATES /= np.linalg.norm(KEY_TEMPLATES, axis=1, keepdims=True)
@@ -433,7 +434,7 @@ class MidiEvent(NamedTuple):
 
     tick: int  # since the beginning
     track: int
-    kind: int  # NOTE_ON, NOTE_OFF, CONTROL, or the number of a meta event
+    kind: int  # NOTE_ON, NOTE_OFF, CONTROL, or the number of a meta event, which is below 0x80
     channel: int  # 0 to 15; 0 of a meta event
     data: bytes
 
@@ -461,7 +462,7 @@ class MidiFile:
                 tempos[tick] = 60e6 / microseconds
         return tempos
 
-    def metres(self) -> dict[int, tuple[int, int]]:
+    def time_signatures(self) -> dict[int, tuple[int, int]]:
         """{tick: (beats in a bar, beat unit)} of the time signatures."""
         metres = {}
         for tick, data in self.meta_events(TIME_SIGNATURE, 2):
@@ -470,7 +471,7 @@ class MidiFile:
                 metres[tick] = (beats, 2**exponent)
         return metres
 
-    def keys(self) -> dict[int, tuple[int, int]]:
+    def key_signatures(self) -> dict[int, tuple[int, int]]:
         """{tick: (sharps, is_minor)} of the key signatures; flats are negative."""
         keys = {}
         for tick, data in self.meta_events(KEY_SIGNATURE, 2):
@@ -481,7 +482,10 @@ class MidiFile:
 
 
 def read_number(data: bytes, at: int) -> tuple[int, int]:
-    """A number as MIDI files store times and lengths, seven bits a byte; the place after it."""
+    """A number as MIDI files store times and lengths, seven bits a byte; the place after it.
+
+    Raises UserError, or IndexError if the data end too soon.
+    """
     value = 0
     for place in range(at, at + 4):
         value = value << 7 | data[place] & 0x7F
@@ -491,7 +495,7 @@ def read_number(data: bytes, at: int) -> tuple[int, int]:
 
 
 def read_values(data: bytes, at: int, kind: int) -> bytes:
-    """The data bytes of a channel message."""
+    """The data bytes of a channel message. Raises UserError, or IndexError as read_number does."""
     if kind not in DATA_BYTES:
         raise UserError("damaged: a message without a status byte")
     values = data[at : at + DATA_BYTES[kind]]
@@ -517,6 +521,8 @@ def read_track(data: bytes, track: int) -> list[MidiEvent]:
         status = data[at]
         if status == META:
             kind = data[at + 1]
+            if kind >= 0x80:
+                raise UserError(f"damaged: a meta event {kind:#x}, which no MIDI file may have")
             length, at = read_number(data, at + 2)
             events.append(MidiEvent(tick, track, kind, 0, data[at : at + length]))
             at += length
@@ -554,7 +560,8 @@ def parse_midi(data: bytes) -> MidiFile:
     """The bytes of a MIDI file as events. Raises UserError.
 
     A file is a row of chunks: a name of four bytes, a length, and so many bytes. The header says
-    how many track chunks follow, but some programs miscount, so all that are there are read.
+    how many track chunks follow. Some programs count too few, so all that are there are read; if
+    there are fewer, the file was cut off.
     """
     data = unwrap(data)
     if data[:4] != b"MThd" or len(data) < 14:
@@ -579,12 +586,13 @@ def parse_midi(data: bytes) -> MidiFile:
         if name == b"MTrk":
             found += 1
             try:
-                of_track = read_track(chunk, found)
-                if len(chunk) < length and END_OF_TRACK not in (e.kind for e in of_track[-1:]):
+                track_events = read_track(chunk, found)
+                is_complete = bool(track_events) and track_events[-1].kind == END_OF_TRACK
+                if len(chunk) < length and not is_complete:
                     raise IndexError
             except IndexError:
                 raise UserError(f"damaged: track {found} is cut off") from None
-            events += of_track
+            events += track_events
     if found < tracks:
         raise UserError(f"damaged: {count(found, 'track')} of {tracks}")
     events.sort(key=lambda event: event.tick)
@@ -606,7 +614,8 @@ class Channel:
 
     def __init__(self, tpq: int):
         self.notes: list[PlayedNote] = []
-        self.keys_down: dict[tuple, list[PlayedNote]] = {}  # by (track, pitch), the oldest first
+        # By (track, pitch), the oldest first: two hands in two tracks may hold the same key.
+        self.keys_down: dict[tuple[int, int], list[PlayedNote]] = {}
         self.ringing: list[PlayedNote] = []  # their keys are up, the pedal holds them
         self.pedal_down_at: int | None = None
         self.longest_pedal = LONGEST_PEDAL * tpq
@@ -647,7 +656,7 @@ class Channel:
             self.ringing.append(note)
 
     def lift_pedal(self, tick: int) -> None:
-        """What rings on ends; after a press too long for a pianist, it ended with its keys."""
+        """What rings on ends. If a pianist could not press so long, it ended with its keys."""
         if self.pedal_down_at is None:
             return
         if tick - self.pedal_down_at <= self.longest_pedal:
@@ -658,8 +667,9 @@ class Channel:
         self.ringing = []
         self.pedal_down_at = None
 
-    def finish(self, tick: int) -> None:
-        """The music is over: lift the keys and the pedal."""
+    def finish(self, tick: int, longest_pedal: int) -> None:
+        """The last key was lifted or pressed: all other keys go up, and the pedal."""
+        self.longest_pedal = longest_pedal
         self.control(tick, ALL_OFF[0], 0)
 
 
@@ -707,14 +717,15 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
             continue
         if event.kind != CONTROL:
             end = event.tick
+        if end > min(LONGEST_PIECE * midi.tpq, MOST_TICKS):
+            raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
         if event.channel not in channels:
             channels[event.channel] = Channel(midi.tpq)
         channels[event.channel].play(event)
     ignored = 0
     rows = []
     for channel in channels.values():
-        channel.longest_pedal = LONGEST_LAST_PEDAL * midi.tpq
-        channel.finish(end)
+        channel.finish(end, LONGEST_LAST_PEDAL * midi.tpq)
         ignored += channel.ignored_pedals
         for note in channel.notes:
             duration = max(1, note.end - note.start)
@@ -746,48 +757,56 @@ def split_metre(sixteenths: int, unit: int) -> list[tuple[int, int]]:
     return metres
 
 
-def lay_bars(
-    metres: dict[int, tuple[int, int]], end: int, tpq: int
-) -> tuple[list[TimeSignature], dict[str, int]]:
-    """Time signatures of the vocabulary under which no bar line moves, and {change: how many}.
+def list_stretches(
+    metres: dict[int, tuple[int, int]], end: int
+) -> list[tuple[int, tuple[int, int]]]:
+    """(tick where it ends, (beats, beat unit)) of each stretch of one metre, up to the tick end.
 
-    metres: {tick: (beats, beat unit)}; end: of the music, in ticks. A change of metre begins a bar:
-    the one before it ends there, and has the metre of what there was of it.
+    metres: {tick: (beats, beat unit)} as the file has them; one that is said again is no change.
     """
     starts = {0: metres.get(0, (4, 4))}  # 4/4 holds until the first one
     for tick, metre in metres.items():
         if tick < end and metre != list(starts.values())[-1]:
             starts[tick] = metre
-    signatures: list[TimeSignature] = []
+    ends = [*list(starts)[1:], end]
+    return list(zip(ends, starts.values(), strict=True))
+
+
+def lay_bars(
+    metres: dict[int, tuple[int, int]], end: int, tpq: int
+) -> tuple[list[TimeSignature], dict[str, int]]:
+    """Time signatures of the vocabulary that leave the bar lines of a file where they are.
+
+    Also {change: number of stretches of one metre}. metres: {tick: (beats, beat unit)}; end: of
+    the music, in ticks. A bar in the middle of which the metre changes is cut short there, and has
+    a metre of its own length. All is counted in 16th notes, to which a line may have to move.
+    """
+    bars: list[tuple[int, int, int]] = []  # (16ths at which it begins, its length, beat unit)
     moved = 0
     split = 0
-
-    def add_bar(at: int, sixteenths: int, unit: int) -> None:
-        for beats, of in split_metre(sixteenths, unit):
-            last = signatures[-1] if signatures else None
-            if last is None or (last.numerator, last.denominator) != (beats, of):
-                signatures.append(TimeSignature(round(at * tpq / 4), beats, of))
-            at += beats * 16 // of
-
-    ends = [*list(starts)[1:], end]
-    at = 0  # 16th notes
-    for (beats, unit), stop in zip(starts.values(), ends, strict=True):
-        bar = 16 * beats / unit
-        length = max(1, round(bar))
-        until = round(4 * stop / tpq)
-        is_split = len(split_metre(length, unit)) > 1
-        split += is_split
-        moved += length != bar or (stop != end and until * tpq != 4 * stop)
-        whole = (until - at) // length
-        for number in range(whole if is_split else min(whole, 1)):
-            add_bar(at + number * length, length, unit)
-        at += whole * length
-        if at < until:
-            add_bar(at, length if stop == end else until - at, unit)
+    at = 0
+    for end_tick, (beats, unit) in list_stretches(metres, end):
+        is_last = end_tick == end
+        length = max(1, round(16 * beats / unit))
+        is_off_grid = 4 * end_tick % tpq != 0 and not is_last
+        moved += length != 16 * beats / unit or is_off_grid
+        split += len(split_metre(length, unit)) > 1
+        until = math.ceil(4 * end_tick / tpq) if is_last else round(4 * end_tick / tpq)
+        for start in range(at, until, length):
+            is_cut = start + length > until and not is_last
+            bars.append((start, until - start if is_cut else length, unit))
         at = until
+    signatures: list[TimeSignature] = []
+    for start, length, unit in bars:
+        place = start
+        for metre in split_metre(length, unit):
+            last = signatures[-1] if signatures else None
+            if last is None or (last.numerator, last.denominator) != metre:
+                signatures.append(TimeSignature(round(place * tpq / 4), *metre))
+            place += metre[0] * 16 // metre[1]
     return signatures, {
         "time signatures split into shorter bars": split,
-        "bar lines moved to a 16th note": moved,
+        "time signatures moved to a 16th note": moved,
     }
 
 
@@ -806,9 +825,9 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
     end = piano.end()
     tempos = [(tick, tempo) for tick, tempo in midi.tempos().items() if tick < end]
     piano.tempos = [Tempo(tick, tempo) for tick, tempo in tempos]
-    if end > LONGEST_PIECE * midi.tpq or piano.to("second").end() > LONGEST_PIECE:
+    if piano.to("second").end() > LONGEST_PIECE:
         raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
-    piano.time_signatures, metre_changes = lay_bars(midi.metres(), end, midi.tpq)
+    piano.time_signatures, metre_changes = lay_bars(midi.time_signatures(), end, midi.tpq)
     on_piano = (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
     changes = {
         "tracks read that the header does not count": midi.uncounted_tracks,
@@ -816,7 +835,9 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
         "pedals held too long for a pianist ignored": ignored,
         "notes outside the piano's range dropped": int((~on_piano).sum()),
         f"notes longer than {LONGEST_NOTE} quarter notes shortened": int(too_long.sum()),
-        "tempos outside 20 to 300 changed": sum(not 20 <= tempo <= 300 for _, tempo in tempos),
+        "tempos outside 20 to 300 changed": sum(
+            not TEMPO_RANGE[0] <= tempo <= TEMPO_RANGE[1] for _, tempo in tempos
+        ),
     }
     return piano, changes | metre_changes
 
@@ -1088,6 +1109,10 @@ class Vocabulary:
             legal[:, self.pitch_ids] &= self.key_pitches >= least[:, None]
         return legal
 
+    def may_come(self, state: State, token_id: int) -> bool:
+        """Whether the kind of a token may follow in any of the sequences."""
+        return self.may_follow[state.kind, token_id].any()
+
     def bar_lines(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the n Bar tokens of a piece, ids (T,), stand; the n + 1 bar lines in quarters."""
         state = self.trace(np.append(ids, self.bar_id))
@@ -1171,9 +1196,10 @@ class Vocabulary:
 
 
 def cut_silence(ids: np.ndarray, vocab: Vocabulary, longest: float) -> tuple[np.ndarray, int]:
-    """ids without empty bars that are too many in a row, and how many those are.
+    """ids with long silences shortened, and the number of empty bars that were removed.
 
-    longest: quarter notes of empty bars that are kept. Those at the end are cut and not counted.
+    longest: quarter notes of empty bars in a row that are kept. Empty bars at the end are removed
+    and not counted.
     """
     opening, *bars = np.split(ids, np.flatnonzero(ids == vocab.bar_id))
     while len(bars[-1]) == 2:  # Bar and TimeSig alone
@@ -1268,7 +1294,7 @@ def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
     Also a remark for each symbol that is read as a simpler chord. Raises UserError for a symbol
     that cannot be read.
     """
-    twelfths = []  # of bars, which can so be halved, quartered and divided by three
+    twelfths = []  # of bars, so that a bar divides into 2, 3, 4, 6 or 12
     remarks = []
     for bar in re.sub(r"\||\s-\s", " ", text).split():
         symbols = bar.split(",")
@@ -1289,11 +1315,11 @@ def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
     return np.array(twelfths, int).reshape(-1, 12), list(dict.fromkeys(remarks))
 
 
-def find_tonic(sounding: np.ndarray) -> np.ndarray:
+def closest_keys(sounding: np.ndarray) -> np.ndarray:
     """The keys of B pieces, (B,): 0 to 11 are C to B major, 12 to 23 C to B minor.
 
     sounding (B, 12): how long each pitch class sounds. The key is the one whose profile correlates
-    best with that (Krumhansl & Schmuckler).
+    best with that (Krumhansl & Schmuckler). Of silence it is C major.
     """
     return (sounding @ KEY_TEMPLATES.T).argmax(axis=1)
 
@@ -1302,7 +1328,7 @@ def find_key(score: Score) -> tuple[KeySignature, str]:
     """The key of a one-track score that has notes, as a signature and in words."""
     notes = score.tracks[0].notes.numpy()
     sounding = np.bincount(notes["pitch"] % 12, notes["duration"], 12)
-    is_minor, tonic = divmod(int(find_tonic(sounding[None])[0]), 12)
+    is_minor, tonic = divmod(int(closest_keys(sounding[None])[0]), 12)
     name = f"{MINOR_TONICS[tonic]} minor" if is_minor else f"{MAJOR_TONICS[tonic]} major"
     # Around the circle of fifths, 7 semitones a step. Sharps are positive, flats negative: from -5
     # to 6 in major, from -6 to 5 in minor.
@@ -1359,8 +1385,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 class KeyValueCache:
     """The keys and values of the tokens of a window that were read so far, for each layer.
 
-    Those of many pieces are in bfloat16 where that is fast: reading them takes half of the time of
-    a step of 32 pieces, and in 16 bits it takes half as long. Those of few fit into the processor.
+    For many pieces they are stored in bfloat16 where that is fast: with 32 pieces, reading them is
+    half of a step's time, and 16 bits halve it. For few they fit into the processor's cache.
     """
 
     def __init__(self, model: PianoGPT, batch_size: int):
@@ -1965,13 +1991,16 @@ class Trainer:
 
 LEAST_BARS = 8  # new bars after which a piece without a given length may end
 MOST_BARS = 24  # after so many it must
-# Nats by which an end on the tonic becomes likelier, bar by bar, up to the last one. A model hears
-# few ends: without this, nearly all pieces are cut.
+# Nats by which an end on the tonic becomes likelier in the last bar; in the bars before, in
+# proportion. A piece of music has one end in thousands of tokens, so that a model is shy of ends:
+# without this, it wrote on to the last bar in nine of ten pieces, and was cut off there.
 END_LEAN = 12.0
 CHORD_LEAN = 1.0  # nats by which the notes of a chord that was asked for become likelier
 BASS_LEAN = 2.0  # and its root in the bass
 TEMPO_LEAP = 2.0  # from one tempo to the next at most so many times as fast, or as slow
-DIVISIONS = (4, 3, 8, 6, 12)  # of a beat, on which the notes of a prompt may lie
+# Divisions of a beat on which the notes of a prompt may lie, the simplest first; 4 holds 1 and 2.
+DIVISIONS = (4, 3, 8, 6, 12)
+ON_DIVISION = 0.98  # of the notes must lie on one; a few grace notes may not
 KEPT_OF_WINDOW = 1 / 3  # of a full window, what begins the next one; MEMORY counts the rest
 # Not -inf: a softmax over nothing but illegal ids would be undefined. exp(-1e9) is 0.
 ILLEGAL = -1e9
@@ -1983,7 +2012,7 @@ def find_division(ids: np.ndarray, vocab: Vocabulary) -> int:
     offsets = state.position[state.kind == Kind.POSITION] % vocab.grid
     for division in DIVISIONS:
         on_grid = (offsets * division % vocab.grid == 0).sum()
-        if vocab.grid % division == 0 and on_grid >= 0.98 * len(offsets):
+        if vocab.grid % division == 0 and on_grid >= ON_DIVISION * len(offsets):
             return division
     return 0
 
@@ -1997,7 +2026,9 @@ class Request:
     chords: np.ndarray  # (bars, 12) ids of Chord tokens, one for each twelfth of a bar; or empty
     old_bars: int  # bars of the prompt
     division: int = 0  # notes begin on so many parts of a beat; 0: anywhere
-    tonics: np.ndarray | None = None  # (B,) ids of the Chord tokens of the tonic triads so far
+    # Not asked for but heard: the tonic triads by the keys of the music so far, as ids of Chord
+    # tokens, (B,). They change at bar lines only.
+    tonics: np.ndarray | None = None
 
     @property
     def least_bars(self) -> int:
@@ -2008,6 +2039,11 @@ class Request:
     def most_bars(self) -> int:
         """After how many bars a piece is over."""
         return self.sample.bars or self.old_bars + MOST_BARS
+
+    def twelfth(self, state: State) -> np.ndarray:
+        """Twelfths of bars since the prompt ended, (B,)."""
+        new_bars = np.maximum(0, state.bar - 1 - self.old_bars)
+        return 12 * new_bars + 12 * state.position // state.bar_length
 
 
 # Each rule takes the logits of the next ids (B, V), the state of the music and the request, and
@@ -2028,28 +2064,31 @@ def grammar(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
 
 
 def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """Notes on the grid that was asked for: each Position is played on the nearest that is on it.
+    """Every Position becomes the nearest one on the grid that was asked for.
 
-    A model of recorded performances leaves a grid at the next bar line.
+    A model trained on live performances, which follow no grid, drops a prompt's grid within a bar.
+    This rule comes before the grammar, which forbids the present moment and the next bar line: what
+    is rounded to these gives way to another note, or to the bar.
     """
-    if not request.division:
+    vocab = request.vocab
+    if not 0 < request.division < vocab.grid:
         return logits
-    step = request.vocab.grid / request.division
-    positions = logits[:, request.vocab.position_ids]  # a view, (B, positions)
-    n = positions.shape[1]
-    allowed = np.arange(0, n, step).round().astype(int)
-    first = np.append(0, (allowed[:-1] + allowed[1:] + 1) // 2)  # nearest to each of them, from it
+    positions = logits[:, vocab.position_ids]  # a view, (B, positions)
+    number = positions.shape[1] * request.division // vocab.grid
+    on_grid = (np.arange(number) * vocab.grid / request.division).round().astype(int)
+    # Position 0 and all from halfway between two of the grid on belong to the next one.
+    first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
     positions[:] = ILLEGAL
-    positions[:, allowed] = np.log(share + 1e-30) + most
+    positions[:, on_grid] = np.log(share + 1e-30) + most  # 1e-30: no logarithm of 0
     return logits
 
 
 def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No leap of tempo that music does not make, as from 117 to 23, from which none comes back."""
+    """No leap of tempo that music does not make, such as 117 to 23; no piece recovers from one."""
     ids = request.vocab.tempo_ids
-    if not request.vocab.may_follow[state.kind, ids.start].any():
+    if not request.vocab.may_come(state, ids.start):
         return logits
     steps = np.abs(np.arange(ids.start, ids.stop) - state.tempo[:, None])
     is_leap = (steps * math.log(TEMPO_STEP) > math.log(TEMPO_LEAP)) & (state.tempo[:, None] > 0)
@@ -2063,17 +2102,17 @@ def due_chords(state: State, request: Request) -> np.ndarray:
     Without --chords, a piece that is as long as it may be closes on its tonic.
     """
     if len(request.chords):
-        bar = np.maximum(0, state.bar - 1 - request.old_bars) % len(request.chords)
-        return request.chords[bar, 12 * state.position // state.bar_length]
+        wanted = request.chords.flatten()
+        return wanted[request.twelfth(state) % len(wanted)]
     return np.where(state.bar >= request.most_bars, request.tonics, 0)
 
 
 def wanted_chords(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """The chord that is asked for, before the first note under it, and no other; its notes.
+    """The chord that is due comes before the first note under it, and no other chord.
 
-    The model decides whether a note or a chord comes now. If so, it is the chord that is due, or
-    if none is, a note: it gets the probability of all notes and chords. Other kinds keep theirs.
-    Notes of the chord become likelier than others.
+    The probability that the model gave to notes and chords together goes to that chord or, once it
+    is written, to notes. Other kinds of token keep theirs. Among the notes, those of the chord
+    become likelier.
     """
     wanted = due_chords(state, request)
     [rows] = np.nonzero(wanted)
@@ -2091,7 +2130,7 @@ def wanted_chords(logits: np.ndarray, state: State, request: Request) -> np.ndar
     root = (wanted - vocab.chord_ids.start) % 12
     is_root = vocab.key_pitches % 12 == root[:, None]
     notes += BASS_LEAN * is_root * (state.kind[rows, None] == Kind.CHORD)
-    notes += note_or_chord - log_sum_exp(notes)
+    notes += note_or_chord - log_sum_exp(notes)  # now their probabilities add up to note_or_chord
     notes[is_due] = ILLEGAL
     chords[:] = ILLEGAL
     asked[is_due, wanted[is_due]] = note_or_chord[is_due, 0]
@@ -2104,14 +2143,14 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
     vocab = request.vocab
     if not len(request.chords) or not (state.kind == Kind.VELOCITY).any():
         return logits
-    wanted = request.chords.flatten()
+    wanted = request.chords.flatten()  # a chord for each twelfth of a bar, over and over
     n = len(wanted)
-    now = np.maximum(0, state.bar - 1 - request.old_bars) * 12
-    now = now + 12 * state.position // state.bar_length  # the twelfth of a bar
-    is_other = wanted[(now[:, None] + np.arange(1, n + 1)) % n] != wanted[now % n][:, None]
-    twelfths = np.where(is_other.any(axis=1), is_other.argmax(axis=1) + 1, n)  # to the change
-    end = (now % 12 + twelfths) * state.bar_length / 12  # as if all bars were as long as this one
-    left = np.maximum(end - state.position, vocab.lengths.min())
+    now = request.twelfth(state)  # (B,)
+    later = now[:, None] + np.arange(1, n + 1)  # the next n twelfths, (B, n)
+    is_other = wanted[later % n] != wanted[now % n][:, None]
+    twelfths_left = np.where(is_other.any(axis=1), is_other.argmax(axis=1) + 1, n)
+    end = (now % 12 + twelfths_left) * state.bar_length / 12  # if the next bars are as long as this
+    left = np.maximum(end - state.position, vocab.lengths.min())  # one length must be legal
     logits[:, vocab.duration_ids][vocab.lengths > left[:, None]] = ILLEGAL
     return logits
 
@@ -2119,12 +2158,14 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
 def begin_and_end(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
     """No silent bar before the first note; no end too early, and a likelier one on the tonic."""
     eos_id = request.vocab.eos_id
-    if not request.vocab.may_follow[state.kind, request.vocab.bar_id].any():
-        return logits
+    if not request.vocab.may_come(state, request.vocab.bar_id):
+        return logits  # where no bar line may come, no end may
     is_first_bar = (state.kind == Kind.TIME_SIGNATURE) & (state.bar == 1)
     logits[is_first_bar, request.vocab.bar_id] = ILLEGAL
     logits[state.bar < request.least_bars, eos_id] = ILLEGAL
+    # Above 0 from the first bar in which it may end, and 1 in the last one.
     done = (state.bar - request.least_bars + 1) / (request.most_bars - request.least_bars + 1)
+    # The tonic triad sounds, and its last note, which is the highest, is the tonic.
     root = (request.tonics - request.vocab.chord_ids.start) % 12
     is_home = (state.chord == request.tonics) & (state.pitch % 12 == root)
     logits[:, eos_id] += END_LEAN * np.maximum(0, done) * is_home
@@ -2136,7 +2177,7 @@ def temperature(logits: np.ndarray, state: State, request: Request) -> np.ndarra
     if request.sample.temperature in (0, 1):
         return logits
     for ids in (request.vocab.pitch_ids, request.vocab.chord_ids):
-        if not request.vocab.may_follow[state.kind, ids.start].any():
+        if not request.vocab.may_come(state, ids.start):
             continue
         of_kind = logits[:, ids]
         scaled = of_kind / request.sample.temperature
@@ -2234,10 +2275,10 @@ class Writing:
             lengths = self.vocab.lengths[ids[rows] - self.vocab.duration_ids.start]
             self.sounding[rows, pitch[rows] % 12] += lengths
 
-    def tonics(self) -> np.ndarray:
+    def tonic_chords(self) -> np.ndarray:
         """The ids of the Chord tokens of the tonic triads of the pieces, (B,)."""
         # The first 24 chords are the major and minor triads, as the keys are.
-        return self.vocab.chord_ids.start + find_tonic(self.sounding)
+        return self.vocab.chord_ids.start + closest_keys(self.sounding)
 
     def new_window(self, length: int) -> Window:
         """The last tokens of each piece, at most `length`."""
@@ -2281,10 +2322,10 @@ class Writing:
 
 @contextmanager
 def few_threads(pieces: int) -> Iterator[None]:
-    """Within it one thread computes a few pieces.
+    """Use a single thread while few pieces are written.
 
-    The steps are so small that more threads gain nothing, and on a busy machine, where they wait
-    for each other all the time, one is several times faster.
+    Their steps are so small that a second thread hardly helps, and on a busy machine, where the
+    threads wait for each other all the time, one alone is several times faster.
     """
     threads = torch.get_num_threads()
     if pieces < MANY_PIECES:
@@ -2323,7 +2364,7 @@ def generate(
     is_greedy = sample.temperature == 0
     B = 1 if is_greedy else sample.num_samples
     writing = Writing(model, vocab, opening, B)
-    request.tonics = writing.tonics()
+    request.tonics = writing.tonic_chords()
     rng = np.random.default_rng(seed)
     lengths = np.zeros(B, int)  # of the pieces that are over
     pbar = progress_bar(desc="writing", unit=" tokens", unit_scale=B, leave=False)
@@ -2332,7 +2373,7 @@ def generate(
             logits = writing.next_logits()
             begins_bar = writing.state.kind == Kind.BAR
             if begins_bar.any():
-                request.tonics = np.where(begins_bar, writing.tonics(), request.tonics)
+                request.tonics = np.where(begins_bar, writing.tonic_chords(), request.tonics)
             for rule in RULES:
                 logits = rule(logits, writing.state, request)
             writing.append(draw(logits, is_greedy, rng))
@@ -2373,7 +2414,7 @@ class Sample:
 def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> None:
     """Write the prompt's own tempos and signatures into its part of a score.
 
-    Tokens round a tempo, write 2/2 as 4/4 and know no key.
+    The tokens round tempos, turn 2/2 into 4/4 and hold no key signature.
     """
     score.tempos = prompt.tempos + [t for t in score.tempos if t.time >= prompt.end]
     old = prompt.time_signatures[-1]
@@ -2407,7 +2448,7 @@ def make_sample(
     signature, key = find_key(whole)
     if not score.key_signatures:
         score.key_signatures.append(signature)
-    elif score.key_signatures[-1].key != signature.key:
+    elif (score.key_signatures[-1].key - signature.key) % 12:  # G flat is F sharp
         signature.time = prompt.end
         score.key_signatures.append(signature)
     for quarter, symbol in vocab.chord_changes(ids):
@@ -3297,8 +3338,8 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         ids,
         end,
         signs_before(end, {0: (120.0,)} | tempos, Tempo, scale),
-        signs_before(end, {0: (4, 4)} | midi.metres(), TimeSignature, scale),
-        signs_before(end, midi.keys(), KeySignature, scale),
+        signs_before(end, {0: (4, 4)} | midi.time_signatures(), TimeSignature, scale),
+        signs_before(end, midi.key_signatures(), KeySignature, scale),
         piece.changes,
     )
 

@@ -177,8 +177,16 @@ def test_no_bar_line_moves(metres, lines, words, split, vocab):
     assert found[-1] >= 24
     assert metres == words[:last]
     assert piece.changes["time signatures split into shorter bars"] == split
-    assert piece.changes["bar lines moved to a 16th note"] == 0
+    assert piece.changes["time signatures moved to a 16th note"] == 0
     assert notes_of(vocab.decode(piece.ids)) == [(n / 2, n / 2 + 0.5, 40 + n) for n in range(48)]
+
+
+def test_change_of_metre_just_before_the_end_is_written(vocab):
+    piece = read(vocab, track(note(0, 1), note(4, 4.05), metre(4, 3, 4)))
+    _, metres = bars_of(piece, vocab)
+    assert metres == ["4/4", "3/4"]
+    _, metres = bars_of(read(vocab, track(note(0, 0.05), metre(0, 3, 4))), vocab)
+    assert metres == ["3/4"]
 
 
 def test_metre_that_no_16th_fits_moves_its_line_a_little_and_says_so(vocab):
@@ -186,7 +194,7 @@ def test_metre_that_no_16th_fits_moves_its_line_a_little_and_says_so(vocab):
     lines, metres = bars_of(piece, vocab)
     assert lines == [0, 4, 7, 10, 13]
     assert metres == ["4/4", "3/4", "3/4", "3/4"]
-    assert piece.changes["bar lines moved to a 16th note"] == 1
+    assert piece.changes["time signatures moved to a 16th note"] == 1
 
 
 def test_random_changes_of_metre_lose_no_note(vocab):
@@ -272,6 +280,7 @@ DAMAGED = {
     "damaged: a value above 127": broken(b"\0\x90\x3c\x80"),
     "damaged: a message without a status byte": broken(b"\0\x3c\x50"),
     "damaged: a message 0xf5, which no MIDI file may have": broken(b"\0\xf5"),
+    "damaged: a meta event 0x90, which no MIDI file may have": broken(b"\0\xff\x90\x02\xff\x40"),
     "damaged: a number of more than 4 bytes": broken(b"\xff\xff\xff\xff\x7f\x90\x3c\x50"),
     "damaged: track 1 is cut off": broken(b"\0\x90\x3c"),
     "no ticks in a quarter note": GOOD[:12] + b"\0\0" + GOOD[14:],
@@ -373,6 +382,12 @@ def test_key_of_a_prompt_is_kept_and_that_of_the_whole_piece_follows(tmp_path, v
     prompt = prompt_of(tmp_path, vocab, track(*scale, key(0, 3)))
     assert keys_of(continued(prompt, vocab)) == [(0, 3), (4, 2)]
     assert keys_of(continued(prompt, vocab, continuation_only=True)) == [(0, 2)]
+    flat = [
+        note(n / 2, n / 2 + 0.5, 66 + step) for n, step in enumerate((0, 2, 4, 5, 7, 9, 11, 12))
+    ]
+    prompt = prompt_of(tmp_path, vocab, track(*flat, key(0, -6)))
+    words = "Bar_None TimeSig_4/4 Position_0 Pitch_66 Velocity_63 Duration_4.0.12"
+    assert keys_of(continued(prompt, vocab, words)) == [(0, -6)], "G flat is F sharp"
     prompt = prompt_of(tmp_path, vocab, track(*scale, key(0, 2)))
     assert keys_of(continued(prompt, vocab)) == [(0, 2)]
     prompt = prompt_of(tmp_path, vocab, track(*scale))

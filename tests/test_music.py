@@ -231,7 +231,7 @@ def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
         "notes longer than 24 quarter notes shortened": 1,
         "tempos outside 20 to 300 changed": 2,
         "time signatures split into shorter bars": 1,
-        "bar lines moved to a 16th note": 1,
+        "time signatures moved to a 16th note": 1,
         "repeated notes in one grid position merged": 1,
         "bars of long silences cut": 0,
     }

@@ -303,6 +303,14 @@ def test_notes_lie_on_the_division_that_is_asked_for(model, vocab):
         assert set(vocab.trace(np.array(ids)).position % 24) <= {0, 8, 16}
 
 
+@pytest.mark.parametrize("division", [1, 5, 23, 24, 48])
+def test_any_division_can_be_asked_for(division, model, vocab):
+    for ids in write(model, vocab, bars=2, division=division):
+        offsets = vocab.trace(np.array(ids)).position % 24
+        steps = offsets * division / 24
+        assert (np.abs(steps - steps.round()) * 24 / division <= 0.5).all()
+
+
 def test_position_off_the_grid_gives_its_probability_to_the_nearest_on_it(vocab):
     logits = random_logits(0, 2, len(vocab.words))
     request = make_request(vocab)
@@ -356,7 +364,7 @@ def test_longest_piece_closes_on_its_tonic(model, vocab):
         for t in np.flatnonzero(state.kind[:start] == pg.Kind.DURATION):
             length = vocab.lengths[ids[t] - vocab.duration_ids.start]
             sounding[0, state.pitch[t] % 12] += length
-        tonic = vocab.chord_ids.start + pg.find_tonic(sounding)[0]
+        tonic = vocab.chord_ids.start + pg.closest_keys(sounding)[0]
         last = state.chord[start:][state.kind[start:] == pg.Kind.PITCH]
         assert set(last) <= {tonic}
 
