@@ -1997,24 +1997,35 @@ MOST_BARS = 24  # after so many it must
 END_LEAN = 12.0
 CHORD_LEAN = 1.0  # nats by which the notes of a chord that was asked for become likelier
 BASS_LEAN = 2.0  # and its root in the bass
-TEMPO_LEAP = 2.0  # from one tempo to the next at most so many times as fast, or as slow
+TEMPO_LEAP = 3.0  # from one tempo to the next at most so many times as fast, or as slow
 # Divisions of a beat on which the notes of a prompt may lie, the simplest first; 4 holds 1 and 2.
 DIVISIONS = (4, 3, 8, 6, 12)
+STRAIGHT = (4, 8)
 ON_DIVISION = 0.98  # of the notes must lie on one; a few grace notes may not
 KEPT_OF_WINDOW = 1 / 3  # of a full window, what begins the next one; MEMORY counts the rest
 # Not -inf: a softmax over nothing but illegal ids would be undefined. exp(-1e9) is 0.
 ILLEGAL = -1e9
 
 
-def find_division(ids: np.ndarray, vocab: Vocabulary) -> int:
-    """Into how many parts of a beat the onsets of a piece, ids (T,), divide it; 0: no grid."""
+def divide_beat(division: int, grid: int) -> np.ndarray:
+    """The grid positions of a beat that divide it into so many parts."""
+    return (np.arange(division) * grid / division).round().astype(int)
+
+
+def find_grid(ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
+    """The grid positions of a beat on which the notes of a prompt, ids (T,), lie; empty: anywhere.
+
+    Straight notes may become any of their division: 16ths, if the prompt has quarters and eighths.
+    Of others only those positions are kept that the prompt uses: swing has 0 and 2/3 of a beat.
+    """
     state = vocab.trace(ids)
     offsets = state.position[state.kind == Kind.POSITION] % vocab.grid
     for division in DIVISIONS:
-        on_grid = (offsets * division % vocab.grid == 0).sum()
-        if vocab.grid % division == 0 and on_grid >= ON_DIVISION * len(offsets):
-            return division
-    return 0
+        parts = divide_beat(min(division, vocab.grid), vocab.grid)
+        on_grid = np.isin(offsets, parts)
+        if on_grid.sum() >= ON_DIVISION * len(offsets):
+            return parts if division in STRAIGHT else np.unique(offsets[on_grid])
+    return np.empty(0, int)
 
 
 @dataclass
@@ -2025,7 +2036,7 @@ class Request:
     sample: SampleSettings
     chords: np.ndarray  # (bars, 12) ids of Chord tokens, one for each twelfth of a bar; or empty
     old_bars: int  # bars of the prompt
-    division: int = 0  # notes begin on so many parts of a beat; 0: anywhere
+    grid: np.ndarray  # the grid positions of a beat on which notes begin; empty: anywhere
     # Not asked for but heard: the tonic triads by the keys of the music so far, as ids of Chord
     # tokens, (B,). They change at bar lines only.
     tonics: np.ndarray | None = None
@@ -2071,12 +2082,12 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
     is rounded to these gives way to another note, or to the bar.
     """
     vocab = request.vocab
-    if not 0 < request.division < vocab.grid:
+    if not len(request.grid):
         return logits
     positions = logits[:, vocab.position_ids]  # a view, (B, positions)
-    number = positions.shape[1] * request.division // vocab.grid
-    on_grid = (np.arange(number) * vocab.grid / request.division).round().astype(int)
-    # Position 0 and all from halfway between two of the grid on belong to the next one.
+    beats = np.arange(0, positions.shape[1], vocab.grid)
+    on_grid = (beats[:, None] + request.grid).flatten()
+    # Those from halfway between two of the grid on belong to the next one.
     first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
@@ -2350,17 +2361,18 @@ def generate(
     prompt_ids: (T,) from BOS on, with which each piece begins. At temperature 0 there is only one
     piece, because all would be the same.
     """
-    division = sample.division
+    grid = divide_beat(min(sample.division, vocab.grid), vocab.grid)
     if prompt_ids is None:
         opening = np.array([vocab.bos_id])
         old_bars = 0
     else:
         opening = np.append(prompt_ids, vocab.bar_id)  # the continuation begins with a bar line
         old_bars = int((prompt_ids == vocab.bar_id).sum())
-        division = division or find_division(prompt_ids, vocab)
+        if not sample.division:
+            grid = find_grid(prompt_ids, vocab)
     chords, _ = parse_chords(sample.chords)
     chords += vocab.chord_ids.start
-    request = Request(vocab, sample, chords, old_bars, division)
+    request = Request(vocab, sample, chords, old_bars, grid)
     is_greedy = sample.temperature == 0
     B = 1 if is_greedy else sample.num_samples
     writing = Writing(model, vocab, opening, B)
