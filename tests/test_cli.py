@@ -167,7 +167,7 @@ def test_trains_with_a_bar_on_a_terminal_generates_and_its_loss_falls(
     for row in history:
         rows.append((str(row["step"]), f"{row['train_loss']:.4f}", f"{row['val_loss']:.4f}"))
     assert re.findall(event, out, re.M) == rows
-    lines = re.findall(r"^sample: 2 bars, .*?, (\d+) notes, .*, (\S+)$", out, re.M)
+    lines = re.findall(r"^sample: 2 bars.*?, (\d+) notes, .*, (\S+)$", out, re.M)
     assert lines == [(str(Score(path).note_num()), str(path)) for path in samples()]
     assert len(lines) == 3
 
@@ -370,9 +370,8 @@ def test_run_that_fails_in_a_step_saves_nothing_half_done(phase, trained, monkey
     place, name = PHASES[phase]
     real = getattr(place, name)
     calls = itertools.count()
-    fails_at = {"__getitem__": 13, "validate": 2, "save_checkpoint": 3}.get(name, 100)
-    if name in ("add_gradients", "clip_grad_norm_"):
-        fails_at = 13
+    fails_at = {"validate": 1, "save_checkpoint": 2, "orthogonalize": 100, "lerp_": 500}
+    fails_at = fails_at.get(name, 13)  # of the others there is one a step
 
     def fail(*args, **kwargs):
         if next(calls) == fails_at:
@@ -381,9 +380,9 @@ def test_run_that_fails_in_a_step_saves_nothing_half_done(phase, trained, monkey
 
     with monkeypatch.context() as patch, pytest.raises(Boom):
         patch.setattr(place, name, fail)
-        train("--save-every 1 --checkpoint b")
-    assert 0 < step_of("b") < 30 or phase == "the validation"
-    assert train("--save-every 1 --checkpoint b") == 0
+        train("--save-every 5 --checkpoint b")
+    assert 0 < step_of("b") < 30
+    assert train("--save-every 5 --checkpoint b") == 0
     assert_same_run(MODEL, "b")
 
 
@@ -1145,6 +1144,12 @@ def test_few_pieces_without_notes_are_counted_and_none_with_notes_is_an_error(
     monkeypatch.setattr(pg, "generate", lambda *args: {1: empty, 2: empty})
     assert pianogpt("--generate") == 2
     assert "no piece has notes: train longer" in capsys.readouterr().err
+
+
+def test_long_settings_leave_the_file_whole(trained):
+    [score] = generate(f"--bars 1 --num-samples 1 --chords '{'C Am ' * 4000}'")
+    [origin, *_] = [marker.text for marker in score.markers if marker.text.startswith("PianoGPT")]
+    assert len(origin) < 2000
 
 
 def test_ctrl_c_while_writing_keeps_the_finished_pieces(trained, monkeypatch, capsys):

@@ -136,7 +136,7 @@ def test_asked_chords_make_no_tempo_likelier(model, vocab):
     """Over 50 pieces, by the share of tokens."""
     shares = []
     for chords in ("", "C Am F,G7 C"):
-        pieces = write(model, vocab, num_samples=50, bars=4, chords=chords)
+        pieces = write(model, vocab, num_samples=50, bars=2, chords=chords)
         kinds = np.concatenate([kinds_of(ids, vocab) for ids in pieces])
         after = kinds[1:][kinds[:-1] == pg.Kind.POSITION]
         shares.append((after == pg.Kind.TEMPO).mean())
@@ -324,10 +324,10 @@ def test_position_off_the_grid_gives_its_probability_to_the_nearest_on_it(vocab)
 
 
 def test_tempo_does_not_leap(model, vocab):
-    for ids in write(model, vocab, bars=16):
+    for ids in write(model, vocab, bars=6):
         tempos = [vocab.tempo_of(i) for i in ids if vocab.words[i].startswith("Tempo")]
         ratios = np.array(tempos[1:]) / tempos[:-1]
-        assert len(ratios) > 5
+        assert len(ratios) > 2
         assert (ratios < 3.01).all() and (ratios > 1 / 3.01).all()
 
 
