@@ -45,16 +45,17 @@ three numbers for each token: its id, the time at which it stands, and a pitch. 
     Velocity_67        108   144     65
     Duration_1.0.24    147   144     65
 
-Part I (sections 1 to 5) is the idea. Part II (sections 6 to 9) is the machinery around it.
+Part I (sections 1 to 6) is the idea. Part II (sections 7 to 10) is the machinery around it.
 
 To change ...                          look at ...
     a default, a flag                  1  Settings: every flag is a field there
-    how a file is read                 2  read_piece, which calls the steps in order
-    what a token means, a new token    2  Tokenizer, Vocabulary
-    the size or the layers             3  PianoGPT, Block
-    what is learned from               4  Batches, cut_windows
-    the optimizer, the learning rate   4  make_optimizer, learning_rate
-    how the next token is chosen       5  RULES
+    how a file is read                 2  parse_midi, make_piano
+    how music becomes tokens           3  read_piece, which calls all steps in order
+    what a token means, a new token    3  Tokenizer, Vocabulary
+    the size or the layers             4  PianoGPT, Block
+    what is learned from               5  Batches, cut_windows
+    the optimizer, the learning rate   5  make_optimizer, learning_rate
+    how the next token is chosen       6  RULES
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the
 vocabulary.
@@ -314,7 +315,7 @@ def check_settings(settings: Settings) -> None:
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
-# ---- 2. Music: one score read as one piano, and what every token says
+# ---- 2. Reading: the bytes of a MIDI file become the notes of one piano
 
 MOST_BEATS = 12  # in a bar
 TIME_SIGNATURES = dict.fromkeys((4, 8, 16), (1, MOST_BEATS))  # beat unit: least and most beats
@@ -325,7 +326,7 @@ TEMPO_RANGE = (120 / TEMPO_STEP**91, 120 * TEMPO_STEP**47)
 TEMPO_STEPS = 91 + 1 + 47
 LOWEST_KEY = 21  # MIDI pitches of a piano's outer keys
 HIGHEST_KEY = 108
-# MIDI files: the kinds of messages that are used
+# The kinds of messages in a MIDI file that are used
 NOTE_OFF = 0x80
 NOTE_ON = 0x90  # with velocity 0 also a note off
 CONTROL = 0xB0
@@ -344,89 +345,10 @@ PEDAL_DOWN = 64  # values of a controller from here on mean down
 # Files that forget to lift the pedal would smear their notes. Longer presses are ignored.
 LONGEST_PEDAL = 48  # quarter notes
 LONGEST_LAST_PEDAL = 16  # quarter notes; one that is down at the last note may be forgotten
-LONGEST_SILENCE = 32  # quarter notes; empty bars that make it longer are cut
-MIDDLE_C = 60
-TPQ = 480  # ticks per quarter note in the files that are written
-ROOT_OCTAVE = 48  # a chord's root counts as a pitch from 48 to 59, where a left hand plays
 LONGEST_PIECE = 86_400  # seconds, which is a day; also the limit in quarter notes
 MOST_TICKS = 2**31 - 1  # symusic has 32 bits for a time
-INTERVAL_ZERO = 128  # a melodic interval of n semitones is stored as the byte 128 + n
-PIECE_END = 255  # the byte after the intervals of a piece
-
-CHORD_QUALITIES = {  # MidiTok's name: the symbol after the root, semitones above the root
-    "maj": ("", (0, 4, 7)),
-    "min": ("m", (0, 3, 7)),
-    "dim": ("dim", (0, 3, 6)),
-    "aug": ("aug", (0, 4, 8)),
-    "7dom": ("7", (0, 4, 7, 10)),
-    "7maj": ("maj7", (0, 4, 7, 11)),
-    "7min": ("m7", (0, 3, 7, 10)),
-    "7halfdim": ("m7b5", (0, 3, 6, 10)),
-}
-# How else musicians write a suffix: the same chord, and chords of which it is the nearest.
-CHORD_SPELLINGS = {
-    "": ("M maj major", "5 6 69 6/9 2 4 add9 sus sus2 sus4"),
-    "m": ("min mi minor -", "m6 min6 madd9"),
-    "dim": ("° o", "dim7 °7 o7"),
-    "aug": ("+ #5", "aug7 7#5"),
-    "7": ("dom7", "9 11 13 7b9 7#9 7b5 7sus4 9sus4"),
-    "maj7": ("M7 ma7 Maj7 Δ Δ7", "maj9 M9 maj13"),
-    "m7": ("min7 mi7 -7", "m9 min9 m11"),
-    "m7b5": ("min7b5 -7b5 ø ø7", ""),
-}
-ROOT_NAMES = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
-NATURALS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
-NO_CHORD = "N.C."
-
-
-def list_chords() -> tuple[list[str], np.ndarray]:
-    """Symbols of all chords, and the pitch classes of each as a unit vector, (chords, 12)."""
-    symbols = []
-    templates = []
-    for suffix, semitones in CHORD_QUALITIES.values():
-        for root, name in enumerate(ROOT_NAMES):
-            symbols.append(name + suffix)
-            has_pitch_class = np.isin(np.arange(12), semitones)
-            templates.append(np.roll(has_pitch_class / len(semitones) ** 0.5, root))
-    return symbols, np.array(templates)
-
-
-CHORD_SYMBOLS, CHORD_TEMPLATES = list_chords()  # in the order of their token ids
-# Weights of find_chords. A fit is a cosine: 1 if only the notes of a chord sound, equally long.
-FIT_OF_NO_CHORD = 0.75  # two notes of a triad reach 0.82, one note 0.58
-ROOT_IN_BASS = 0.02  # a bonus that decides between chords of the same notes: C6 or Am7
-SEVENTH_COST = 0.08  # so that a passing note makes no seventh chord
-CHANGE_COST = 0.06  # so that an ornament is no change of harmony
-
-# How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
-KEY_PROFILES = {
-    "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
-    "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
-}
-# The same for all 24 keys, of zero mean and unit length: dot products rank as correlations do.
-KEY_TEMPLATES = np.array([np.roll(p, tonic) for p in KEY_PROFILES.values() for tonic in range(12)])
-KEY_TEMPLATES -= KEY_TEMPLATES.mean(axis=1, keepdims=True)
-KEY_TEMPLATES /= np.linalg.norm(KEY_TEMPLATES, axis=1, keepdims=True)
-MAJOR_TONICS = ["C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
-MINOR_TONICS = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
 
 Notes = dict[str, np.ndarray]  # symusic's columns of notes: time, duration, pitch, velocity
-
-
-@dataclass
-class Piece:
-    """One file as tokens, or the reason why it gave none."""
-
-    path: str = ""  # relative to the folder, with forward slashes
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # BOS ... EOS, (T,)
-    time: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # grid positions, (T,)
-    pitch: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # MIDI, (T,)
-    notes: int = 0
-    seconds: float = 0.0
-    changes: dict[str, int] = field(default_factory=dict)  # what tokens cannot say: how often
-    problem: str = ""  # why the file was skipped
-    work: str = ""  # name of the musical work of which this is one recording
-    split: str = ""  # "train", "validation" or "test"
 
 
 class MidiEvent(NamedTuple):
@@ -840,6 +762,89 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
         ),
     }
     return piano, changes | metre_changes
+
+
+# ---- 3. Music: what every token says, from one piano to ids and back
+
+LONGEST_SILENCE = 32  # quarter notes; empty bars that make it longer are cut
+MIDDLE_C = 60
+TPQ = 480  # ticks per quarter note in the files that are written
+ROOT_OCTAVE = 48  # a chord's root counts as a pitch from 48 to 59, where a left hand plays
+INTERVAL_ZERO = 128  # a melodic interval of n semitones is stored as the byte 128 + n
+PIECE_END = 255  # the byte after the intervals of a piece
+
+CHORD_QUALITIES = {  # MidiTok's name: the symbol after the root, semitones above the root
+    "maj": ("", (0, 4, 7)),
+    "min": ("m", (0, 3, 7)),
+    "dim": ("dim", (0, 3, 6)),
+    "aug": ("aug", (0, 4, 8)),
+    "7dom": ("7", (0, 4, 7, 10)),
+    "7maj": ("maj7", (0, 4, 7, 11)),
+    "7min": ("m7", (0, 3, 7, 10)),
+    "7halfdim": ("m7b5", (0, 3, 6, 10)),
+}
+# How else musicians write a suffix: the same chord, and chords of which it is the nearest.
+CHORD_SPELLINGS = {
+    "": ("M maj major", "5 6 69 6/9 2 4 add9 sus sus2 sus4"),
+    "m": ("min mi minor -", "m6 min6 madd9"),
+    "dim": ("° o", "dim7 °7 o7"),
+    "aug": ("+ #5", "aug7 7#5"),
+    "7": ("dom7", "9 11 13 7b9 7#9 7b5 7sus4 9sus4"),
+    "maj7": ("M7 ma7 Maj7 Δ Δ7", "maj9 M9 maj13"),
+    "m7": ("min7 mi7 -7", "m9 min9 m11"),
+    "m7b5": ("min7b5 -7b5 ø ø7", ""),
+}
+ROOT_NAMES = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
+NATURALS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
+NO_CHORD = "N.C."
+
+
+def list_chords() -> tuple[list[str], np.ndarray]:
+    """Symbols of all chords, and the pitch classes of each as a unit vector, (chords, 12)."""
+    symbols = []
+    templates = []
+    for suffix, semitones in CHORD_QUALITIES.values():
+        for root, name in enumerate(ROOT_NAMES):
+            symbols.append(name + suffix)
+            has_pitch_class = np.isin(np.arange(12), semitones)
+            templates.append(np.roll(has_pitch_class / len(semitones) ** 0.5, root))
+    return symbols, np.array(templates)
+
+
+CHORD_SYMBOLS, CHORD_TEMPLATES = list_chords()  # in the order of their token ids
+# Weights of find_chords. A fit is a cosine: 1 if only the notes of a chord sound, equally long.
+FIT_OF_NO_CHORD = 0.75  # two notes of a triad reach 0.82, one note 0.58
+ROOT_IN_BASS = 0.02  # a bonus that decides between chords of the same notes: C6 or Am7
+SEVENTH_COST = 0.08  # so that a passing note makes no seventh chord
+CHANGE_COST = 0.06  # so that an ornament is no change of harmony
+
+# How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
+KEY_PROFILES = {
+    "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+    "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
+}
+# The same for all 24 keys, of zero mean and unit length: dot products rank as correlations do.
+KEY_TEMPLATES = np.array([np.roll(p, tonic) for p in KEY_PROFILES.values() for tonic in range(12)])
+KEY_TEMPLATES -= KEY_TEMPLATES.mean(axis=1, keepdims=True)
+KEY_TEMPLATES /= np.linalg.norm(KEY_TEMPLATES, axis=1, keepdims=True)
+MAJOR_TONICS = ["C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
+MINOR_TONICS = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
+
+
+@dataclass
+class Piece:
+    """One file as tokens, or the reason why it gave none."""
+
+    path: str = ""  # relative to the folder, with forward slashes
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # BOS ... EOS, (T,)
+    time: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # grid positions, (T,)
+    pitch: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # MIDI, (T,)
+    notes: int = 0
+    seconds: float = 0.0
+    changes: dict[str, int] = field(default_factory=dict)  # what tokens cannot say: how often
+    problem: str = ""  # why the file was skipped
+    work: str = ""  # name of the musical work of which this is one recording
+    split: str = ""  # "train", "validation" or "test"
 
 
 def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
@@ -1337,7 +1342,7 @@ def find_key(score: Score) -> tuple[KeySignature, str]:
     return KeySignature(0, sharps, is_minor), name
 
 
-# ---- 3. Model: a causal Transformer that sees an id, a time and a pitch for each token
+# ---- 4. Model: a causal Transformer that sees an id, a time and a pitch for each token
 
 # Beats that each token adds to the time, so that tokens of one moment have an order; 3 beats over a
 # window of 256 tokens, little beside the music's own time.
@@ -1560,7 +1565,7 @@ class PianoGPT(nn.Module):
         return logits.view(B, T, -1), loss
 
 
-# ---- 4. Learning: windows, transposition, the optimizer, the trainer
+# ---- 5. Learning: windows, transposition, the optimizer, the trainer
 
 OPENING_EVERY = 8  # every eighth window begins a piece, because writing always starts there
 LONGEST_VALIDATION = 128  # windows, spread evenly over held-out music
@@ -1987,7 +1992,7 @@ class Trainer:
         pbar.close()
 
 
-# ---- 5. Writing: logits -> rules -> an id is drawn -> a piece
+# ---- 6. Writing: logits -> rules -> an id is drawn -> a piece
 
 LEAST_BARS = 8  # new bars after which a piece without a given length may end
 MOST_BARS = 24  # after so many it must
@@ -2159,7 +2164,7 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
     now = request.twelfth(state)  # (B,)
     later = now[:, None] + np.arange(1, n + 1)  # the next n twelfths, (B, n)
     is_other = wanted[later % n] != wanted[now % n][:, None]
-    twelfths_left = np.where(is_other.any(axis=1), is_other.argmax(axis=1) + 1, n)
+    twelfths_left = np.where(is_other.any(axis=1), is_other.argmax(axis=1) + 1, math.inf)
     end = (now % 12 + twelfths_left) * state.bar_length / 12  # if the next bars are as long as this
     left = np.maximum(end - state.position, vocab.lengths.min())  # one length must be legal
     logits[:, vocab.duration_ids][vocab.lengths > left[:, None]] = ILLEGAL
@@ -2471,7 +2476,7 @@ def make_sample(
 
 # ==== You may stop here. Part II: the machinery
 
-# ---- 6. Folder: find files, read them in worker processes, cache, join recordings, split
+# ---- 7. Folder: find files, read them in worker processes, cache, join recordings, split
 
 SPLITS = ("train", "validation", "test")
 SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
@@ -2631,13 +2636,13 @@ def read_in_workers(paths: list[Path], vocab: Vocabulary) -> Iterator[tuple[Path
 def cache_folder(cache_dir: str, vocab: Vocabulary) -> Path:
     """Where pieces are cached that this script and these libraries read with this vocabulary.
 
-    Editing section 2 changes how files are read, and so the folder.
+    Editing sections 2 and 3 changes how files are read, and so the folder.
     """
     source = Path(__file__).read_text(encoding="utf-8")
-    _, _, rest = source.partition("# ---- 2. Music")
-    music_section, _, _ = rest.partition("# ---- 3. Model")
+    _, _, rest = source.partition("# ---- 2. Reading")
+    reading, _, _ = rest.partition("# ---- 4. Model")
     versions = (version("miditok"), version("symusic"))
-    key = repr((music_section, vocab.words, versions))
+    key = repr((reading, vocab.words, versions))
     return Path(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
@@ -2804,7 +2809,7 @@ def split_pieces(pieces: list[Piece], folder: Path, data: DataSettings, vocab: V
         piece.split = splits[piece.work] or "train"
 
 
-# ---- 7. Checkpoint: one file, its log, its lock; names that are free
+# ---- 8. Checkpoint: one file, its log, its lock; names that are free
 
 FORMAT = "pianogpt 12"
 OLDER_FORMATS = ("pianogpt 11",)
@@ -3070,7 +3075,7 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
     return path
 
 
-# ---- 8. Runs: train, generate, evaluate, export
+# ---- 9. Runs: train, generate, evaluate, export
 
 # The defaults with --init-from: few steps, at a ninth of the usual rate, keep what was learned.
 FEW_FILES = 20  # of which --init-from holds none out
@@ -3564,14 +3569,13 @@ def check_samples_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to: pass another --samples-dir")
 
 
-def hold_out_few(settings: Settings, given: dict) -> None:
-    """Hold nothing out of a few files that a trained model learns from, unless asked to.
+def hold_out_few(settings: Settings) -> None:
+    """Hold nothing out of a few files that a trained model learns from.
 
     The loss on one of ten works rises while the others are learned, so that the weights of the
     first steps would be kept. --init-from ends after few steps at a small rate anyway.
     """
-    few = settings.program.init_from and "val_percent" not in given
-    if few and len(find_files(Path(settings.program.midi_dir))) < FEW_FILES:
+    if len(find_files(Path(settings.program.midi_dir))) < FEW_FILES:
         settings.data.val_percent = 0.0
         say(f"fewer than {FEW_FILES} files: none is held out, see --val-percent")
 
@@ -3599,7 +3603,9 @@ def train_and_write(
         check_samples_folder(Path(settings.sample.samples_dir))
 
     if training:
-        hold_out_few(settings, given)
+        begins_from_another = bool(settings.program.init_from) and checkpoint.step == 0
+        if begins_from_another and "val_percent" not in given:
+            from_rank_0(lambda: hold_out_few(settings))
         code = train_model(settings, checkpoint, vocab, device)
         if code:
             return code
@@ -3613,7 +3619,7 @@ def train_and_write(
     return 0
 
 
-# ---- 9. Command line: flags to settings, the device, errors to one sentence
+# ---- 10. Command line: flags to settings, the device, errors to one sentence
 
 
 def make_parser() -> argparse.ArgumentParser:

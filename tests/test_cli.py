@@ -1,4 +1,4 @@
-"""Sections 8 and 9: whole runs by the command line, most of them in-process."""
+"""Sections 9 and 10: whole runs by the command line, most of them in-process."""
 
 import contextlib
 import io
@@ -500,6 +500,8 @@ def test_of_few_files_none_is_held_out_when_a_trained_model_learns_them(trained,
     assert "12 train, 0 validation" in out
     assert pianogpt(f"{line} b --val-percent 10") == 0
     assert "10 train, 2 validation" in capsys.readouterr().out
+    assert pianogpt(f"{line.replace('--steps 3', '--steps 5')} b") == 0
+    assert "10 train, 2 validation" in capsys.readouterr().out, "as when it began"
 
 
 def test_two_runs_on_one_checkpoint_the_second_is_refused(trained, capsys):
