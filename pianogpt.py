@@ -205,8 +205,10 @@ class ProgramSettings:
     init_from: str = setting("", "trained model to start from: its sizes and tokens, your music")
     fresh: bool = setting(False, "start over; an existing checkpoint is renamed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...; auto: cuda or cpu")
-    float32: bool = setting(False, "compute in float32 even on a GPU that has bfloat16")
-    compile: bool = setting(False, "torch.compile the model: long runs train faster")
+    float32: bool = setting(False, "train in float32 even where bfloat16 is faster")
+    compile: bool | None = setting(
+        None, "torch.compile the model; by default on a CPU, for runs that are long enough"
+    )
 
 
 @dataclass
@@ -1361,6 +1363,10 @@ MEMORY = 1024  # tokens before the window that are counted, to stay in key
 MANY_PIECES = 8  # that are written at once; for fewer, a second thread and bfloat16 gain nothing
 PAD = 0  # id of the PAD token, which stands where there is none
 IGNORE = -100  # a target that is not scored
+WRITTEN_OUT = 256  # tokens of a window; attention to more is faster in one go, see attend
+LOSS_ROWS = 256  # tokens whose logits fit into the processor's cache; all at once take longer
+# The logit of what cannot be. Not -inf: a softmax over nothing else would be undefined.
+ILLEGAL = -1e9
 
 
 class Window(NamedTuple):
@@ -1450,6 +1456,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, partner, sin)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, (B, nh, T, hs), to S keys and values (B, nh, S, hs); T is S or 1.
+
+    PyTorch's own, except to learn in bfloat16 on a CPU, where its gradient takes three times as
+    long as in float32. There a short window is written out, and a long one computed in float32.
+    """
+    T, hs = q.shape[-2:]
+    learns_in_half = torch.is_grad_enabled() and q.dtype == torch.bfloat16
+    if not (learns_in_half and q.device.type == "cpu"):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+    if T > WRITTEN_OUT:
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    q3, k3, v3 = (x.reshape(-1, T, hs) for x in (q, k, v))  # (B nh, T, hs)
+    future = torch.full((T, T), ILLEGAL, dtype=q.dtype).triu(1).expand(len(q3), T, T)
+    scores = torch.baddbmm(future, q3, k3.mT, alpha=hs**-0.5)  # (B nh, T, T)
+    return (scores.softmax(-1) @ v3).view(q.shape)
+
+
 class Block(nn.Module):
     """One layer: attention, then a feed-forward network, each with a norm and a residual."""
 
@@ -1470,12 +1494,12 @@ class Block(nn.Module):
         B, _, T, hs = cos.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, k = rotate(qkv[:2], cos, sin)
+        q, k = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))
         v = qkv[2]
         if cache is not None:
             assert T == 1 or cache.length == 0, "several tokens at once only into an empty cache"
             k, v = cache.extend(layer, k, v)  # (B, nh, all tokens so far, hs)
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, is_causal=T > 1)  # (B, nh, T, hs)
+        y = attend(q.to(k.dtype), k, v)  # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(x.shape).to(x.dtype))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -1550,10 +1574,8 @@ class PianoGPT(nn.Module):
         angle = torch.addcmul(time * self.time_speed, pitch, self.pitch_speed)
         return angle.cos(), angle.sin()
 
-    def forward(
-        self, window: Window, cache: KeyValueCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits of the next ids, (B, T, V), and the loss if the window has targets.
+    def forward(self, window: Window, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits of the next ids, (B, T, V); or if the window has targets, the loss.
 
         The loss is the cross-entropy in nats, summed over all targets but IGNORE. With a cache,
         the window's tokens continue those in the cache, and are added to it.
@@ -1565,12 +1587,15 @@ class PianoGPT(nn.Module):
             x = block(x, cos, sin, layer, cache)
         if cache is not None:
             cache.length += T
-        logits = self.head(self.norm(x))  # (B T, V)
-        loss = None
-        if window.targets is not None:
-            targets = window.targets.flatten()
-            loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
-        return logits.view(B, T, -1), loss
+        x = self.norm(x)
+        if window.targets is None:
+            return self.head(x).view(B, T, -1)
+        loss = torch.zeros((), device=x.device)
+        targets = window.targets.flatten()
+        for rows, goals in zip(x.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
+            logits = self.head(rows).float()
+            loss += F.cross_entropy(logits, goals, ignore_index=IGNORE, reduction="sum")
+        return loss
 
 
 # ---- 5. Learning: windows, transposition, the optimizer, the trainer
@@ -1586,6 +1611,9 @@ REST_RATE = 45  # norms and the weights of recent tokens
 # Each step, averaged weights move 10 / (10 + step) of the way to the weights, so that they span
 # about the last tenth of the steps so far.
 AVERAGE_SPEED = 10
+# Compiling takes up to 50 s the first time, and 8 s later. A step of the default sizes then takes
+# 20 ms less, so 2,500 steps repay it. Counted are steps x tokens of a batch x layers x channels.
+COMPILING_PAYS = 2500 * (8 * 256) * (4 * 128)
 DIVERGED = 3  # times the loss of a uniform guess, with which a model begins
 SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
 
@@ -1742,19 +1770,38 @@ def learning_rate(step: int, train: TrainSettings, begin: int = 0) -> float:
     return min(rising, falling)
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """The matrix with the singular vectors of x and singular values between 0.7 and 1.2.
+def newton_schulz(gram: Tensor) -> Tensor:
+    """The polynomial 3.4445 I - 4.775 G + 2.0315 G^2 of Gram matrices G, (N, C, C)."""
+    polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+    polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return polynomial
+
+
+def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
+    """Matrices with the singular vectors of these, and singular values between 0.7 and 1.2.
 
     A Newton-Schulz iteration with the coefficients of Jordan et al.: each round maps a singular
     value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, and five bring all from 0.01 to 1 near 1.
+
+    For a matrix X with the Gram matrix G = X X^T, a round is X <- P X with P = newton_schulz(G).
+    The matrices have the same shorter side C, so that their Gram matrices form one stack
+    (N, C, C). Only it is iterated, and the product of all P is applied to X at the end: half of
+    the work of one matrix after another.
     """
-    if x.size(0) > x.size(1):
-        return orthogonalize(x.mT).mT
-    x = x / (x.norm() + 1e-7)  # now no singular value is above 1
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-    return x
+    wide = [x if x.size(0) <= x.size(1) else x.mT for x in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]  # now no singular value is above 1
+    gram = torch.stack([x @ x.mT for x in wide])
+    P = newton_schulz(gram)
+    product = P
+    for _ in range(4):
+        gram = P @ gram @ P
+        P = newton_schulz(gram)
+        product = P @ product
+    results = []
+    for x, all_rounds, old in zip(wide, product, matrices, strict=True):
+        x = all_rounds @ x
+        results.append(x if old.size(0) <= old.size(1) else x.mT)
+    return results
 
 
 class OrthogonalAdamW(torch.optim.Optimizer):
@@ -1773,13 +1820,21 @@ class OrthogonalAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Move every weight by its gradient."""
+        directions = {}
+        matrices = defaultdict(list)  # that are made orthogonal, by their shorter side
         for group in self.param_groups:
             for p in group["params"]:
-                direction = self.adam_direction(p, group)
+                directions[p] = self.adam_direction(p, group)
                 if group["orthogonal"]:
-                    direction = orthogonalize(direction) * max(p.shape) ** 0.5
+                    matrices[min(p.shape)].append(p)
+        for of_one_side in matrices.values():
+            orthogonal = orthogonalize([directions[p] for p in of_one_side])
+            for p, direction in zip(of_one_side, orthogonal, strict=True):
+                directions[p] = direction * max(p.shape) ** 0.5
+        for group in self.param_groups:
+            for p in group["params"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-group["lr"])
+                p.add_(directions[p], alpha=-group["lr"])
 
     def adam_direction(self, p: Tensor, group: dict) -> Tensor:
         """The step of Adam at a learning rate of 1; also counts this gradient into its moments."""
@@ -1791,7 +1846,7 @@ class OrthogonalAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         moments["step"] += 1
         moments["exp_avg"].lerp_(p.grad, 1 - beta1)
-        moments["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+        moments["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
         step = moments["step"].item()
         mean = moments["exp_avg"] / (1 - beta1**step)  # both began at 0: undo that bias
         mean_square = moments["exp_avg_sq"] / (1 - beta2**step)
@@ -1834,8 +1889,7 @@ def evaluate(model: PianoGPT, windows: Window, batch_size: int = 32) -> float:
     device = model.head.weight.device
     total = 0.0
     for part in windows.groups_of(batch_size):
-        _, loss = model(part.to(device))
-        total += loss.item()
+        total += model(part.to(device)).item()
     return total
 
 
@@ -1863,6 +1917,7 @@ class Trainer:
         self.model = model
         self.settings = settings
         self.bfloat16 = bfloat16
+        self.compiled = compiled
         self.device = model.head.weight.device
         self.average = copy.deepcopy(model)
         self.optimizer = make_optimizer(model, settings)
@@ -1892,7 +1947,7 @@ class Trainer:
                 if PROCESSES > 1 and number < len(parts):
                     stack.enter_context(self.parallel.no_sync())  # once for all parts
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                    _, loss = self.parallel(part)
+                    loss = self.parallel(part)
                 # DistributedDataParallel averages the gradients of the processes.
                 (loss * PROCESSES / scored).backward()
             total += loss.detach()
@@ -2016,8 +2071,6 @@ DIVISIONS = (4, 3, 8, 6, 12)
 STRAIGHT = (4, 8)
 ON_DIVISION = 0.98  # of the notes must lie on one; a few grace notes may not
 KEPT_OF_WINDOW = 1 / 3  # of a full window, what begins the next one; MEMORY counts the rest
-# Not -inf: a softmax over nothing but illegal ids would be undefined. exp(-1e9) is 0.
-ILLEGAL = -1e9
 
 
 def divide_beat(division: int, grid: int) -> np.ndarray:
@@ -2340,7 +2393,7 @@ class Writing:
             self.window = self.new_window(int(block_size * KEPT_OF_WINDOW))
         else:
             self.window = self.last_token()
-        logits, _ = self.model(self.window, self.cache)
+        logits = self.model(self.window, self.cache)
         return logits[:, -1].float().cpu().numpy()
 
 
@@ -2843,6 +2896,8 @@ class Checkpoint:
     folder: str  # where the music was
     files: list[str]  # "hash name" of the MIDI files there, to notice changes
     pieces: list[str]  # names of the pieces it learned from
+    # How it was computed, which a resumed run keeps: "bfloat16", "compiled", and on what "device"
+    machine: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)  # see trainer_progress
     # "weights/...", "average/...", "best/..." and "optimizer.../...", see trainer_tensors, and
     # "intervals", the melodic intervals of the pieces, uint8, to find known runs
@@ -2968,6 +3023,9 @@ def check_values(checkpoint: Checkpoint) -> None:
     progress = checkpoint.progress
     if progress.keys() != PROGRESS_KEYS or not all(isinstance(names, list) for names in lists):
         raise ValueError("it is incomplete")
+    kinds = {name: type(value) for name, value in checkpoint.machine.items()}
+    if kinds and kinds != {"bfloat16": bool, "compiled": bool, "device": str}:
+        raise ValueError("it does not say how it was computed")
     for text in itertools.chain([checkpoint.about, checkpoint.folder], *lists):
         if not isinstance(text, str):
             raise ValueError(f"{text!r:.40} is no text")
@@ -3025,6 +3083,7 @@ def start_from(path: Path) -> Checkpoint:
             "train": FINE_TUNING,
         },
         files=[],
+        machine={},
         progress={
             "step": 0,
             "begin": 0,
@@ -3158,12 +3217,51 @@ def prepare_data(settings: Settings, vocab: Vocabulary) -> tuple[Corpus, Window,
     return make_corpus(training), windows, learned
 
 
-def make_trainer(settings: Settings, vocab: Vocabulary, device: torch.device) -> Trainer:
-    """A new trainer."""
+def kind_of_device(device: torch.device) -> str:
+    """A device by what decides the bits of its results: "CPU with AVX512, AMX"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    amx = ", AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}{amx}"
+
+
+def compiler_works() -> bool:
+    """Whether torch.compile finds all that it needs, such as a C++ compiler."""
+    try:
+        torch.compile(F.silu)(torch.zeros(1))
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    return True
+
+
+def choose_compiling(settings: Settings, device: torch.device) -> bool:
+    """Whether to compile the blocks: as --compile says, else on a CPU if that saves time."""
+    if settings.program.compile is not None:
+        return settings.program.compile
+    model = settings.model
+    train = settings.train
+    width = model.n_layer * model.n_embd
+    channels = train.steps * train.batch_size * model.block_size * width
+    return device.type == "cpu" and channels >= COMPILING_PAYS and compiler_works()
+
+
+def make_trainer(
+    settings: Settings, vocab: Vocabulary, device: torch.device, used: dict | None = None
+) -> Trainer:
+    """A new trainer; used: the `machine` of the checkpoint that it continues, see Checkpoint."""
+    used = used or {}
+    bfloat16 = used.get("bfloat16", True) and not settings.program.float32
+    compiled = used.get("compiled")
+    if compiled is None or settings.program.compile is not None:
+        compiled = choose_compiling(settings, device)
+    here = kind_of_device(device)
+    if used and used["device"] != here:
+        say(f"this is a {here}, not a {used['device']}: the run goes on, but not bit for bit")
     torch.manual_seed(settings.train.seed)
-    bfloat16 = device.type == "cuda" and has_fast_bfloat16(device) and not settings.program.float32
     model = PianoGPT(settings.model, len(vocab.words), vocab.grid).to(device)
-    return Trainer(model, settings.train, bfloat16, settings.program.compile)
+    return Trainer(model, settings.train, bfloat16 and has_fast_bfloat16(device), compiled)
 
 
 def trainer_tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -3222,10 +3320,15 @@ def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.losses = progress["losses"]
 
 
+def is_finished(checkpoint: Checkpoint) -> bool:
+    """Whether a run made all of its steps."""
+    return checkpoint.step == checkpoint.settings["train"].get("steps")
+
+
 def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint) -> None:
     """Let a new trainer go on from a checkpoint; what that learned from joins `learned`."""
     resume(trainer, checkpoint)
-    if trainer.step == checkpoint.settings["train"].get("steps"):  # it was finished
+    if is_finished(checkpoint):
         trainer.begin = trainer.step
     learned.about = checkpoint.about
     if checkpoint.files == learned.files:
@@ -3256,7 +3359,10 @@ def describe_model(trainer: Trainer, settings: Settings) -> str:
     """Size, precision and device of a model, and how it is trained."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     words = [f"{parameters:,} parameters", "bfloat16" if trainer.bfloat16 else "float32"]
-    if settings.program.compile:
+    if settings.program.compile is None and trainer.device.type == "cpu":
+        compiled = "compiled" if trainer.compiled else "not compiled"
+        words.append(f"{compiled} for {count(settings.train.steps, 'step')}")
+    elif trainer.compiled:
         words.append("compiled")
     words[-1] += f" on {trainer.device}"
     if PROCESSES > 1:
@@ -3291,7 +3397,13 @@ def train_model(
     path = Path(settings.program.checkpoint)
     corpus, windows, learned = from_rank_0(lambda: prepare_data(settings, vocab))
     batches = Batches(corpus.to(device), vocab, settings)
-    trainer = make_trainer(settings, vocab, device)
+    goes_on = checkpoint and not is_finished(checkpoint)
+    trainer = make_trainer(settings, vocab, device, checkpoint.machine if goes_on else None)
+    learned.machine = {
+        "bfloat16": trainer.bfloat16,
+        "compiled": trainer.compiled,
+        "device": kind_of_device(device),
+    }
     if checkpoint:
         continue_from(checkpoint, trainer, learned)
     if settings.program.fresh and path.exists() and RANK == 0:
@@ -3653,6 +3765,9 @@ def make_parser() -> argparse.ArgumentParser:
             kind = type(f.default)
             if kind is bool:
                 section.add_argument(flag(f.name), action="store_true", help=text)
+            elif f.default is None:  # --compile, --no-compile, or neither
+                yes_or_no = argparse.BooleanOptionalAction
+                section.add_argument(flag(f.name), action=yes_or_no, help=text)
             else:
                 if f.default != "":
                     text += f" (default: {f.default})"
@@ -3759,7 +3874,7 @@ def computing_errors() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException:
-        raise UserError("torch.compile does not work here: leave out --compile") from None
+        raise UserError("torch.compile does not work here: pass --no-compile") from None
     except (MemoryError, RuntimeError) as e:
         # A GPU has an error of its own for this; a CPU has only its text.
         is_full = isinstance(e, (MemoryError, torch.OutOfMemoryError))

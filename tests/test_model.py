@@ -28,7 +28,7 @@ def model():
 
 
 def random_window(B=2, T=96):
-    """Random ids at random moments and pitches."""
+    """Random ids at random moments and pitches; see scored for one with targets."""
     ids = torch.randint(1, V, (B, pg.RECENT + T + 1))
     before = torch.rand(B, V) ** 9
     return pg.Window(
@@ -37,8 +37,12 @@ def random_window(B=2, T=96):
         pitch=torch.randint(pg.LOWEST_KEY, pg.HIGHEST_KEY + 1, (B, T)).float(),
         recent=ids[:, : pg.RECENT],
         before=before / before.sum(1, keepdim=True),
-        targets=ids[:, pg.RECENT + 1 :].clone(),
     )
+
+
+def scored(window):
+    """The window with random targets: the model returns their loss."""
+    return window._replace(targets=torch.randint(1, V, window.idx.shape))
 
 
 def part_of(window, first, last):
@@ -55,7 +59,7 @@ def part_of(window, first, last):
 
 def test_first_loss_is_near_ln_v():
     torch.manual_seed(0)
-    _, loss = pg.PianoGPT(SIZES, V, VOCAB.grid)(random_window(8))
+    loss = pg.PianoGPT(SIZES, V, VOCAB.grid)(scored(random_window(8)))
     assert loss.item() / (8 * 96) == pytest.approx(math.log(V), abs=0.05)
 
 
@@ -73,15 +77,15 @@ def test_weights_keep_sizes_and_those_that_add_to_the_residual_are_smaller_in_de
 
 
 def test_loss_is_summed_over_the_targets_that_are_scored(model):
-    window = random_window()
+    window = random_window(6)  # more tokens than are scored at once
+    logits = model(window)
+    window = scored(window)
     window.targets[:, 10:60] = pg.IGNORE
-    logits, loss = model(window)
+    loss = model(window)
     expected = 0.0
-    for row, t in itertools.product(range(2), [*range(10), *range(60, 96)]):
+    for row, t in itertools.product(range(6), [*range(10), *range(60, 96)]):
         expected -= logits[row, t].log_softmax(0)[window.targets[row, t]]
     assert torch.allclose(loss, expected)
-    _, none = model(window._replace(targets=None))
-    assert none is None
 
 
 def test_future_tokens_do_not_change_past_logits(model):
@@ -92,8 +96,8 @@ def test_future_tokens_do_not_change_past_logits(model):
     changed.idx[:, 50] = window.idx[:, 50] % (V - 1) + 1
     changed.time[:, 50] += 1
     changed.pitch[:, 50] += 1
-    a, _ = model(window)
-    b, _ = model(changed)
+    a = model(window)
+    b = model(changed)
     assert torch.equal(a[:, :50], b[:, :50])
     assert not torch.allclose(a[:, 50], b[:, 50])
     assert not torch.allclose(a[:, 95], b[:, 95])
@@ -102,14 +106,14 @@ def test_future_tokens_do_not_change_past_logits(model):
 @torch.inference_mode()
 def test_cached_logits_equal_uncached(model):
     window = random_window(3)
-    whole, _ = model(window)
+    whole = model(window)
     cache = pg.KeyValueCache(model, 3)
     for n in (60, 1):  # a cache of length 0 is as good as new
         cache.length = 0
-        logits, _ = model(part_of(window, 0, n), cache)
+        logits = model(part_of(window, 0, n), cache)
         assert torch.allclose(logits, whole[:, :n], atol=1e-4)
         for t in range(n, 96):
-            logits, _ = model(part_of(window, t, t + 1), cache)
+            logits = model(part_of(window, t, t + 1), cache)
             assert torch.allclose(logits[:, 0], whole[:, t], atol=1e-4)
     cache.length = 1
     with pytest.raises(AssertionError, match="only into an empty cache"):
@@ -152,9 +156,9 @@ def test_logits_depend_on_distances_in_time_and_pitch_alone(what, shift, model):
     window = random_window(T=50)
     values = getattr(window, what)
     later = torch.arange(50) >= 25
-    logits, _ = model(window)
-    all_moved, _ = model(window._replace(**{what: values + shift}))
-    half_moved, _ = model(window._replace(**{what: values + shift * later}))
+    logits = model(window)
+    all_moved = model(window._replace(**{what: values + shift}))
+    half_moved = model(window._replace(**{what: values + shift * later}))
     assert torch.allclose(all_moved, logits, atol=1e-3)
     assert torch.equal(half_moved[:, :25], logits[:, :25])
     assert not torch.allclose(half_moved[:, 25:], logits[:, 25:], atol=0.1)
@@ -199,7 +203,7 @@ def test_tokens_before_the_window_change_logits_by_how_often_they_occur(model):
         nowhere = torch.zeros_like(ids)
         corpus = pg.Corpus(ids, nowhere, nowhere, torch.tensor([0, len(ids)]))
         window = pg.cut_windows(corpus, torch.tensor([len(old) + pg.RECENT]), 20, VOCAB)
-        logits, _ = model(window)
+        logits = model(window)
         return logits
 
     old = torch.randint(1, V, (pg.MEMORY - pg.RECENT,))
@@ -212,10 +216,10 @@ def test_tokens_before_the_window_change_logits_by_how_often_they_occur(model):
 
 
 def test_padding_is_zero_and_learns_nothing(model):
-    window = random_window()
+    window = scored(random_window())
     window.idx[:, 50:] = pg.PAD
     window.recent[:] = pg.PAD
-    _, loss = model(window)
+    loss = model(window)
     loss.backward()
     gradient = model.embedding.weight.grad
     assert not pg.PianoGPT(SIZES, V, VOCAB.grid).embedding.weight[pg.PAD].any()
@@ -225,23 +229,36 @@ def test_padding_is_zero_and_learns_nothing(model):
 
 def test_functional_call_computes_with_the_weights_it_is_given(model):
     window = random_window()
-    logits, _ = model(window)
+    logits = model(window)
     for name, weight in model.named_parameters():
-        other, _ = torch.func.functional_call(model, {name: weight + 1}, (window,))
+        other = torch.func.functional_call(model, {name: weight + 1}, (window,))
         assert not torch.allclose(other, logits), name
 
 
-def test_bfloat16_loss_is_near_float32(model):
-    window = random_window(4)
-    _, exact = model(window)
+def test_bfloat16_loss_and_gradient_are_near_those_of_float32(model):
+    """In bfloat16 on a CPU, attention is written out."""
+    window = scored(random_window(4))
+    exact = model(window)
+    exact.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
     outputs = []
     model.blocks[0].register_forward_hook(lambda block, inputs, x: outputs.append(x.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        logits, loss = model(window)
-    assert logits.dtype == torch.bfloat16
+        loss = model(window)
+    loss.backward()
     assert outputs == [torch.float32], "only products are rounded, not their sum"
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
     assert loss.item() != exact.item()
+    for name, p in model.named_parameters():
+        assert (p.grad - gradients[name]).norm() < 0.03 * gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("T", [1, 7, pg.WRITTEN_OUT, pg.WRITTEN_OUT + 5])
+def test_attention_written_out_is_that_of_pytorch(T):
+    q, k, v = torch.randn(3, 2, 4, T, 16).bfloat16().requires_grad_()
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert torch.allclose(pg.attend(q, k, v).float(), expected, atol=0.03)
 
 
 def test_weights_of_the_older_version_compute_the_same(model):
