@@ -1360,6 +1360,7 @@ TOKEN_TIME = 0.0125
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
 RECENT = 3  # a note is three tokens, so each token is told the three before it
 MEMORY = 1024  # tokens before the window that are counted, to stay in key
+AT_ONCE = 64  # pieces, at most; more are written in turn, to save memory
 MANY_PIECES = 8  # that are written at once; for fewer, a second thread and bfloat16 gain nothing
 PAD = 0  # id of the PAD token, which stands where there is none
 IGNORE = -100  # a target that is not scored
@@ -2421,8 +2422,8 @@ def generate(
     seed: int,
     prompt_ids: np.ndarray | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[int, np.ndarray]:
-    """New pieces, {number: ids from BOS on}: --num-samples, or if stopped() the finished ones.
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield --num-samples new pieces until stopped(): (number, ids from BOS on), when each ends.
 
     prompt_ids: (T,) from BOS on, with which each piece begins. At temperature 0 there is only one
     piece, because all would be the same.
@@ -2439,31 +2440,40 @@ def generate(
     chords, _ = parse_chords(sample.chords)
     chords += vocab.chord_ids.start
     request = Request(vocab, sample, chords, old_bars, grid)
-    is_greedy = sample.temperature == 0
-    B = 1 if is_greedy else sample.num_samples
-    writing = Writing(model, vocab, opening, B)
-    request.tonics = writing.tonic_chords()
+    pieces = 1 if sample.temperature == 0 else sample.num_samples
     rng = np.random.default_rng(seed)
-    lengths = np.zeros(B, int)  # of the pieces that are over
+    for first in range(0, pieces, AT_ONCE):
+        writing = Writing(model, vocab, opening, min(AT_ONCE, pieces - first))
+        for number, ids in write_together(writing, request, rng, stopped):
+            yield first + number, ids
+
+
+def write_together(
+    writing: Writing, request: Request, rng: np.random.Generator, stopped: Callable[[], bool]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Write B pieces token by token; yield (number from 1, ids) of each when it ends."""
+    request.tonics = writing.tonic_chords()
+    B = len(request.tonics)
+    is_running = np.full(B, True)
     pbar = progress_bar(desc="writing", unit=" tokens", unit_scale=B, leave=False)
     with few_threads(B), pbar:
-        while not lengths.all() and not stopped():
+        while is_running.any() and not stopped():
             logits = writing.next_logits()
             begins_bar = writing.state.kind == Kind.BAR
             if begins_bar.any():
                 request.tonics = np.where(begins_bar, writing.tonic_chords(), request.tonics)
             for rule in RULES:
                 logits = rule(logits, writing.state, request)
-            writing.append(draw(logits, is_greedy, rng))
+            writing.append(draw(logits, request.sample.temperature == 0, rng))
             state = writing.state
-            is_running = lengths == 0
-            lengths[is_running & (state.kind == Kind.EOS)] = len(writing.ids)
-            # The Bar token of a bar too many is left out.
-            lengths[is_running & (state.bar > request.most_bars)] = len(writing.ids) - 1
+            is_cut = state.bar > request.most_bars
+            ends = is_running & (is_cut | (state.kind == Kind.EOS))
+            is_running &= ~ends
             pbar.update()
-    pieces = np.stack(writing.ids, axis=1)
-    finished = np.flatnonzero(lengths)
-    return {int(n) + 1: pieces[n, : lengths[n]] for n in finished}
+            for n in np.flatnonzero(ends):
+                ids = np.array([tokens[n] for tokens in writing.ids])
+                # The Bar token of a bar too many is left out.
+                yield int(n) + 1, ids[:-1] if is_cut[n] else ids
 
 
 @dataclass
@@ -2542,10 +2552,15 @@ def make_sample(
 SPLITS = ("train", "validation", "test")
 SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
 SAME_KINDS = 8  # of at least so many different sizes, so that scales and trills do not count
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
+HASH_PART = 2**20  # intervals that are hashed at once, to save memory
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 FILE_SECONDS = 120  # a file of a million notes takes 20
 FILE_MEGABYTES = 16  # the largest piano files have 1
 WORKER_GIGABYTES = 4  # of memory for one file
+UNREAD = "unread"  # stands for the hash of a file that cannot be read
+CACHE_FORMAT = "pianogpt cache 1"
+CACHE_SECONDS = 20  # of reading that a crash may cost
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -2566,8 +2581,41 @@ def write_atomically(path: Path, data: bytes) -> None:
         unfinished.discard(new)
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The MIDI files in a folder, at any depth, links followed. Raises UserError."""
+def hash_tensors(text: str, tensors: dict[str, Tensor]) -> str:
+    """A checksum of all that a file of tensors holds."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, form: str, values, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, and values as JSON, to a safetensors file; form: what kind of file it is."""
+    text = json.dumps(values)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": form, "json": text, "sha256": hash_tensors(text, tensors)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_tensors(path: Path, form: str) -> tuple:
+    """The values and the tensors, memory-mapped, that save_tensors wrote; an error if damaged."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != form:
+            raise ValueError("not of this version")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = metadata["json"]
+    if metadata["sha256"] != hash_tensors(text, tensors):
+        raise ValueError("its checksum is wrong")
+    return json.loads(text), tensors
+
+
+def find_files(folder: Path) -> dict[Path, str]:
+    """{MIDI file: hash of its content} of a folder, at any depth, links followed; by path.
+
+    The hash of what cannot be read is "unread". Raises UserError.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: make it, or name another")
 
@@ -2591,19 +2639,23 @@ def find_files(folder: Path) -> list[Path]:
                 found.append(path)
     if not found:
         raise UserError(f"no MIDI file under {folder}: put some there, or name another")
-    return sorted(found)
-
-
-def list_contents(folder: Path) -> list[str]:
-    """ "hash name" of the MIDI files in a folder, by which changes are noticed."""
-    contents = []
-    for path in find_files(folder):
+    contents = {}
+    for path in sorted(found):
         try:
-            content = hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+            contents[path] = hash_content(read_bytes(path))
         except (OSError, UserError):
-            content = "unread"
-        contents.append(f"{content} {path.relative_to(folder).as_posix()}")
+            contents[path] = UNREAD
     return contents
+
+
+def list_contents(files: dict[Path, str], folder: Path) -> list[str]:
+    """ "hash name" of the files of a folder, by which changes are noticed."""
+    return [f"{content} {path.relative_to(folder).as_posix()}" for path, content in files.items()]
+
+
+def hash_content(data: bytes) -> str:
+    """A hash that tells files apart."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -2623,7 +2675,7 @@ def read_file(path: Path, vocab: Vocabulary) -> tuple[Piece, str]:
     content = ""
     try:
         data = read_bytes(path)
-        content = hashlib.sha256(data).hexdigest()
+        content = hash_content(data)
         return read_piece(data, vocab), content
     except UserError as e:
         return Piece(problem=str(e)), content
@@ -2707,58 +2759,64 @@ def cache_folder(cache_dir: str, vocab: Vocabulary) -> Path:
     return Path(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
-def save_to_cache(path: Path, piece: Piece, content: str) -> None:
-    """Write a piece to the cache; content: the hash of the file that it was read from."""
-    values = {k: v for k, v in vars(piece).items() if not isinstance(v, np.ndarray)}
-    text = json.dumps(values | {"content": content})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        np.savez_compressed(
-            file, text=np.array(text), ids=piece.ids, time=piece.time, pitch=piece.pitch
-        )
+def save_pieces(cache: Path, pieces: dict[str, Piece]) -> None:
+    """Write pieces, {hash of the file: piece}, to a new file of the cache."""
+    heads = []
+    for content, piece in pieces.items():
+        values = {k: v for k, v in vars(piece).items() if not isinstance(v, np.ndarray)}
+        heads.append(values | {"content": content, "path": ""})
+    columns = make_corpus(list(pieces.values()))._asdict()
+    name = hash_content(" ".join(pieces).encode())
+    save_tensors(cache / f"{name}.safetensors", CACHE_FORMAT, heads, columns)
 
 
-def load_from_cache(path: Path, content: str) -> Piece | None:
-    """What save_to_cache wrote for a file of this content; None if it is missing or damaged."""
-    with suppress(Exception), np.load(path, allow_pickle=False) as arrays:
-        values = json.loads(str(arrays["text"]))
-        columns = {name: arrays[name] for name in ("ids", "time", "pitch")}
-        kinds = [(column.dtype, column.ndim, len(column)) for column in columns.values()]
-        length = len(columns["ids"])
-        is_sound = kinds == [(np.int16, 1, length), (np.int32, 1, length), (np.int16, 1, length)]
-        if is_sound and values.pop("content") == content:
-            return Piece(**values, **columns)
-    return None
+def load_pieces(cache: Path) -> dict[str, Piece]:
+    """All that save_pieces wrote, memory-mapped; a damaged file is left out."""
+    pieces = {}
+    for path in cache.glob("*.safetensors"):
+        with suppress(Exception):
+            heads, tensors = load_tensors(path, CACHE_FORMAT)
+            *columns, offsets = (tensors[name].numpy() for name in Corpus._fields)
+            of_file = {}
+            for head, (begin, end) in zip(heads, itertools.pairwise(offsets), strict=True):
+                ids, time, pitch = (column[begin:end] for column in columns)
+                content = head.pop("content")
+                of_file[content] = Piece(**head, ids=ids, time=time, pitch=pitch)
+            pieces |= of_file
+    return pieces
 
 
-def read_folder(folder: Path, vocab: Vocabulary, cache_dir: str) -> list[Piece]:
-    """Every MIDI file under a folder as a piece, by path; cached by content."""
-    paths = find_files(folder)
+def read_folder(
+    folder: Path, vocab: Vocabulary, cache_dir: str, files: dict[Path, str] | None = None
+) -> list[Piece]:
+    """Every MIDI file under a folder as a piece, by path; cached by content.
+
+    files: what find_files(folder) gave, if that is known.
+    """
+    files = files or find_files(folder)
     cache = cache_folder(cache_dir, vocab) if cache_dir else None
-    pieces: dict[Path, Piece] = {}
-    if cache and cache.is_dir():
-        for path in paths:
-            with suppress(OSError, UserError):
-                content = hashlib.sha256(read_bytes(path)).hexdigest()
-                piece = load_from_cache(cache / f"{content}.npz", content)
-                if piece:
-                    pieces[path] = piece
-    new = [path for path in paths if path not in pieces]
-    if new:
-        found = read_in_workers(new, vocab)
-        for path, piece, content in progress_bar(
-            found, total=len(new), desc="reading", unit="file"
-        ):
-            pieces[path] = piece
-            if cache and content:
-                try:
-                    save_to_cache(cache / f"{content}.npz", piece, content)
-                except OSError as e:
-                    say(f"no cache: {cache} cannot be written to ({e.strerror or e})")
-                    cache = None
-    for path in paths:
+    known = load_pieces(cache) if cache else {}
+    pieces = {path: replace(known[content]) for path, content in files.items() if content in known}
+    new = [path for path in files if path not in pieces]
+    unsaved = {}
+    saved = time.monotonic()
+    reader = read_in_workers(new, vocab) if new else []
+    for path, piece, content in progress_bar(reader, total=len(new), desc="reading", unit="file"):
+        pieces[path] = piece
+        if content:
+            unsaved[content] = piece
+        is_due = time.monotonic() - saved > CACHE_SECONDS or len(pieces) == len(files)
+        if cache and unsaved and is_due:
+            try:
+                save_pieces(cache, unsaved)
+            except OSError as e:
+                say(f"no cache: {cache} cannot be written to ({e.strerror or e})")
+                cache = None
+            unsaved = {}
+            saved = time.monotonic()
+    for path in files:
         pieces[path].path = path.relative_to(folder).as_posix()
-    return [pieces[path] for path in paths]
+    return [pieces[path] for path in files]
 
 
 def say_changes(changes: dict[str, int]) -> None:
@@ -2768,9 +2826,11 @@ def say_changes(changes: dict[str, int]) -> None:
         say("changed: " + ", ".join(changed))
 
 
-def read_music(folder: Path, vocab: Vocabulary, cache_dir: str) -> list[Piece]:
+def read_music(
+    folder: Path, vocab: Vocabulary, cache_dir: str, files: dict[Path, str] | None = None
+) -> list[Piece]:
     """The pieces of a folder that have music; says what was skipped and changed."""
-    found = read_folder(folder, vocab, cache_dir)
+    found = read_folder(folder, vocab, cache_dir, files)
     pieces = [piece for piece in found if not piece.problem]
     skipped = [f"{piece.path} ({piece.problem})" for piece in found if piece.problem]
     if skipped:
@@ -2793,28 +2853,96 @@ def read_music(folder: Path, vocab: Vocabulary, cache_dir: str) -> list[Piece]:
     return pieces
 
 
+def hash_passages(intervals: np.ndarray) -> np.ndarray:
+    """A hash of the SAME_MUSIC intervals that begin at each place; (N,) uint8 -> uint64.
+
+    It is 0 where a piece ends before the passage does, and where the passage has fewer than
+    SAME_KINDS different intervals.
+    """
+    N = max(0, len(intervals) - SAME_MUSIC + 1)
+    place = np.arange(len(intervals))
+    hashes = np.zeros(N, np.uint64)
+    for n in range(SAME_MUSIC):
+        hashes = hashes * HASH_BASE + intervals[n : n + N]  # modulo 2^64
+    # An interval adds a kind to the passages around it that begin after the same one came last.
+    by_kind = np.argsort(intervals, kind="stable")
+    before, after = by_kind[:-1], by_kind[1:]
+    is_again = intervals[before] == intervals[after]
+    last = np.full(len(intervals), -1)
+    last[after[is_again]] = before[is_again]
+    first_passage = np.maximum(last + 1, place - SAME_MUSIC + 1).clip(0)
+    more = np.bincount(first_passage, minlength=len(intervals) + 1)
+    kinds = (more - np.bincount(place + 1, minlength=len(intervals) + 1)).cumsum()[:N]
+    ends = np.append(0, (intervals == PIECE_END).cumsum())
+    crosses = ends[SAME_MUSIC:] > ends[:N]
+    hashes[crosses | (kinds < SAME_KINDS)] = 0
+    return hashes
+
+
+def pairs_that_share(
+    intervals: np.ndarray, hashes: np.ndarray, offsets: np.ndarray
+) -> set[tuple[int, int]]:
+    """Numbers of pieces that share a passage; piece n has the intervals from offsets[n] on."""
+    pairs = set()
+    if not hashes.any():
+        return pairs
+    passages = np.lib.stride_tricks.sliding_window_view(intervals, SAME_MUSIC)
+    # A sixteenth of all hashes at a time, to save memory
+    limits = np.linspace(0, 2.0**64, 17)
+    for low, high in itertools.pairwise(limits):
+        places = np.flatnonzero((hashes > low) & (hashes < high))
+        places = places[np.argsort(hashes[places])]
+        ordered = hashes[places]
+        is_same = ordered[1:] == ordered[:-1]
+        one = places[:-1][is_same]
+        two = places[1:][is_same]
+        pieces = np.searchsorted(offsets, [one, two], side="right") - 1  # (2, passages)
+        keys = pieces[0] * len(offsets) + pieces[1]
+        for at in np.unique(keys, return_index=True)[1]:
+            # Equal hashes may be chance.
+            if (passages[one[at]] == passages[two[at]]).all():
+                pairs.add((int(pieces[0, at]), int(pieces[1, at])))
+    return pairs
+
+
 def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
-    """Give recordings of the same music, in any key, the same work."""
-    works = {piece.work: piece.work for piece in pieces}  # {work: an equal one with a lower name}
+    """Give recordings of the same music, in any key, the same work.
 
-    def lowest(work: str) -> str:
-        while works[work] != work:
-            works[work] = works[works[work]]  # so that the next search is shorter
-            work = works[work]
-        return work
+    A work is named by the lowest hash of its passages. So its name, which decides whether it is
+    held out, comes from its music, not from what lies beside it.
+    """
+    each = [np.frombuffer(pitch_intervals(piece.ids, vocab), np.uint8) for piece in pieces]
+    offsets = np.cumsum([0, *(len(one) for one in each)])
+    intervals = np.concatenate([np.empty(0, np.uint8), *each])
+    hashes = np.zeros(len(intervals), np.uint64)
+    for begin in range(0, len(intervals), HASH_PART):
+        part = hash_passages(intervals[begin : begin + HASH_PART + SAME_MUSIC - 1])
+        hashes[begin : begin + len(part)] = part
 
-    found_in: dict[bytes, str] = {}  # {passage: the work where it stood first}
-    for piece in pieces:
-        intervals = pitch_intervals(piece.ids, vocab)
-        for at in range(len(intervals) - SAME_MUSIC):
-            passage = intervals[at : at + SAME_MUSIC]
-            if len(set(passage)) >= SAME_KINDS:
-                first, second = sorted(
-                    (lowest(piece.work), lowest(found_in.setdefault(passage, piece.work)))
-                )
-                works[second] = first
-    for piece in pieces:
-        piece.work = lowest(piece.work)
+    joined = list(range(len(pieces)))  # to each piece another of the same work, or itself
+
+    def root(n: int) -> int:
+        while joined[n] != n:
+            joined[n] = joined[joined[n]]  # so that the next search is shorter
+            n = joined[n]
+        return n
+
+    of_work: dict[str, int] = {}
+    for n, piece in enumerate(pieces):  # some belong together already, see split_pieces
+        joined[n] = root(of_work.setdefault(piece.work, n))
+    for one, two in pairs_that_share(intervals, hashes, offsets):
+        joined[root(one)] = root(two)
+
+    lowest: dict[int, int] = {}  # hash of each root
+    for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        music = hashes[begin:end]
+        music = music[music > 0]
+        if len(music):
+            least = int(music.min())
+            lowest[root(n)] = min(least, lowest.get(root(n), least))
+    for n, piece in enumerate(pieces):
+        if root(n) in lowest:
+            piece.work = f"music {lowest[root(n)]:016x}"
 
 
 def read_split_tables(folder: Path) -> dict[Path, str]:
@@ -2942,22 +3070,10 @@ def as_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def hash_checkpoint(text: str, tensors: dict[str, Tensor]) -> str:
-    """A checksum of all that a checkpoint holds."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, and beside it the whole training log."""
     values = {k: v for k, v in vars(checkpoint).items() if k != "tensors"}
-    text = json.dumps(values)
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-    metadata = {"format": FORMAT, "json": text, "sha256": hash_checkpoint(text, tensors)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    save_tensors(path, FORMAT, values, checkpoint.tensors)
     lines = [",".join(LOG_COLUMNS)]
     for row in checkpoint.progress["history"]:
         lines.append(",".join(str(row.get(column, "")) for column in LOG_COLUMNS))
@@ -2986,15 +3102,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path.stem}-new.safetensors makes a model of it to generate with"
         )
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError("not of this version")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        text = metadata["json"]
-        if metadata["sha256"] != hash_checkpoint(text, tensors):
-            raise ValueError("its checksum is wrong")
-        checkpoint = Checkpoint(**json.loads(text), tensors=tensors)
+        values, mapped = load_tensors(path, FORMAT)
+        tensors = {name: tensor.clone() for name, tensor in mapped.items()}  # the file may change
+        checkpoint = Checkpoint(**values, tensors=tensors)
         check_checkpoint(checkpoint)
     except Exception as e:
         reason = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
@@ -3149,6 +3259,30 @@ FEW_FILES = 20  # of which --init-from holds none out
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}
 
 
+def keep_sides(
+    pieces: list[Piece], folder: Path, files: dict[Path, str], checkpoint: Checkpoint
+) -> None:
+    """Leave works on the side where a checkpoint has them, whatever came into the folder since."""
+    trained_on = set(checkpoint.pieces)
+    was_trained_on = {}  # {hash of a file: whether it was trained on}
+    for file in checkpoint.files:
+        content, _, name = file.partition(" ")
+        was_trained_on[content] = name in trained_on
+    sides = {}
+    for piece in pieces:
+        known = was_trained_on.get(files[folder / piece.path])
+        if known is not None:
+            sides[piece.work] = known or sides.get(piece.work, False)
+    moved = set()
+    for piece in pieces:
+        trains = sides.get(piece.work, piece.split == "train")
+        if trains != (piece.split == "train"):
+            moved.add(piece.work)
+            piece.split = "train" if trains else "validation"
+    if moved:
+        say(f"split: {count(len(moved), 'work')} kept on the side of the earlier training")
+
+
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
     """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list; a second one ends all."""
@@ -3189,12 +3323,22 @@ def print_block(values: dict) -> None:
         say(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
 
 
-def prepare_data(settings: Settings, vocab: Vocabulary) -> tuple[Corpus, Window, Checkpoint]:
-    """The training music, the validation windows, and a checkpoint that has no weights yet."""
+def prepare_data(
+    settings: Settings,
+    vocab: Vocabulary,
+    files: dict[Path, str] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Corpus, Window, Checkpoint]:
+    """The training music, the validation windows, and a checkpoint that has no weights yet.
+
+    files: what find_files gave, if that is known; checkpoint: one that is continued.
+    """
     folder = Path(settings.program.midi_dir)
-    files = list_contents(folder)  # before reading, so that a late file counts as new
-    pieces = read_music(folder, vocab, settings.program.cache_dir)
+    files = files or find_files(folder)  # before reading, so that a late file counts as new
+    pieces = read_music(folder, vocab, settings.program.cache_dir, files)
     split_pieces(pieces, folder, settings.data, vocab)
+    if checkpoint and checkpoint.folder == str(folder):
+        keep_sides(pieces, folder, files, checkpoint)
     works = Counter({piece.work: piece.split for piece in pieces}.values())
     shares = ", ".join(f"{works[split]} {split}" for split in SPLITS)
     say(f"split: {count(works.total(), 'work')} ({shares})")
@@ -3210,7 +3354,7 @@ def prepare_data(settings: Settings, vocab: Vocabulary) -> tuple[Corpus, Window,
         settings={name: asdict(getattr(settings, name)) for name in STORED_GROUPS},
         vocabulary=vocab.words,
         folder=str(folder),
-        files=files,
+        files=list_contents(files, folder),
         pieces=[piece.path for piece in training],
         tensors={"intervals": as_tensor(intervals)},
     )
@@ -3389,13 +3533,20 @@ def save_run(path: Path, learned: Checkpoint, trainer: Trainer, is_last: bool) -
 
 
 def train_model(
-    settings: Settings, checkpoint: Checkpoint | None, vocab: Vocabulary, device: torch.device
+    settings: Settings,
+    checkpoint: Checkpoint | None,
+    vocab: Vocabulary,
+    device: torch.device,
+    files: dict[Path, str],
 ) -> int:
-    """Train and save a model; 0, or 128 + the number of the signal that stopped it."""
+    """Train and save a model; 0, or 128 + the number of the signal that stopped it.
+
+    files: those of the music folder, see find_files
+    """
     if settings.train.batch_size % (PROCESSES * settings.train.accumulate):
         raise UserError(f"--batch-size must be a multiple of {PROCESSES} processes x --accumulate")
     path = Path(settings.program.checkpoint)
-    corpus, windows, learned = from_rank_0(lambda: prepare_data(settings, vocab))
+    corpus, windows, learned = from_rank_0(lambda: prepare_data(settings, vocab, files, checkpoint))
     batches = Batches(corpus.to(device), vocab, settings)
     goes_on = checkpoint and not is_finished(checkpoint)
     trainer = make_trainer(settings, vocab, device, checkpoint.machine if goes_on else None)
@@ -3551,7 +3702,7 @@ def write_music(
     written = 0
     with catch_signals() as caught:
         pieces = generate(model, vocab, settings.sample, seed, ids, lambda: bool(caught))
-        for number, piece in pieces.items():
+        for number, piece in pieces:
             sample = make_sample(piece, prompt, vocab, settings.sample)
             if sample is None:
                 say(f"piece {number} has no notes and is left out: train longer")
@@ -3611,18 +3762,17 @@ def export_model(path: Path, checkpoint: Checkpoint, about: str) -> int:
 
 
 def compare_music(
-    program: ProgramSettings, given: dict, checkpoint: Checkpoint, training: bool
+    program: ProgramSettings,
+    given: dict,
+    checkpoint: Checkpoint,
+    training: bool,
+    files: dict[Path, str],
 ) -> None:
-    """Say how the folder differs from what a checkpoint learned. Raises UserError."""
-    if not checkpoint.files:  # an exported model does not know them
-        return
+    """Say how the files of the folder differ from what a checkpoint learned. Raises UserError."""
     folder = program.midi_dir
     learned = checkpoint.folder
     is_named = "midi_dir" in given
-    is_the_same = folder == learned and Path(folder).is_dir()
-    if not (training or is_named or is_the_same):
-        return
-    now = set(list_contents(Path(folder)))
+    now = set(list_contents(files, Path(folder)))
     then = set(checkpoint.files)
     if now == then:
         return
@@ -3689,15 +3839,38 @@ def check_samples_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to: pass another --samples-dir")
 
 
-def hold_out_few(settings: Settings) -> None:
+def hold_out_none(settings: Settings) -> None:
     """Hold nothing out of a few files that a trained model learns from.
 
     The loss on one of ten works rises while the others are learned, so that the weights of the
     first steps would be kept. --init-from ends after few steps at a small rate anyway.
     """
-    if len(find_files(Path(settings.program.midi_dir))) < FEW_FILES:
-        settings.data.val_percent = 0.0
-        say(f"fewer than {FEW_FILES} files: none is held out, see --val-percent")
+    settings.data.val_percent = 0.0
+    say(f"fewer than {FEW_FILES} files: none is held out, see --val-percent")
+
+
+def look_at_folder(
+    settings: Settings, given: dict, checkpoint: Checkpoint | None, training: bool
+) -> dict[Path, str]:
+    """The files of the music folder, as find_files gives them; none if they do not matter.
+
+    Says how they differ from what the checkpoint learned. Raises UserError.
+    """
+    program = settings.program
+    folder = Path(program.midi_dir)
+    knows_files = bool(checkpoint and checkpoint.files)  # an exported model does not
+    may_differ = "midi_dir" in given or (
+        knows_files and str(folder) == checkpoint.folder and folder.is_dir()
+    )
+    if not (training or (knows_files and may_differ)):
+        return {}
+    files = find_files(folder)
+    if knows_files:
+        compare_music(program, given, checkpoint, training, files)
+    begins_from_another = bool(program.init_from) and checkpoint.step == 0
+    if begins_from_another and "val_percent" not in given and len(files) < FEW_FILES:
+        hold_out_none(settings)
+    return files
 
 
 def train_and_write(
@@ -3714,8 +3887,7 @@ def train_and_write(
     _, remarks = parse_chords(settings.sample.chords)
     if remarks:
         say(f"chords: {', '.join(remarks)}")
-    if checkpoint:
-        from_rank_0(lambda: compare_music(settings.program, given, checkpoint, training))
+    files = from_rank_0(lambda: look_at_folder(settings, given, checkpoint, training))
     prompt = None
     if settings.sample.prompt:
         prompt = from_rank_0(lambda: find_prompt(settings.sample, vocab))
@@ -3723,10 +3895,7 @@ def train_and_write(
         check_samples_folder(Path(settings.sample.samples_dir))
 
     if training:
-        begins_from_another = bool(settings.program.init_from) and checkpoint.step == 0
-        if begins_from_another and "val_percent" not in given:
-            from_rank_0(lambda: hold_out_few(settings))
-        code = train_model(settings, checkpoint, vocab, device)
+        code = train_model(settings, checkpoint, vocab, device, files)
         if code:
             return code
     elif not settings.program.generate:

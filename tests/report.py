@@ -423,7 +423,8 @@ def run(argv: list[str] | None) -> None:
         samples = [piece.ids for piece in pg.read_music(Path(folder), vocab, "")]
     else:
         model = pg.load_model(checkpoint, device)
-        samples = pg.generate(model, vocab, settings.sample, settings.train.seed).values()
+        pieces = pg.generate(model, vocab, settings.sample, settings.train.seed)
+        samples = [ids for _, ids in pieces]
     bars = settings.sample.bars
     if not bars:
         bars = int(np.median([(ids == vocab.bar_id).sum() for ids in samples]))

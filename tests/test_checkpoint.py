@@ -54,7 +54,7 @@ def forge(path, values, tensors):
     """Write a file as save_checkpoint does, its checksum right, whatever it holds."""
     text = json.dumps(values)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    checksum = pg.hash_checkpoint(text, tensors)
+    checksum = pg.hash_tensors(text, tensors)
     metadata = {"format": pg.FORMAT, "json": text, "sha256": checksum}
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 

@@ -221,19 +221,30 @@ def test_cache_saves_reading_and_notices_changed_content_and_settings(folder, tm
 def test_damaged_entries_of_the_cache_are_read_again_and_written_over(folder, tmp_path, newly_read):
     cache = tmp_path / "cache"
     pieces = read(folder, cache)
-    entries = {entry: entry.read_bytes() for entry in sorted(cache.rglob("*.npz"))}
-    assert len(entries) == 12
-    first, second, third, fourth, *_ = entries
-    first.write_bytes(b"damaged")
-    os.truncate(second, len(entries[second]) // 2)  # by a killed run
-    flipped = bytearray(entries[third])
+    [entry] = cache.rglob("*.safetensors")
+    good = entry.read_bytes()
+    flipped = bytearray(good)
     flipped[len(flipped) // 2] ^= 1
-    third.write_bytes(flipped)
-    fourth.write_bytes(entries[first])  # what another file gave
+    for damaged in (b"damaged", good[: len(good) // 2], flipped):
+        entry.write_bytes(damaged)
+        assert read(folder, cache) == pieces
+        assert len(entry.read_bytes()) == len(good)
+    assert newly_read == [12] * 4
     assert read(folder, cache) == pieces
-    assert newly_read == [12, 4]
-    found = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    assert found == entries
+    assert newly_read == [12] * 4, "the last was written over"
+
+
+def test_reading_that_is_killed_loses_no_more_than_since_the_last_save(
+    folder, tmp_path, newly_read, monkeypatch
+):
+    monkeypatch.setattr(pg, "CACHE_SECONDS", 0)
+    pieces = read(folder, tmp_path / "cache")
+    entries = [*(tmp_path / "cache").rglob("*.safetensors")]
+    assert len(entries) == 12
+    for entry in entries[:5]:
+        entry.unlink()
+    assert read(folder, tmp_path / "cache") == pieces
+    assert newly_read == [12, 5]
 
 
 def test_only_an_edit_of_how_music_is_read_makes_a_new_cache(tmp_path, monkeypatch):
@@ -307,7 +318,8 @@ def works(*music):
     """The works to which pieces of these pitches are assigned."""
     pieces = [piece(f"{i}.mid", pitches) for i, pitches in enumerate(music)]
     pg.join_recordings(pieces, VOCAB)
-    return [piece.work for piece in pieces]
+    first = {}  # {work: its first piece}
+    return [first.setdefault(piece.work, piece.path) for piece in pieces]
 
 
 def test_recordings_of_the_same_music_are_found_whatever_their_key_and_mistakes():
@@ -328,6 +340,56 @@ def test_short_quotations_scales_and_trills_do_not_make_two_pieces_one():
     assert works([], [60], [60]) == ["0.mid", "1.mid", "2.mid"]
     ends = works(a[:15], b[:15], a[:15], b[:15])
     assert len({*ends}) == 4, "what is shared ends where a piece ends"
+
+
+def test_hashes_of_passages_are_equal_where_the_passages_are():
+    rng = np.random.default_rng(8)
+    intervals = rng.integers(120, 136, 5000).astype(np.uint8)
+    intervals[rng.integers(0, 5000, 40)] = pg.PIECE_END
+    intervals[1000:1100] = intervals[3000:3100]
+    intervals[200:300:2] = 130
+    hashes = pg.hash_passages(intervals)
+    assert len(hashes) == 5000 - pg.SAME_MUSIC + 1
+    of_passage = {}
+    for at, found in enumerate(hashes.tolist()):
+        passage = intervals[at : at + pg.SAME_MUSIC].tobytes()
+        tells = pg.PIECE_END not in passage and len(set(passage)) >= pg.SAME_KINDS
+        assert (found != 0) == tells
+        if tells:
+            of_passage.setdefault(passage, set()).add(found)
+    hashes = [found for [found] in of_passage.values()]
+    assert len(set(hashes)) == len(hashes) > 2000
+    assert len(pg.hash_passages(intervals[:5])) == 0
+
+
+def test_equal_hashes_of_different_passages_join_nothing():
+    intervals = np.random.default_rng(9).integers(100, 140, 100).astype(np.uint8)
+    intervals[60:100] = intervals[10:50]
+    hashes = np.zeros(100, np.uint64)
+    for places in ([0, 30], [10, 60]):
+        hashes[places] = 7 + places[0]
+    offsets = np.array([0, 25, 50, 100])
+    assert pg.pairs_that_share(intervals, hashes, offsets) == {(0, 2)}
+
+
+def test_music_in_parts_is_joined_as_in_one(monkeypatch):
+    a, b, c = np.random.default_rng(10).integers(30, 90, (3, 300))
+    monkeypatch.setattr(pg, "HASH_PART", 50)
+    found = works(a, b, np.r_[c[:100], a[130:155]], np.r_[c[100:], b[40:64]])
+    assert found == ["0.mid", "1.mid", "0.mid", "3.mid"]
+
+
+def test_new_files_neither_move_nor_rename_a_work(tmp_path):
+    music = np.random.default_rng(11).integers(21, 80, (400, 60))
+    old = [piece(f"m{n}.mid", pitches) for n, pitches in enumerate(music[:200])]
+    before = split(old, tmp_path)
+    names = [one.work for one in old]
+    new = [piece(f"a{n}.mid", pitches) for n, pitches in enumerate(music[200:])]
+    after = split([*new, *old], tmp_path)
+    assert before.items() <= after.items()
+    assert [one.work for one in old] == names
+    renamed = [piece(f"z{n}.mid", pitches) for n, pitches in enumerate(music[:200])]
+    assert [*split(renamed, tmp_path).values()] == [*before.values()]
 
 
 def test_recordings_of_the_same_music_are_never_on_two_sides(tmp_path):
@@ -389,5 +451,5 @@ def test_held_out_music_is_validated_but_neither_trained_on_nor_known(folder):
     assert learned.pieces == [piece.path for piece in train]
     known = b"".join(pg.pitch_intervals(piece.ids, VOCAB) for piece in train)
     assert bytes(learned.tensors["intervals"].tolist()) == known
-    assert learned.files == pg.list_contents(folder)
+    assert learned.files == pg.list_contents(pg.find_files(folder), folder)
     assert [file.split(" ")[1] for file in learned.files] == [piece.path for piece in pieces]

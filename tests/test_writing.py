@@ -35,7 +35,7 @@ def write(model, vocab, seed=1, prompt=None, stopped=lambda: False, **sample):
     settings = pg.SampleSettings(**{"num_samples": 6, "bars": 8} | sample)
     prompt = None if prompt is None else np.array(prompt)
     pieces = pg.generate(model, vocab, settings, seed, prompt, stopped)
-    return [ids.tolist() for ids in pieces.values()]
+    return [ids.tolist() for _, ids in sorted(pieces, key=lambda piece: piece[0])]
 
 
 @pytest.fixture(scope="module")
