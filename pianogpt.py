@@ -2554,6 +2554,7 @@ SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
 SAME_KINDS = 8  # of at least so many different sizes, so that scales and trills do not count
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 HASH_PART = 2**20  # intervals that are hashed at once, to save memory
+HASH_PARTS = 16  # in which the passages are compared
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 FILE_SECONDS = 120  # a file of a million notes takes 20
 FILE_MEGABYTES = 16  # the largest piano files have 1
@@ -2880,29 +2881,21 @@ def hash_passages(intervals: np.ndarray) -> np.ndarray:
 
 
 def pairs_that_share(
-    intervals: np.ndarray, hashes: np.ndarray, offsets: np.ndarray
-) -> set[tuple[int, int]]:
-    """Numbers of pieces that share a passage; piece n has the intervals from offsets[n] on."""
-    pairs = set()
-    if not hashes.any():
-        return pairs
-    passages = np.lib.stride_tricks.sliding_window_view(intervals, SAME_MUSIC)
-    # A sixteenth of all hashes at a time, to save memory
-    limits = np.linspace(0, 2.0**64, 17)
-    for low, high in itertools.pairwise(limits):
-        places = np.flatnonzero((hashes > low) & (hashes < high))
-        places = places[np.argsort(hashes[places])]
-        ordered = hashes[places]
-        is_same = ordered[1:] == ordered[:-1]
-        one = places[:-1][is_same]
-        two = places[1:][is_same]
-        pieces = np.searchsorted(offsets, [one, two], side="right") - 1  # (2, passages)
-        keys = pieces[0] * len(offsets) + pieces[1]
-        for at in np.unique(keys, return_index=True)[1]:
-            # Equal hashes may be chance.
-            if (passages[one[at]] == passages[two[at]]).all():
-                pairs.add((int(pieces[0, at]), int(pieces[1, at])))
-    return pairs
+    places: np.ndarray, hashes: np.ndarray, intervals: np.ndarray, piece_of: np.ndarray, works
+) -> list[list[int]]:
+    """Pairs of pieces that share one of the passages at these places, one for a pair of works.
+
+    piece_of: the number of each interval's piece; works: the work of each piece so far.
+    """
+    places = places[np.argsort(hashes[places])]
+    is_same = hashes[places[1:]] == hashes[places[:-1]]
+    both = np.stack([places[:-1][is_same], places[1:][is_same]])  # (2, passages)
+    one, two = works[piece_of[both]].astype(np.int64)
+    _, first = np.unique(one * len(works) + two, return_index=True)
+    both = both[:, first[one[first] != two[first]]]
+    one, two = intervals[both[:, :, None] + np.arange(SAME_MUSIC)]  # (pairs, SAME_MUSIC) each
+    is_equal = (one == two).all(axis=1)  # equal hashes may be chance
+    return piece_of[both[:, is_equal]].T.tolist()
 
 
 def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
@@ -2912,8 +2905,9 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     held out, comes from its music, not from what lies beside it.
     """
     each = [np.frombuffer(pitch_intervals(piece.ids, vocab), np.uint8) for piece in pieces]
-    offsets = np.cumsum([0, *(len(one) for one in each)])
+    lengths = [len(one) for one in each]
     intervals = np.concatenate([np.empty(0, np.uint8), *each])
+    piece_of = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
     hashes = np.zeros(len(intervals), np.uint64)
     for begin in range(0, len(intervals), HASH_PART):
         part = hash_passages(intervals[begin : begin + HASH_PART + SAME_MUSIC - 1])
@@ -2930,19 +2924,21 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     of_work: dict[str, int] = {}
     for n, piece in enumerate(pieces):  # some belong together already, see split_pieces
         joined[n] = root(of_work.setdefault(piece.work, n))
-    for one, two in pairs_that_share(intervals, hashes, offsets):
-        joined[root(one)] = root(two)
+    # Some of all passages at a time, to save memory
+    for low, high in itertools.pairwise(np.linspace(0, 2.0**64, HASH_PARTS + 1)):
+        places = np.flatnonzero((hashes > low) & (hashes < high))
+        works = np.array([root(n) for n in range(len(pieces))])
+        for one, two in pairs_that_share(places, hashes, intervals, piece_of, works):
+            joined[root(one)] = root(two)
 
-    lowest: dict[int, int] = {}  # hash of each root
-    for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
-        music = hashes[begin:end]
-        music = music[music > 0]
-        if len(music):
-            least = int(music.min())
-            lowest[root(n)] = min(least, lowest.get(root(n), least))
-    for n, piece in enumerate(pieces):
-        if root(n) in lowest:
-            piece.work = f"music {lowest[root(n)]:016x}"
+    works = np.array([root(n) for n in range(len(pieces))])
+    none = np.iinfo(np.uint64).max
+    lowest = np.full(len(pieces), none)
+    is_passage = hashes > 0
+    np.minimum.at(lowest, works[piece_of[is_passage]], hashes[is_passage])
+    for piece, work in zip(pieces, works, strict=True):
+        if lowest[work] < none:
+            piece.work = f"music {lowest[work]:016x}"
 
 
 def read_split_tables(folder: Path) -> dict[Path, str]:

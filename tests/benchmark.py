@@ -9,6 +9,9 @@
         and by the plain recipe with the learning rate tuned: 20 minutes more
     python tests/benchmark.py --optimizers DIR --minutes 10
         our optimizer and torch.optim.Muon, at three rates: 40 minutes in all
+    python tests/benchmark.py --scale 1000 10000 100000
+        seconds and memory of folders of so many small files: reading, joining recordings, the
+        first batch, and a second start; 100,000 files take 20 minutes
 
 "Plain" speed is that of most scripts: one Linear for each head's query, key and value, float32, no
 compiling, and a generation that reads the whole window again for every token. Every ratio is the
@@ -305,6 +308,62 @@ def measure_reading(vocab: pg.Vocabulary, files: int) -> dict:
         "warm_start_seconds": median(starts[1:]),
         "peak_memory_mb": round(peak / 1024),
     }
+
+
+def make_folder(folder: Path, files: int) -> None:
+    """Fill a folder with small files that are all different: chorales, shuffled and shifted."""
+    sources = [Score(path) for path in sorted((ROOT / "my_midis").glob("*.mid"))]
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(files):
+        score = sources[number % len(sources)].copy()
+        bar = 4 * score.tpq
+        order = rng.permutation(1 + score.end() // bar)
+        shift = int(rng.integers(-5, 6))
+        for track in score.tracks:
+            for note in track.notes:
+                note.time = int(order[note.time // bar]) * bar + note.time % bar
+                note.pitch += shift
+        score.dump_midi(folder / f"{number:06d}.mid")
+
+
+def time_start(folder: str) -> None:
+    """Print the seconds of each part of a start on a folder, and the peak of memory."""
+    settings = pg.Settings(program=pg.ProgramSettings(midi_dir=folder, cache_dir=f"{folder}-cache"))
+    vocab = pg.Vocabulary(settings.tokens)
+    taken = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        taken[name] = round(now - clock, 2)
+        clock = now
+
+    files = pg.find_files(Path(folder))
+    lap("list_seconds")
+    pieces = pg.read_folder(Path(folder), vocab, settings.program.cache_dir, files)
+    lap("read_seconds")
+    pg.split_pieces(pieces, Path(folder), settings.data, vocab)
+    lap("join_seconds")
+    corpus = pg.make_corpus([piece for piece in pieces if piece.split == "train"])
+    pg.Batches(corpus, vocab, settings)[0]
+    lap("batch_seconds")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    works = len({piece.work for piece in pieces})
+    notes = sum(piece.notes for piece in pieces)
+    pg.print_block(taken | {"peak_memory_gb": round(peak, 2), "works": works, "notes": notes})
+
+
+def measure_scale(numbers: list[int]) -> None:
+    """Print what a first and a second start cost on folders of so many files."""
+    for number in numbers:
+        with tempfile.TemporaryDirectory() as work:
+            make_folder(Path(work, "midi"), number)
+            for start in ("first", "second"):
+                print(f"\nfiles: {number}\nstart: {start}", flush=True)
+                command = [sys.executable, __file__, "--time-start", str(Path(work, "midi"))]
+                subprocess.run(command, check=True)
 
 
 def matrix_product_peak(vocab: pg.Vocabulary, device: torch.device) -> float:
@@ -611,6 +670,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", metavar="DIR", help="compare recipes on this folder")
     parser.add_argument("--tuned", action="store_true", help="with --recipe: also tuned AdamW")
     parser.add_argument("--optimizers", metavar="DIR", help="compare optimizers on this folder")
+    parser.add_argument("--scale", metavar="N", type=int, nargs="+", help="folders of N files")
+    parser.add_argument("--time-start", metavar="DIR", help=argparse.SUPPRESS)
     parser.add_argument("--minutes", type=float, default=10, help="of each training (default: 10)")
     parser.add_argument("--piece-is-folder", action="store_true", help="as of pianogpt.py")
     parser.add_argument(
@@ -621,8 +682,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print key: value lines."""
+    if args.time_start:
+        return time_start(args.time_start)
     device = pg.choose_device(args.device)
     pg.print_block(describe_machine(device))
+    if args.scale:
+        return measure_scale(args.scale)
     if args.recipe:
         pg.print_block(measure_recipe(read_music(args, args.recipe, device), args.tuned))
     if args.optimizers:

@@ -368,8 +368,11 @@ def test_equal_hashes_of_different_passages_join_nothing():
     hashes = np.zeros(100, np.uint64)
     for places in ([0, 30], [10, 60]):
         hashes[places] = 7 + places[0]
-    offsets = np.array([0, 25, 50, 100])
-    assert pg.pairs_that_share(intervals, hashes, offsets) == {(0, 2)}
+    piece_of = np.repeat([0, 1, 2], [25, 25, 50])
+    places = np.flatnonzero(hashes)
+    pairs = pg.pairs_that_share(places, hashes, intervals, piece_of, np.arange(3))
+    assert pairs == [[0, 2]]
+    assert pg.pairs_that_share(places, hashes, intervals, piece_of, np.array([0, 1, 0])) == []
 
 
 def test_music_in_parts_is_joined_as_in_one(monkeypatch):
