@@ -1942,7 +1942,7 @@ class Trainer:
         mine = batch.rows(slice(RANK * per_rank, (RANK + 1) * per_rank))
         scored = (batch.targets != IGNORE).sum().item()
         total = torch.zeros((), device=self.device)  # in float32: MPS has no float64
-        parts = mine.groups_of(per_rank // self.settings.accumulate)
+        parts = mine.groups_of(math.ceil(per_rank / self.settings.accumulate))
         for number, part in enumerate(parts, 1):
             with ExitStack() as stack:
                 if PROCESSES > 1 and number < len(parts):
@@ -3539,8 +3539,8 @@ def train_model(
 
     files: those of the music folder, see find_files
     """
-    if settings.train.batch_size % (PROCESSES * settings.train.accumulate):
-        raise UserError(f"--batch-size must be a multiple of {PROCESSES} processes x --accumulate")
+    if settings.train.batch_size % PROCESSES:
+        raise UserError(f"--batch-size must be a multiple of the {PROCESSES} processes")
     path = Path(settings.program.checkpoint)
     corpus, windows, learned = from_rank_0(lambda: prepare_data(settings, vocab, files, checkpoint))
     batches = Batches(corpus.to(device), vocab, settings)
@@ -3978,11 +3978,15 @@ def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) ->
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto: the NVIDIA GPU if there is one, else the CPU. UserError."""
+    """The device of that name; auto: the NVIDIA GPU if there is one, else the CPU. UserError.
+
+    Each process of torchrun gets a GPU of its own.
+    """
     try:
         if name == "auto":
-            gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            name = gpu if torch.cuda.is_available() else "cpu"
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
@@ -4014,6 +4018,8 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
         raise UserError(
             "the checkpoint's vocabulary is not this MidiTok's: install requirements.txt"
         )
+    if RANK != 0 and (program.export or program.evaluate):
+        return 0  # one process does it
     if program.export:
         return export_model(Path(program.export), checkpoint, program.about)
     if program.evaluate:

@@ -119,15 +119,17 @@ def batch_and_gradient(request):
     return batch, mean.item(), gradient_of(trainer.model)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_batch_split_in_parts_has_the_gradient_of_the_whole(accumulate, batch_and_gradient):
+@pytest.mark.parametrize(
+    "accumulate, parts", [(1, [8]), (3, [3, 3, 2]), (4, [2] * 4), (9, [1] * 8)]
+)
+def test_batch_split_in_parts_has_the_gradient_of_the_whole(accumulate, parts, batch_and_gradient):
     batch, mean, gradient = batch_and_gradient
     trainer = make_trainer(batch_size=8, accumulate=accumulate)
     sizes = []
     trainer.model.register_forward_pre_hook(lambda m, inputs: sizes.append(len(inputs[0].idx)))
     assert trainer.add_gradients(batch) == pytest.approx(mean)
     assert torch.allclose(gradient_of(trainer.model), gradient, atol=1e-6)
-    assert sizes == [8 // accumulate] * accumulate
+    assert sizes == parts
 
 
 def test_shares_of_the_ranks_add_up_to_the_whole(batch_and_gradient, monkeypatch):
