@@ -9,6 +9,9 @@
         and by the plain recipe with the learning rate tuned: 20 minutes more
     python tests/benchmark.py --optimizers DIR --minutes 10
         our optimizer and torch.optim.Muon, at three rates: 40 minutes in all
+    python tests/benchmark.py --recipe DIR --minutes 4 --peers DIR_OF_NANOGPT
+        and nanoGPT's model by its recipe for small models, on the same tokens; speed beside
+        nanoGPT, and beside GPT-2 and Llama of Hugging Face if transformers is installed
     python tests/benchmark.py --scale 1000 10000 100000
         seconds and memory of folders of so many small files: reading, joining recordings, the
         first batch, and a second start; 100,000 files take 20 minutes
@@ -38,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -188,6 +192,12 @@ def take(n: int, stream: Iterator) -> None:
         next(stream)
 
 
+def take_ours(n: int, stream: Iterator, B: int) -> None:
+    """Draw n tokens of B sequences with as many threads as pianogpt.py uses."""
+    with pg.few_threads(B):
+        take(n, stream)
+
+
 def wait_for_device() -> None:
     """Return when a GPU has done all that it was asked to."""
     if torch.cuda.is_available():
@@ -254,8 +264,8 @@ def measure_generation(vocab: pg.Vocabulary, device: torch.device, rounds: int) 
     plain = plain_tokens(plain_model, torch.randint(V, (1, T), device=device))
     works = {
         "plain": partial(take, 16, plain),
-        "one": partial(take, T, our_tokens(model, vocab, 1)),
-        "many": partial(take, T, our_tokens(model, vocab, 32)),
+        "one": partial(take_ours, T, our_tokens(model, vocab, 1), 1),
+        "many": partial(take_ours, T, our_tokens(model, vocab, 32), 32),
     }
     rates = []
     for row in compare(rounds, works):
@@ -644,6 +654,157 @@ def measure_optimizers(music: Music) -> dict:
     return out
 
 
+# ---- Peers
+
+
+class NanoGPT(nn.Module):
+    """nanoGPT's model, as our trainer takes one."""
+
+    def __init__(self, folder: Path, sizes: pg.ModelSettings, V: int):
+        super().__init__()
+        sys.path.insert(0, str(folder))
+        from model import GPT, GPTConfig
+
+        config = {"n_layer": sizes.n_layer, "n_head": sizes.n_head, "n_embd": sizes.n_embd}
+        config |= {"block_size": sizes.block_size, "vocab_size": V, "dropout": 0.0, "bias": False}
+        self.gpt = GPT(GPTConfig(**config))
+        self.embedding = self.gpt.transformer.wte
+        self.head = self.gpt.lm_head
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What is compiled: all of it, as nanoGPT does."""
+        return [self.gpt]
+
+    def forward(self, window: pg.Window) -> Tensor:
+        """The loss, as of PianoGPT."""
+        logits, _ = self.gpt(window.idx, window.targets.clamp(min=0))
+        logits = logits.float().flatten(0, 1)
+        targets = window.targets.flatten()
+        return F.cross_entropy(logits, targets, ignore_index=pg.IGNORE, reduction="sum")
+
+
+def to_a_tenth(step: int, train: pg.TrainSettings) -> float:
+    """nanoGPT's learning rate: warmup, and half a cosine down to a tenth."""
+    return min((step + 1) / train.warmup, 0.1 + 0.9 * cosine(step, train))
+
+
+def train_nanogpt(music: Music, folder: Path, bfloat16: bool) -> tuple[pg.Trainer, Curve]:
+    """nanoGPT by the recipe of its config/train_shakespeare_char.py, with our batches."""
+    settings = music.settings
+    torch.manual_seed(settings.train.seed)
+    model = NanoGPT(folder, settings.model, len(music.vocab.words)).to(music.device)
+    train = replace(settings.train, warmup=100)
+    trainer = PlainTrainer(model, train, to_a_tenth, bfloat16)
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        kind = music.device.type
+        optimizer = model.gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = 1e-3
+        return optimizer
+
+    untransposed = replace(settings, data=replace(settings.data, transpose=0))
+    batches = replace(music.batches, settings=untransposed)
+    return trainer, train_for(music, batches, trainer, make_optimizer)
+
+
+def hugging_face(name: str, sizes: pg.ModelSettings, V: int) -> nn.Module:
+    """A model of Hugging Face of our size."""
+    import transformers
+
+    if name == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=V,
+            n_positions=sizes.block_size,
+            n_embd=sizes.n_embd,
+            n_layer=sizes.n_layer,
+            n_head=sizes.n_head,
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=sizes.n_embd,
+        intermediate_size=16 * round(sizes.n_embd / 6),
+        num_hidden_layers=sizes.n_layer,
+        num_attention_heads=sizes.n_head,
+        max_position_embeddings=sizes.block_size,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def take_theirs(n: int, model: nn.Module, B: int) -> None:
+    """Draw n tokens of B new sequences from a model of Hugging Face, with its cache."""
+    idx = torch.ones(B, 1, dtype=torch.long, device=model.device)
+    cache = None
+    for _ in range(n):
+        out = model(idx, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        idx = torch.multinomial(out.logits[:, -1].softmax(-1), 1)
+
+
+def take_new(n: int, model: pg.PianoGPT, vocab: pg.Vocabulary, B: int) -> None:
+    """Draw n tokens of B new sequences from ours."""
+    take_ours(n, our_tokens(model, vocab, B), B)
+
+
+def compare_generation(vocab: pg.Vocabulary, device: torch.device, rounds: int) -> dict:
+    """Tokens/s beside Hugging Face's models, from the beginning of a window to its end."""
+    sizes = pg.ModelSettings()
+    V = len(vocab.words)
+    n = sizes.block_size - 1
+    ours = pg.PianoGPT(sizes, V, vocab.grid).to(device)
+    theirs = {name: hugging_face(name, sizes, V).to(device) for name in ("gpt2", "llama")}
+    out = {}
+    for B in (1, 32):
+        works = {"ours": partial(take_new, n, ours, vocab, B)}
+        for name, model in theirs.items():
+            works[name] = partial(take_theirs, n, model, B)
+        with torch.inference_mode():
+            rows = compare(rounds, works)
+        for name in works:
+            out[f"generate_{B}_{name}"] = round(B * n / median(row[name] for row in rows))
+        best = [min(row["gpt2"], row["llama"]) / row["ours"] for row in rows]
+        out[f"generate_{B}_speedup"] = median(best)
+    return out
+
+
+def compare_training(folder: Path, vocab: pg.Vocabulary, device: torch.device, rounds: int) -> dict:
+    """Training tokens/s beside nanoGPT, both compiled and as precise as this machine is best at."""
+    sizes = pg.ModelSettings()
+    V = len(vocab.words)
+    B = pg.TrainSettings.batch_size
+    batch = random_window(sizes, V, B, device)
+    model = NanoGPT(folder, sizes, V).to(device)
+    bfloat16 = uses_bfloat16(vocab, device)
+    nano = PlainTrainer(model, pg.TrainSettings(), constant, bfloat16)
+    nano.optimizer = model.gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
+    for group in nano.optimizer.param_groups:
+        group["peak_lr"] = 1e-3
+    works = {
+        "ours": our_stepper(sizes, vocab, batch, compile=True),
+        "nanogpt": partial(nano.train_step, batch),
+    }
+    rows = compare(rounds, works, times=3)
+    out = {}
+    for name in works:
+        taken = median(row[name] for row in rows)
+        out[f"train_tokens_per_second_{name}"] = round(B * sizes.block_size / taken)
+    return out | {"train_speedup": median(row["nanogpt"] / row["ours"] for row in rows)}
+
+
+def measure_peers(folder: Path, vocab: pg.Vocabulary, device: torch.device) -> None:
+    """Print speeds beside other programs; what is not installed is skipped with a sentence."""
+    if (folder / "model.py").exists():
+        pg.print_block(compare_training(folder, vocab, device, 7))
+    else:
+        print(f"{folder} holds no nanoGPT (model.py): skipped")
+    if find_spec("transformers"):
+        pg.print_block(compare_generation(vocab, device, 7))
+    else:
+        print("transformers is not installed: GPT-2 and Llama are skipped")
+
+
 # ---- The program
 
 
@@ -668,6 +829,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and no table")
     parser.add_argument("--device", default="auto", help="as of pianogpt.py")
     parser.add_argument("--recipe", metavar="DIR", help="compare recipes on this folder")
+    parser.add_argument("--peers", metavar="DIR", help="compare with the nanoGPT in this folder")
     parser.add_argument("--tuned", action="store_true", help="with --recipe: also tuned AdamW")
     parser.add_argument("--optimizers", metavar="DIR", help="compare optimizers on this folder")
     parser.add_argument("--scale", metavar="N", type=int, nargs="+", help="folders of N files")
@@ -688,11 +850,18 @@ def run(args: argparse.Namespace) -> None:
     pg.print_block(describe_machine(device))
     if args.scale:
         return measure_scale(args.scale)
+    if args.peers:
+        measure_peers(Path(args.peers), pg.Vocabulary(pg.TokenSettings()), device)
     if args.recipe:
-        pg.print_block(measure_recipe(read_music(args, args.recipe, device), args.tuned))
+        music = read_music(args, args.recipe, device)
+        pg.print_block(measure_recipe(music, args.tuned))
+        if args.peers:
+            nano, curve = train_nanogpt(music, Path(args.peers), pg.has_fast_bfloat16(device))
+            print_curves({"nanogpt": curve})
+            pg.print_block({"nanogpt_steps": nano.step, "nanogpt_nats_per_note": lowest(curve)})
     if args.optimizers:
         pg.print_block(measure_optimizers(read_music(args, args.optimizers, device)))
-    if args.recipe or args.optimizers:
+    if args.recipe or args.optimizers or args.peers:
         return
     vocab = pg.Vocabulary(pg.TokenSettings())
     rounds, files = (3, 100) if args.quick else (9, 1000)
