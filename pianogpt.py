@@ -1602,6 +1602,7 @@ class PianoGPT(nn.Module):
 # ---- 5. Learning: windows, transposition, the optimizer, the trainer
 
 OPENING_EVERY = 8  # every eighth window begins a piece, because writing always starts there
+SHUFFLED = 64  # groups of windows whose order is drawn at once
 LONGEST_VALIDATION = 128  # windows, spread evenly over held-out music
 # Peak learning rates as multiples of --lr, found by search at the default sizes. They fall with
 # the fan-in, over which a matrix sums, so that one --lr suits every width.
@@ -1710,9 +1711,17 @@ class Batches:
         train = self.settings.train
         T = self.settings.model.block_size
         # Multiples of the golden ratio fill 0 to 1 evenly, so that all music is read equally often
-        # at any time, without a shuffle. The seed moves the starting point.
+        # at any time. The seed moves the starting point, and shuffles groups of eight windows.
         number = np.arange(i * train.batch_size, (i + 1) * train.batch_size)
-        phase = (number * (5**0.5 - 1) / 2 + train.seed * 2**0.5) % 1
+        group, of_group = np.divmod(number, OPENING_EVERY)
+        first = group[0] // SHUFFLED
+        order = []
+        for part in range(first, group[-1] // SHUFFLED + 1):
+            rng = np.random.default_rng((train.seed, part))
+            order.append(part * SHUFFLED + rng.permutation(SHUFFLED))
+        group = np.concatenate(order)[group - first * SHUFFLED]
+        shuffled = group * OPENING_EVERY + of_group
+        phase = (shuffled * (5**0.5 - 1) / 2 + train.seed * 2**0.5) % 1
         # A window lies around a token of the corpus, but inside its piece.
         token = (phase * offsets[-1]).astype(int)
         piece = np.searchsorted(offsets, token, side="right") - 1
@@ -1720,7 +1729,7 @@ class Batches:
         end = offsets[piece + 1]
         anywhere = np.maximum(begin, np.minimum(token - T // 2, end - 1 - T))
         opening = offsets[(phase * (len(offsets) - 1)).astype(int)]
-        starts = np.where(number % OPENING_EVERY == 0, opening, anywhere)
+        starts = np.where(of_group == 0, opening, anywhere)
         return torch.from_numpy(starts).to(self.corpus.ids.device)
 
     def __getitem__(self, i: int) -> Window:
