@@ -1148,6 +1148,15 @@ def test_checkpoint_alone_is_enough_to_generate_and_to_name_the_longest_known_ru
     assert all(0 < int(run) <= int(notes) for notes, run in lines)
 
 
+def test_known_run_is_looked_for_in_so_many_notes_and_says_so(trained, monkeypatch, capsys):
+    assert len(generate("--bars 6 --num-samples 1")) == 1
+    assert " of the first " not in capsys.readouterr().out
+    monkeypatch.setattr(pg, "SEARCHED_NOTES", 100)
+    assert len(generate("--bars 6 --num-samples 1")) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"longest known run \d+ notes? of the first 100[ ,]", out)
+
+
 def test_same_seed_writes_the_same_bytes_into_new_files_and_no_seed_writes_others(trained, capsys):
     def write(line):
         assert pianogpt(f"--generate --bars 3 --num-samples 2 {line}") == 0
