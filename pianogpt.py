@@ -2564,6 +2564,7 @@ SAME_KINDS = 8  # of at least so many different sizes, so that scales and trills
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 HASH_PART = 2**20  # intervals that are hashed at once, to save memory
 HASH_PARTS = 16  # in which the passages are compared
+NO_HASH = np.uint64(2**64 - 1)
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 FILE_SECONDS = 120  # a file of a million notes takes 20
 FILE_MEGABYTES = 16  # the largest piano files have 1
@@ -2863,34 +2864,70 @@ def read_music(
     return pieces
 
 
+def count_kinds(intervals: np.ndarray) -> np.ndarray:
+    """How many different intervals the passage of SAME_MUSIC from each place on has, (N,).
+
+    Each is counted where it stands first in a passage. So interval number n counts in the passages
+    that begin after the last one of its kind, and not after n.
+    """
+    N = len(intervals)
+    by_kind = np.argsort(intervals, kind="stable")
+    before = by_kind[:-1]
+    after = by_kind[1:]
+    is_same = intervals[before] == intervals[after]
+    last_of_kind = np.full(N, -1)
+    last_of_kind[after[is_same]] = before[is_same]
+    number = np.arange(N)
+    first_passage = np.maximum(last_of_kind + 1, number - SAME_MUSIC + 1).clip(0)
+    more = np.bincount(first_passage, minlength=N + 1)
+    less = np.bincount(number + 1, minlength=N + 1)
+    return (more - less).cumsum()[:N]
+
+
 def hash_passages(intervals: np.ndarray) -> np.ndarray:
-    """A hash of the SAME_MUSIC intervals that begin at each place; (N,) uint8 -> uint64.
+    """A hash of the SAME_MUSIC intervals from each place on; (N,) uint8 -> uint64.
 
     It is 0 where a piece ends before the passage does, and where the passage has fewer than
-    SAME_KINDS different intervals.
+    SAME_KINDS different intervals. The last places, where no passage fits, are left out.
     """
     N = max(0, len(intervals) - SAME_MUSIC + 1)
-    place = np.arange(len(intervals))
     hashes = np.zeros(N, np.uint64)
     for n in range(SAME_MUSIC):
         hashes = hashes * HASH_BASE + intervals[n : n + N]  # modulo 2^64
-    # An interval adds a kind to the passages around it that begin after the same one came last.
-    by_kind = np.argsort(intervals, kind="stable")
-    before, after = by_kind[:-1], by_kind[1:]
-    is_again = intervals[before] == intervals[after]
-    last = np.full(len(intervals), -1)
-    last[after[is_again]] = before[is_again]
-    first_passage = np.maximum(last + 1, place - SAME_MUSIC + 1).clip(0)
-    more = np.bincount(first_passage, minlength=len(intervals) + 1)
-    kinds = (more - np.bincount(place + 1, minlength=len(intervals) + 1)).cumsum()[:N]
     ends = np.append(0, (intervals == PIECE_END).cumsum())
-    crosses = ends[SAME_MUSIC:] > ends[:N]
-    hashes[crosses | (kinds < SAME_KINDS)] = 0
+    has_end = ends[SAME_MUSIC:] > ends[:N]
+    hashes[has_end | (count_kinds(intervals)[:N] < SAME_KINDS)] = 0
     return hashes
 
 
+class Groups:
+    """The numbers 0 to N - 1 in groups that grow together; a group is known by one of its own."""
+
+    def __init__(self, N: int):
+        self.same = list(range(N))  # for each number another of its group, or itself
+
+    def __getitem__(self, n: int) -> int:
+        """The group of a number."""
+        while self.same[n] != n:
+            self.same[n] = self.same[self.same[n]]  # so that the next search is shorter
+            n = self.same[n]
+        return n
+
+    def join(self, one: int, two: int) -> None:
+        """Make two groups one."""
+        self.same[self[one]] = self[two]
+
+    def numpy(self) -> np.ndarray:
+        """The group of each number, (N,)."""
+        return np.array([self[n] for n in range(len(self.same))], int)
+
+
 def pairs_that_share(
-    places: np.ndarray, hashes: np.ndarray, intervals: np.ndarray, piece_of: np.ndarray, works
+    places: np.ndarray,
+    hashes: np.ndarray,
+    intervals: np.ndarray,
+    piece_of: np.ndarray,
+    works: np.ndarray,
 ) -> list[list[int]]:
     """Pairs of pieces that share one of the passages at these places, one for a pair of works.
 
@@ -2899,7 +2936,7 @@ def pairs_that_share(
     places = places[np.argsort(hashes[places])]
     is_same = hashes[places[1:]] == hashes[places[:-1]]
     both = np.stack([places[:-1][is_same], places[1:][is_same]])  # (2, passages)
-    one, two = works[piece_of[both]].astype(np.int64)
+    one, two = works[piece_of[both]]
     _, first = np.unique(one * len(works) + two, return_index=True)
     both = both[:, first[one[first] != two[first]]]
     one, two = intervals[both[:, :, None] + np.arange(SAME_MUSIC)]  # (pairs, SAME_MUSIC) each
@@ -2913,41 +2950,31 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     A work is named by the lowest hash of its passages. So its name, which decides whether it is
     held out, comes from its music, not from what lies beside it.
     """
-    each = [np.frombuffer(pitch_intervals(piece.ids, vocab), np.uint8) for piece in pieces]
-    lengths = [len(one) for one in each]
-    intervals = np.concatenate([np.empty(0, np.uint8), *each])
+    of_pieces = [np.frombuffer(pitch_intervals(piece.ids, vocab), np.uint8) for piece in pieces]
+    intervals = np.concatenate([np.empty(0, np.uint8), *of_pieces])
+    lengths = [len(one) for one in of_pieces]
     piece_of = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
     hashes = np.zeros(len(intervals), np.uint64)
     for begin in range(0, len(intervals), HASH_PART):
         part = hash_passages(intervals[begin : begin + HASH_PART + SAME_MUSIC - 1])
         hashes[begin : begin + len(part)] = part
 
-    joined = list(range(len(pieces)))  # to each piece another of the same work, or itself
-
-    def root(n: int) -> int:
-        while joined[n] != n:
-            joined[n] = joined[joined[n]]  # so that the next search is shorter
-            n = joined[n]
-        return n
-
-    of_work: dict[str, int] = {}
+    works = Groups(len(pieces))
+    first_of: dict[str, int] = {}
     for n, piece in enumerate(pieces):  # some belong together already, see split_pieces
-        joined[n] = root(of_work.setdefault(piece.work, n))
+        works.join(n, first_of.setdefault(piece.work, n))
     # Some of all passages at a time, to save memory
     for low, high in itertools.pairwise(np.linspace(0, 2.0**64, HASH_PARTS + 1)):
         places = np.flatnonzero((hashes > low) & (hashes < high))
-        works = np.array([root(n) for n in range(len(pieces))])
-        for one, two in pairs_that_share(places, hashes, intervals, piece_of, works):
-            joined[root(one)] = root(two)
+        for pair in pairs_that_share(places, hashes, intervals, piece_of, works.numpy()):
+            works.join(*pair)
 
-    works = np.array([root(n) for n in range(len(pieces))])
-    none = np.iinfo(np.uint64).max
-    lowest = np.full(len(pieces), none)
+    lowest = np.full(len(pieces), NO_HASH)
     is_passage = hashes > 0
-    np.minimum.at(lowest, works[piece_of[is_passage]], hashes[is_passage])
-    for piece, work in zip(pieces, works, strict=True):
-        if lowest[work] < none:
-            piece.work = f"music {lowest[work]:016x}"
+    np.minimum.at(lowest, works.numpy()[piece_of[is_passage]], hashes[is_passage])
+    for n, piece in enumerate(pieces):
+        if lowest[works[n]] < NO_HASH:
+            piece.work = f"music {lowest[works[n]]:016x}"
 
 
 def read_split_tables(folder: Path) -> dict[Path, str]:
