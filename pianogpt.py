@@ -24,7 +24,8 @@ Out:  pianogpt.safetensors (the model), pianogpt.safetensors.csv (its log), samp
 
 How it works: a tokenizer (REMI, from MidiTok) turns music into tokens, a Transformer learns to
 predict the next token, and drawing one token after another writes new music. The model sees
-three numbers for each token: its id, the time at which it stands, and a pitch. One bar:
+three numbers for each token: its id, the time at which it stands, and a pitch (and how often each
+id came in the 1,024 tokens before those that it sees). One bar:
 
     token               id  time  pitch
     BOS                  1     0     60   a piece begins: in a silent bar of 4/4, on middle C
@@ -58,7 +59,7 @@ To change ...                          look at ...
     how the next token is chosen       6  RULES
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the
-vocabulary.
+vocabulary; (B T, C) has a row for each token of all sequences.
 
 The checkpoint is one safetensors file: tensors, and a JSON text with everything else (see
 Checkpoint). It contains no code. A resumed run equals an uninterrupted one bit for bit on the
@@ -90,6 +91,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as WorkerTimeout
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -146,8 +148,8 @@ except ImportError as e:
     sys.exit(2)
 
 VERSION = "2.0"
-RANK = int(os.environ.get("RANK") or 0)  # number of this process; torchrun sets both
-PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
+PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets both
+RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0  # number of this process
 
 
 class UserError(Exception):
@@ -185,7 +187,8 @@ def progress_bar(*args, **kwargs) -> tqdm:
 def setting(default, text: str, low=None, high=10**9, off=False, resumable=False):
     """A field that becomes a flag.
 
-    low, high: its limits; off: 0 is allowed below them; resumable: a resumed run may change it.
+    low, high: its limits; off: 0 is allowed too, and switches it off; resumable: a resumed run may
+    change it.
     """
     metadata = {"text": text, "low": low, "high": high, "off": off, "resumable": resumable}
     return field(default=default, metadata=metadata)
@@ -1360,11 +1363,11 @@ TOKEN_TIME = 0.0125
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
 RECENT = 3  # a note is three tokens, so each token is told the three before it
 MEMORY = 1024  # tokens before the window that are counted, to stay in key
-AT_ONCE = 64  # pieces, at most; more are written in turn, to save memory
-MANY_PIECES = 8  # that are written at once; for fewer, a second thread and bfloat16 gain nothing
+AT_ONCE = 64  # at most so many pieces are written at once, to save memory
+MANY_PIECES = 8  # from so many at once on, a second thread and a cache in bfloat16 pay
 PAD = 0  # id of the PAD token, which stands where there is none
 IGNORE = -100  # a target that is not scored
-WRITTEN_OUT = 256  # tokens of a window; attention to more is faster in one go, see attend
+WRITTEN_OUT = 256  # tokens of the longest window whose attention is written out, see attend
 LOSS_ROWS = 256  # tokens whose logits fit into the processor's cache; all at once take longer
 # The logit of what cannot be. Not -inf: a softmax over nothing else would be undefined.
 ILLEGAL = -1e9
@@ -1373,11 +1376,11 @@ ILLEGAL = -1e9
 class Window(NamedTuple):
     """What the model reads: B stretches of music of T tokens, and what came before them."""
 
-    idx: Tensor  # (B, T) ids; PAD after the end of a piece
-    time: Tensor  # (B, T) grid positions since the window began
-    pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root
+    idx: Tensor  # (B, T) ids, int64; PAD after the end of a piece
+    time: Tensor  # (B, T) grid positions since the window began, float32
+    pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root, float32
     recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
-    before: Tensor  # (B, V) share of each id in the MEMORY tokens before the window
+    before: Tensor  # (B, V) how often each id came in the MEMORY tokens before the window / MEMORY
     targets: Tensor | None = None  # (B, T) the ids that follow; IGNORE where none is scored
 
     def rows(self, part: slice) -> Window:
@@ -1419,7 +1422,7 @@ class KeyValueCache:
         self.layers = [layer.unbind() for layer in layers]  # (keys, values) of each
         self.length = 0  # tokens
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
         """Store k and v of new tokens, (B, nh, T, hs); returns those of all tokens of the layer."""
         T = k.size(2)
         end = self.length + T
@@ -1460,8 +1463,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, (B, nh, T, hs), to S keys and values (B, nh, S, hs); T is S or 1.
 
-    PyTorch's own, except to learn in bfloat16 on a CPU, where its gradient takes three times as
-    long as in float32. There a short window is written out, and a long one computed in float32.
+    Uses PyTorch's own attention, except when learning in bfloat16 on a CPU, where its gradient
+    takes three times as long as in float32. There a short window is written out, and a longer one
+    is computed in float32.
     """
     T, hs = q.shape[-2:]
     learns_in_half = torch.is_grad_enabled() and q.dtype == torch.bfloat16
@@ -1490,7 +1494,9 @@ class Block(nn.Module):
         self.expand = nn.Linear(C, 2 * inner, bias=False)
         self.contract = nn.Linear(inner, C, bias=False)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
+    def attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KeyValueCache | None
+    ) -> Tensor:
         """Causal self-attention, x (B T, C) -> (B T, C); cos, sin (B, 1, T, hs): see turn."""
         B, _, T, hs = cos.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, hs)
@@ -1508,7 +1514,9 @@ class Block(nn.Module):
         hidden, gate = self.expand(x).chunk(2, dim=-1)  # each (B T, 8/3 C)
         return self.contract(hidden * F.silu(gate))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KeyValueCache | None
+    ) -> Tensor:
         """x (B T, C) -> (B T, C); cache: a KeyValueCache or None."""
         x = x + self.attention(self.norm_1(x), cos, sin, layer, cache)
         return x + self.feed_forward(self.norm_2(x))
@@ -1717,7 +1725,7 @@ class Batches:
         first = group[0] // SHUFFLED
         order = []
         for part in range(first, group[-1] // SHUFFLED + 1):
-            rng = np.random.default_rng((train.seed, part))
+            rng = np.random.default_rng((train.seed, part, 1))  # not the one of shifts
             order.append(part * SHUFFLED + rng.permutation(SHUFFLED))
         group = np.concatenate(order)[group - first * SHUFFLED]
         shuffled = group * OPENING_EVERY + of_group
@@ -1780,7 +1788,7 @@ def learning_rate(step: int, train: TrainSettings, begin: int = 0) -> float:
     return min(rising, falling)
 
 
-def newton_schulz(gram: Tensor) -> Tensor:
+def gram_polynomial(gram: Tensor) -> Tensor:
     """The polynomial 3.4445 I - 4.775 G + 2.0315 G^2 of Gram matrices G, (N, C, C)."""
     polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
     polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
@@ -1793,19 +1801,20 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     A Newton-Schulz iteration with the coefficients of Jordan et al.: each round maps a singular
     value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, and five bring all from 0.01 to 1 near 1.
 
-    For a matrix X with the Gram matrix G = X X^T, a round is X <- P X with P = newton_schulz(G).
+    For a matrix X with the Gram matrix G = X X^T, a round is X <- P X with P = gram_polynomial(G).
     The matrices have the same shorter side C, so that their Gram matrices form one stack
-    (N, C, C). Only it is iterated, and the product of all P is applied to X at the end: half of
-    the work of one matrix after another.
+    (N, C, C). As P is symmetric, the Gram matrix of P X is P G P. So only these small matrices are
+    iterated, and the product of all P is applied to X at the end: half of the work of one matrix
+    after another.
     """
     wide = [x if x.size(0) <= x.size(1) else x.mT for x in matrices]
     wide = [x / (x.norm() + 1e-7) for x in wide]  # now no singular value is above 1
     gram = torch.stack([x @ x.mT for x in wide])
-    P = newton_schulz(gram)
+    P = gram_polynomial(gram)
     product = P
     for _ in range(4):
         gram = P @ gram @ P
-        P = newton_schulz(gram)
+        P = gram_polynomial(gram)
         product = P @ product
     results = []
     for x, all_rounds, old in zip(wide, product, matrices, strict=True):
@@ -1933,7 +1942,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, settings)
         self.step = 0
         self.begin = 0  # the step at which the learning rate rises from zero
-        self.seconds = 0.0
+        self.seconds = 0.0  # of training, with validations and saves
         self.history: list[dict] = []
         self.losses: list[float] = []
         self.best: dict[str, Tensor] = {}
@@ -1967,8 +1976,9 @@ class Trainer:
         """Raise UserError if the weights have diverged, so that they replace no good ones."""
         batch = batch.rows(slice(0, 1))
         scored = (batch.targets != IGNORE).sum().item()
-        for model in (self.model, self.average):
-            self.check_loss(evaluate(model, batch) / scored)
+        with torch.compiler.set_stance("force_eager"):  # not compiled anew for this
+            for model in (self.model, self.average):
+                self.check_loss(evaluate(model, batch) / scored)
 
     def check_loss(self, loss: float) -> None:
         """Raise UserError for a loss far above that of a uniform guess, or no number."""
@@ -2080,7 +2090,7 @@ TEMPO_LEAP = 3.0  # from one tempo to the next at most so many times as fast, or
 DIVISIONS = (4, 3, 8, 6, 12)
 STRAIGHT = (4, 8)
 ON_DIVISION = 0.98  # of the notes must lie on one; a few grace notes may not
-KEPT_OF_WINDOW = 1 / 3  # of a full window, what begins the next one; MEMORY counts the rest
+KEPT_OF_WINDOW = 1 / 3  # when a window is full, its last third begins the next
 
 
 def divide_beat(division: int, grid: int) -> np.ndarray:
@@ -2452,6 +2462,8 @@ def generate(
     pieces = 1 if sample.temperature == 0 else sample.num_samples
     rng = np.random.default_rng(seed)
     for first in range(0, pieces, AT_ONCE):
+        if stopped():
+            return
         writing = Writing(model, vocab, opening, min(AT_ONCE, pieces - first))
         for number, ids in write_together(writing, request, rng, stopped):
             yield first + number, ids
@@ -2560,7 +2572,7 @@ def make_sample(
 
 SPLITS = ("train", "validation", "test")
 SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
-SAME_KINDS = 8  # of at least so many different sizes, so that scales and trills do not count
+SAME_DIFFERENT = 8  # of them at least, so that scales and trills do not count
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 HASH_PART = 2**20  # intervals that are hashed at once, to save memory
 HASH_PARTS = 16  # in which the passages are compared
@@ -2576,24 +2588,25 @@ CACHE_SECONDS = 20  # of reading that a crash may cost
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that path always holds all of the old bytes or all of the new ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(f"{path}.tmp")  # what a killed run left there is overwritten
     unfinished.add(new)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(new, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as e:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         unfinished.discard(new)
 
 
 def hash_tensors(text: str, tensors: dict[str, Tensor]) -> str:
-    """A checksum of all that a file of tensors holds."""
+    """A checksum of a text, and of the names and values of tensors."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -2610,7 +2623,10 @@ def save_tensors(path: Path, form: str, values, tensors: dict[str, Tensor]) -> N
 
 
 def load_tensors(path: Path, form: str) -> tuple:
-    """The values and the tensors, memory-mapped, that save_tensors wrote; an error if damaged."""
+    """The values and the tensors that save_tensors wrote; an error if the file is damaged.
+
+    The tensors are memory-mapped: they are read once for the checksum, but take no memory.
+    """
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != form:
@@ -2642,12 +2658,10 @@ def find_files(folder: Path) -> dict[Path, str]:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders + names:
-            path = Path(root, name)
-            relative = path.relative_to(folder).as_posix()
-            is_hidden = "/." in f"/{relative}"
-            if path.suffix.lower() in MIDI_SUFFIXES and not is_hidden:
-                found.append(path)
+            if Path(name).suffix.lower() in MIDI_SUFFIXES and not name.startswith("."):
+                found.append(Path(root, name))
     if not found:
         raise UserError(f"no MIDI file under {folder}: put some there, or name another")
     contents = {}
@@ -2706,7 +2720,8 @@ def start_worker(vocab: Vocabulary) -> None:
     global worker_vocab
     worker_vocab = vocab
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         import resource
 
@@ -2777,7 +2792,7 @@ def save_pieces(cache: Path, pieces: dict[str, Piece]) -> None:
         values = {k: v for k, v in vars(piece).items() if not isinstance(v, np.ndarray)}
         heads.append(values | {"content": content, "path": ""})
     columns = make_corpus(list(pieces.values()))._asdict()
-    name = hash_content(" ".join(pieces).encode())
+    name = f"{hash_content(' '.join(pieces).encode())}-{os.getpid()}"  # two runs may write at once
     save_tensors(cache / f"{name}.safetensors", CACHE_FORMAT, heads, columns)
 
 
@@ -2864,8 +2879,8 @@ def read_music(
     return pieces
 
 
-def count_kinds(intervals: np.ndarray) -> np.ndarray:
-    """How many different intervals the passage of SAME_MUSIC from each place on has, (N,).
+def count_different(intervals: np.ndarray) -> np.ndarray:
+    """For each place, how many different intervals are among the SAME_MUSIC from there on, (N,).
 
     Each is counted where it stands first in a passage. So interval number n counts in the passages
     that begin after the last one of its kind, and not after n.
@@ -2888,7 +2903,7 @@ def hash_passages(intervals: np.ndarray) -> np.ndarray:
     """A hash of the SAME_MUSIC intervals from each place on; (N,) uint8 -> uint64.
 
     It is 0 where a piece ends before the passage does, and where the passage has fewer than
-    SAME_KINDS different intervals. The last places, where no passage fits, are left out.
+    SAME_DIFFERENT different intervals. The last places, where no passage fits, are left out.
     """
     N = max(0, len(intervals) - SAME_MUSIC + 1)
     hashes = np.zeros(N, np.uint64)
@@ -2896,7 +2911,7 @@ def hash_passages(intervals: np.ndarray) -> np.ndarray:
         hashes = hashes * HASH_BASE + intervals[n : n + N]  # modulo 2^64
     ends = np.append(0, (intervals == PIECE_END).cumsum())
     has_end = ends[SAME_MUSIC:] > ends[:N]
-    hashes[has_end | (count_kinds(intervals)[:N] < SAME_KINDS)] = 0
+    hashes[has_end | (count_different(intervals)[:N] < SAME_DIFFERENT)] = 0
     return hashes
 
 
@@ -2960,9 +2975,10 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
         hashes[begin : begin + len(part)] = part
 
     works = Groups(len(pieces))
-    first_of: dict[str, int] = {}
-    for n, piece in enumerate(pieces):  # some belong together already, see split_pieces
-        works.join(n, first_of.setdefault(piece.work, n))
+    first_of: dict[str | bytes, int] = {}
+    for n, piece in enumerate(pieces):
+        works.join(n, first_of.setdefault(piece.work, n))  # as split_pieces has put them together
+        works.join(n, first_of.setdefault(piece.ids.tobytes(), n))  # copies, however short
     # Some of all passages at a time, to save memory
     for low, high in itertools.pairwise(np.linspace(0, 2.0**64, HASH_PARTS + 1)):
         places = np.flatnonzero((hashes > low) & (hashes < high))
@@ -2972,18 +2988,23 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     lowest = np.full(len(pieces), NO_HASH)
     is_passage = hashes > 0
     np.minimum.at(lowest, works.numpy()[piece_of[is_passage]], hashes[is_passage])
+    names: dict[int, str] = {}
     for n, piece in enumerate(pieces):
-        if lowest[works[n]] < NO_HASH:
-            piece.work = f"music {lowest[works[n]]:016x}"
+        least = lowest[works[n]]
+        name = f"music {least:016x}" if least < NO_HASH else piece.work
+        piece.work = names.setdefault(works[n], name)
 
 
-def read_split_tables(folder: Path) -> dict[Path, str]:
-    """{path: split} of the files that MAESTRO's tables under a folder list."""
+def read_split_tables(pieces: list[Piece], folder: Path) -> dict[Path, str]:
+    """{path: split} of the files that MAESTRO's tables list, beside the pieces or above them."""
+    places = {parent for piece in pieces for parent in Path(piece.path).parents}
     splits = {}
-    for table in sorted(folder.rglob("maestro*.csv")):
-        if table.is_file():
-            for row in csv.DictReader(table.read_text(errors="replace").splitlines()):
-                splits[table.parent / (row.get("midi_filename") or "")] = row.get("split")
+    for place in sorted(places):
+        for table in sorted((folder / place).glob("maestro*.csv")):
+            if table.is_file():
+                text = table.read_text(encoding="utf-8", errors="replace")
+                for row in csv.DictReader(text.splitlines()):
+                    splits[table.parent / (row.get("midi_filename") or "")] = row.get("split")
     return splits
 
 
@@ -2992,7 +3013,7 @@ def given_splits(pieces: list[Piece], folder: Path) -> dict[str, str]:
 
     A work that is given to two splits is held out.
     """
-    table = read_split_tables(folder)
+    table = read_split_tables(pieces, folder)
     splits = dict.fromkeys((piece.work for piece in pieces), "")
     strength = ("", *SPLITS)
     for piece in pieces:
@@ -3004,9 +3025,10 @@ def given_splits(pieces: list[Piece], folder: Path) -> dict[str, str]:
 
 
 def hold_out(works: list[str], percent: float) -> list[str]:
-    """The works to validate on, about so many percent; at least one, and not all.
+    """The works to validate on, about so many percent; of two or more at least one, and not all.
 
-    A hash of its name alone decides about a work, so a new one moves no old one.
+    A hash of its name alone decides about a work, so a new one moves no old one, unless there are
+    so few that the one with the lowest number is taken.
     """
     numbers = {work: hashlib.sha256(os.fsencode(work)).hexdigest() for work in works}
     limit = 2**32 * percent / 100
@@ -3056,6 +3078,7 @@ class Checkpoint:
     folder: str  # where the music was
     files: list[str]  # "hash name" of the MIDI files there, to notice changes
     pieces: list[str]  # names of the pieces it learned from
+    held_out: list[str] = field(default_factory=list)  # hashes of files it did not learn from
     # How it was computed, which a resumed run keeps: "bfloat16", "compiled", and on what "device"
     machine: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)  # see trainer_progress
@@ -3161,7 +3184,7 @@ def stored_settings(checkpoint: Checkpoint) -> Settings:
 
 def check_values(checkpoint: Checkpoint) -> None:
     """Raise an error for a value of the wrong type."""
-    lists = (checkpoint.files, checkpoint.pieces, checkpoint.vocabulary)
+    lists = (checkpoint.files, checkpoint.pieces, checkpoint.held_out, checkpoint.vocabulary)
     progress = checkpoint.progress
     if progress.keys() != PROGRESS_KEYS or not all(isinstance(names, list) for names in lists):
         raise ValueError("it is incomplete")
@@ -3225,6 +3248,7 @@ def start_from(path: Path) -> Checkpoint:
             "train": FINE_TUNING,
         },
         files=[],
+        held_out=[],
         machine={},
         progress={
             "step": 0,
@@ -3292,28 +3316,27 @@ FEW_FILES = 20  # of which --init-from holds none out
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}
 
 
-def keep_sides(
-    pieces: list[Piece], folder: Path, files: dict[Path, str], checkpoint: Checkpoint
-) -> None:
-    """Leave works on the side where a checkpoint has them, whatever came into the folder since."""
-    trained_on = set(checkpoint.pieces)
-    was_trained_on = {}  # {hash of a file: whether it was trained on}
-    for file in checkpoint.files:
-        content, _, name = file.partition(" ")
-        was_trained_on[content] = name in trained_on
-    sides = {}
+def keep_sides(pieces: list[Piece], contents: list[str], checkpoint: Checkpoint) -> None:
+    """Keep each work in training, or out of it, as a checkpoint had it.
+
+    contents: the hash of each piece's file.
+    """
+    held_out = set(checkpoint.held_out)
+    known = {file.partition(" ")[0] for file in checkpoint.files}
+    trains: dict[str, bool] = {}  # by work; of a work with known files on both sides it is True
+    for piece, content in zip(pieces, contents, strict=True):
+        if content in known:
+            trains[piece.work] = content not in held_out or trains.get(piece.work, False)
+    moved = {}  # {work: its new split}
     for piece in pieces:
-        known = was_trained_on.get(files[folder / piece.path])
-        if known is not None:
-            sides[piece.work] = known or sides.get(piece.work, False)
-    moved = set()
+        was_trained = trains.get(piece.work, piece.split == "train")
+        if was_trained != (piece.split == "train"):
+            moved[piece.work] = "train" if was_trained else "validation"
+    if not moved or all(moved.get(piece.work, piece.split) != "train" for piece in pieces):
+        return
     for piece in pieces:
-        trains = sides.get(piece.work, piece.split == "train")
-        if trains != (piece.split == "train"):
-            moved.add(piece.work)
-            piece.split = "train" if trains else "validation"
-    if moved:
-        say(f"split: {count(len(moved), 'work')} kept on the side of the earlier training")
+        piece.split = moved.get(piece.work, piece.split)
+    say(f"split: {count(len(moved), 'work')} kept on the side of the earlier training")
 
 
 @contextmanager
@@ -3370,8 +3393,9 @@ def prepare_data(
     files = files or find_files(folder)  # before reading, so that a late file counts as new
     pieces = read_music(folder, vocab, settings.program.cache_dir, files)
     split_pieces(pieces, folder, settings.data, vocab)
-    if checkpoint and checkpoint.folder == str(folder):
-        keep_sides(pieces, folder, files, checkpoint)
+    contents = [files[folder / piece.path] for piece in pieces]
+    if checkpoint:
+        keep_sides(pieces, contents, checkpoint)
     works = Counter({piece.work: piece.split for piece in pieces}.values())
     shares = ", ".join(f"{works[split]} {split}" for split in SPLITS)
     say(f"split: {count(works.total(), 'work')} ({shares})")
@@ -3389,19 +3413,25 @@ def prepare_data(
         folder=str(folder),
         files=list_contents(files, folder),
         pieces=[piece.path for piece in training],
+        held_out=[
+            content
+            for piece, content in zip(pieces, contents, strict=True)
+            if piece.split != "train"
+        ],
         tensors={"intervals": as_tensor(intervals)},
     )
     return make_corpus(training), windows, learned
 
 
 def kind_of_device(device: torch.device) -> str:
-    """A device by what decides the bits of its results: "CPU with AVX512, AMX"."""
+    """A device by what decides the bits of its results: "CPU with AVX512, AMX, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     amx = ", AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
-    return f"CPU with {torch.backends.cpu.get_cpu_capability()}{amx}"
+    threads = count(torch.get_num_threads(), "thread")
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}{amx}, {threads}"
 
 
 def compiler_works() -> bool:
@@ -3413,26 +3443,33 @@ def compiler_works() -> bool:
     return True
 
 
-def choose_compiling(settings: Settings, device: torch.device) -> bool:
-    """Whether to compile the blocks: as --compile says, else on a CPU if that saves time."""
+def choose_compiling(settings: Settings, device: torch.device, steps: int) -> bool:
+    """Whether to compile the blocks: as --compile says, else on a CPU if `steps` repay it."""
     if settings.program.compile is not None:
         return settings.program.compile
     model = settings.model
-    train = settings.train
     width = model.n_layer * model.n_embd
-    channels = train.steps * train.batch_size * model.block_size * width
-    return device.type == "cpu" and channels >= COMPILING_PAYS and compiler_works()
+    work = steps * settings.train.batch_size * model.block_size * width
+    return device.type == "cpu" and work >= COMPILING_PAYS and compiler_works()
 
 
 def make_trainer(
-    settings: Settings, vocab: Vocabulary, device: torch.device, used: dict | None = None
+    settings: Settings,
+    vocab: Vocabulary,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
 ) -> Trainer:
-    """A new trainer; used: the `machine` of the checkpoint that it continues, see Checkpoint."""
-    used = used or {}
+    """A new trainer for a new run, or for one that a checkpoint continues."""
+    used = {}
+    done = 0
+    if checkpoint:
+        done = checkpoint.step
+        if not is_finished(checkpoint):
+            used = checkpoint.machine
     bfloat16 = used.get("bfloat16", True) and not settings.program.float32
     compiled = used.get("compiled")
     if compiled is None or settings.program.compile is not None:
-        compiled = choose_compiling(settings, device)
+        compiled = choose_compiling(settings, device, settings.train.steps - done)
     here = kind_of_device(device)
     if used and used["device"] != here:
         say(f"this is a {here}, not a {used['device']}: the run goes on, but not bit for bit")
@@ -3523,7 +3560,9 @@ def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint)
 
 
 def set_aside(path: Path) -> None:
-    """Rename a checkpoint and its log to a name that is free."""
+    """Rename a checkpoint, if it is there, and its log to a name that is free."""
+    if not path.exists():
+        return
     old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
     path.unlink()
     log = Path(f"{path}.csv")
@@ -3536,11 +3575,10 @@ def describe_model(trainer: Trainer, settings: Settings) -> str:
     """Size, precision and device of a model, and how it is trained."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     words = [f"{parameters:,} parameters", "bfloat16" if trainer.bfloat16 else "float32"]
-    if settings.program.compile is None and trainer.device.type == "cpu":
-        compiled = "compiled" if trainer.compiled else "not compiled"
-        words.append(f"{compiled} for {count(settings.train.steps, 'step')}")
-    elif trainer.compiled:
+    if trainer.compiled:
         words.append("compiled")
+    elif settings.program.compile is None and trainer.device.type == "cpu":
+        words.append("not compiled for so few steps")
     words[-1] += f" on {trainer.device}"
     if PROCESSES > 1:
         words[-1] += f" in {PROCESSES} processes"
@@ -3560,7 +3598,7 @@ def save_run(path: Path, learned: Checkpoint, trainer: Trainer, is_last: bool) -
     try:
         save_checkpoint(path, replace(learned, progress=trainer_progress(trainer), tensors=tensors))
     except OSError as e:
-        if is_last and e.filename == str(path):
+        if is_last and e.filename != f"{path}.csv":
             raise
         say(f"cannot save {e.filename} ({e.strerror}): training goes on")
 
@@ -3581,8 +3619,7 @@ def train_model(
     path = Path(settings.program.checkpoint)
     corpus, windows, learned = from_rank_0(lambda: prepare_data(settings, vocab, files, checkpoint))
     batches = Batches(corpus.to(device), vocab, settings)
-    goes_on = checkpoint and not is_finished(checkpoint)
-    trainer = make_trainer(settings, vocab, device, checkpoint.machine if goes_on else None)
+    trainer = make_trainer(settings, vocab, device, checkpoint)
     learned.machine = {
         "bfloat16": trainer.bfloat16,
         "compiled": trainer.compiled,
@@ -3590,8 +3627,8 @@ def train_model(
     }
     if checkpoint:
         continue_from(checkpoint, trainer, learned)
-    if settings.program.fresh and path.exists() and RANK == 0:
-        set_aside(path)
+    if settings.program.fresh:
+        from_rank_0(lambda: set_aside(path))
     say(describe_model(trainer, settings))
 
     def save_and_go_on() -> None:
@@ -3604,7 +3641,7 @@ def train_model(
     if trainer.step < settings.train.steps:
         say(
             f"stopped at step {trainer.step}, saved {path}: the same command continues, "
-            "without --generate"
+            "without --generate or --fresh"
         )
         return 128 + (caught[0] if caught else signal.SIGTERM)  # or another rank was stopped
     best = trainer.best_row()
@@ -3791,7 +3828,8 @@ def export_model(path: Path, checkpoint: Checkpoint, about: str) -> int:
         tensors[f"best/{name}"] = weight.half()
         if not tensors[f"best/{name}"].isfinite().all():
             raise UserError("a weight is too large for 16 bits: train with a smaller --lr")
-    exported = replace(checkpoint, about=about or checkpoint.about, files=[], tensors=tensors)
+    about = about or checkpoint.about
+    exported = replace(checkpoint, about=about, files=[], held_out=[], tensors=tensors)
     save_checkpoint(path, exported)
     say(f"exported: {path}, {path.stat().st_size / 2**20:.1f} MB")
     return 0
@@ -3903,9 +3941,6 @@ def look_at_folder(
     files = find_files(folder)
     if knows_files:
         compare_music(program, given, checkpoint, training, files)
-    begins_from_another = bool(program.init_from) and checkpoint.step == 0
-    if begins_from_another and "val_percent" not in given and len(files) < FEW_FILES:
-        hold_out_none(settings)
     return files
 
 
@@ -3931,6 +3966,9 @@ def train_and_write(
         check_samples_folder(Path(settings.sample.samples_dir))
 
     if training:
+        begins_from_another = bool(settings.program.init_from) and checkpoint.step == 0
+        if begins_from_another and "val_percent" not in given and len(files) < FEW_FILES:
+            hold_out_none(settings)
         code = train_model(settings, checkpoint, vocab, device, files)
         if code:
             return code
@@ -4049,7 +4087,8 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     if PROCESSES > 1:
         if "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE is {PROCESSES}: start several processes by torchrun")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, program, stack))
     settings = make_settings(given, checkpoint, training)
     settings.program.checkpoint = str(path)
@@ -4067,6 +4106,7 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     return train_and_write(settings, given, checkpoint, training, vocab, device)
 
 
+LONGEST_WAIT = timedelta(days=1)  # of the other processes while the first one reads a folder
 LONGEST_MESSAGE = 500  # characters; a file may have 5,000 in its name, a number as many digits
 
 

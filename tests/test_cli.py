@@ -205,7 +205,9 @@ def test_run_says_in_five_lines_what_it_does_and_draws_no_bar_into_a_file(folder
     assert re.fullmatch(music, lines[1])
     assert "notes outside the piano's range dropped: 11" in lines[2]
     assert re.fullmatch(r"13 works \(\d+ train, \d+ validation, 0 test\)", lines[3])
-    model = r"[\d,]+ parameters, (bfloat16|float32), not compiled for 3 steps on cpu; Ctrl-C saves"
+    model = (
+        r"[\d,]+ parameters, (bfloat16|float32), not compiled for so few steps on cpu; Ctrl-C saves"
+    )
     assert re.match(model, lines[4])
 
 
@@ -262,7 +264,9 @@ def interrupt_at_ten(monkeypatch, line=""):
 
 def test_interrupted_run_equals_the_uninterrupted(trained, monkeypatch, capsys):
     assert interrupt_at_ten(monkeypatch, "--checkpoint b") == 130
-    stopped = "stopped at step 10, saved b: the same command continues, without --generate"
+    stopped = (
+        "stopped at step 10, saved b: the same command continues, without --generate or --fresh"
+    )
     assert stopped in capsys.readouterr().out
     assert pianogpt("--midi-dir midi --checkpoint b --device cpu") == 0, "it holds all the rest"
     assert "from step 10 on" in capsys.readouterr().out
@@ -365,7 +369,7 @@ def test_resumed_run_keeps_its_precision(was_fast, folder, here, monkeypatch, ca
     capsys.readouterr()
     assert train("--steps 12 --checkpoint half") == 0
     out = capsys.readouterr().out
-    assert f" parameters, {precision[was_fast]}, not compiled for 12 steps on cpu" in out
+    assert f" parameters, {precision[was_fast]}, not compiled for so few steps on cpu" in out
     assert "bit for bit" not in out
     assert_same_run(MODEL, "half")
     assert train("--steps 15") == 0
@@ -922,6 +926,20 @@ def test_works_stay_on_their_side_whatever_comes_into_the_folder(trained, vocab,
     assert re.search(text, capsys.readouterr().out, re.M)
 
 
+def test_side_of_a_file_is_that_of_its_content_whatever_it_is_called(trained, vocab):
+    held_out = {path.name for path in Path("midi").iterdir()} - set(load().pieces)
+    swapped = {max(held_out): min(load().pieces), min(load().pieces): max(held_out)}
+    for old in swapped:
+        Path("midi", old).rename(f"midi/{old}.tmp")
+    for old, new in swapped.items():
+        Path(f"midi/{old}.tmp").rename(Path("midi", new))
+    settings = pg.Settings(program=pg.ProgramSettings(midi_dir="midi", cache_dir=""))
+    _, _, learned = pg.prepare_data(settings, vocab, None, load())
+    expected = {swapped.get(name, name) for name in load().pieces}
+    assert set(learned.pieces) == expected
+    assert sorted(learned.held_out) == sorted(load().held_out)
+
+
 def test_new_music_is_said_when_its_model_writes(trained, capsys):
     write_midi(Path("my_midis/a.mid"), scale(50))
     write_midi(Path("my_midis/b.mid"), scale(51))
@@ -1287,7 +1305,9 @@ def test_continuation_only_leaves_the_prompt_and_its_marker_out(prompt):
 
 
 def test_each_sample_says_in_itself_what_made_it_and_where_the_prompt_ends(prompt):
-    _, second = generate(f"{CONTINUE} --seed 7")
+    scores = generate(f"{CONTINUE} --seed 7")
+    assert {texts_of(score)[1]["piece"] for score in scores} == {1, 2}, "in any order"
+    [second] = [score for score in scores if texts_of(score)[1]["piece"] == 2]
     texts, origin = texts_of(second)
     assert [time for time, text in texts if text == "end of prompt"] == [12 * second.tpq]
     expected = {"seed": 7, "step": 30, "piece": 2, "bars": 8, "prompt": "my prompt é.mid"}

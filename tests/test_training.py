@@ -392,6 +392,34 @@ def test_bfloat16_multiplies_in_bfloat16_and_learns():
     assert trainer.average.head.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "compile, steps, works, expected",
+    [
+        (None, 100_000, True, True),
+        (None, 100_000, False, False),
+        (None, 100, True, False),
+        (True, 1, False, True),
+        (False, 100_000, True, False),
+    ],
+)
+def test_long_runs_are_compiled_if_there_is_a_compiler(
+    compile, steps, works, expected, monkeypatch
+):
+    monkeypatch.setattr(pg, "compiler_works", lambda: works)
+    settings = pg.Settings(program=pg.ProgramSettings(compile=compile))
+    assert pg.choose_compiling(settings, torch.device("cpu"), steps) == expected
+    if compile is None:
+        assert not pg.choose_compiling(settings, torch.device("cuda"), steps), "not measured there"
+
+
+def test_compiler_that_is_missing_is_noticed(monkeypatch):
+    def fail(*args):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    assert not pg.compiler_works()
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_runs_learn_like_an_eager_one_and_are_equal_bit_for_bit():
     torch.compiler.reset()
