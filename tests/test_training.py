@@ -402,9 +402,7 @@ def test_bfloat16_multiplies_in_bfloat16_and_learns():
         (False, 100_000, True, False),
     ],
 )
-def test_long_runs_are_compiled_if_there_is_a_compiler(
-    compile, steps, works, expected, monkeypatch
-):
+def test_long_runs_are_compiled_where_it_works(compile, steps, works, expected, monkeypatch):
     monkeypatch.setattr(pg, "compiler_works", lambda: works)
     settings = pg.Settings(program=pg.ProgramSettings(compile=compile))
     assert pg.choose_compiling(settings, torch.device("cpu"), steps) == expected
