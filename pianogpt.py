@@ -2985,9 +2985,13 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
         for pair in pairs_that_share(places, hashes, intervals, piece_of, works.numpy()):
             works.join(*pair)
 
+    hashes[hashes == 0] = NO_HASH
     lowest = np.full(len(pieces), NO_HASH)
-    is_passage = hashes > 0
-    np.minimum.at(lowest, works.numpy()[piece_of[is_passage]], hashes[is_passage])
+    begins = np.cumsum([0, *lengths])
+    for n, length in enumerate(lengths):
+        if length:
+            of_piece = hashes[begins[n] : begins[n + 1]].min()
+            lowest[works[n]] = min(lowest[works[n]], of_piece)
     names: dict[int, str] = {}
     for n, piece in enumerate(pieces):
         least = lowest[works[n]]
