@@ -21,8 +21,8 @@ excerpt are compared:
     key_stability  share of windows of 4 bars whose key is the excerpt's (Krumhansl & Schmuckler)
 
 All but the last two are histograms; along an axis with an order their cumulative sums are
-compared, so that a shift counts by its size. The works of held-out music are halved at random 20
-times. One half is the reference, to which as many samples and pieces of the other half (the floor)
+compared, so that a shift counts by its size. Held out is the music that shares no passage with what
+the model learned. Its works are halved at random 20 times. One half is the reference, to which as many samples and pieces of the other half (the floor)
 are compared. Pairs of recordings of one work do not count. Printed for each feature, as a mean
 over the 20:
 
@@ -381,18 +381,32 @@ def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
     )
 
 
-def read_held_out(settings: pg.Settings, vocab: pg.Vocabulary) -> list[pg.Piece]:
-    """Up to 2 x num_samples pieces that were not trained on, of as many works as possible."""
+def is_new(piece: pg.Piece, learned: bytes, passages: np.ndarray, vocab: pg.Vocabulary) -> bool:
+    """Whether a piece shares no passage with the music that a model learned.
+
+    learned: its melodic intervals; passages: their hashes.
+    """
+    intervals = pg.pitch_intervals(piece.ids, vocab)
+    hashes = pg.hash_passages(np.frombuffer(intervals, np.uint8))
+    return intervals not in learned and not np.isin(hashes[hashes > 0], passages).any()
+
+
+def read_held_out(
+    settings: pg.Settings, vocab: pg.Vocabulary, checkpoint: pg.Checkpoint
+) -> list[pg.Piece]:
+    """Up to 2 x num_samples pieces that were not learned, of as many works as possible."""
     program = settings.program
     folder = Path(program.midi_dir)
     cache = program.cache_dir if Path(program.cache_dir).is_dir() else ""
     pieces = pg.read_music(folder, vocab, cache)
-    pg.split_pieces(pieces, folder, settings.data, vocab)
-    pieces = [piece for piece in pieces if piece.split != "train"]
+    pg.split_pieces(pieces, folder, settings.data, vocab)  # for the works
+    learned = checkpoint.intervals()
+    passages = pg.hash_passages(np.frombuffer(learned, np.uint8))
+    pieces = [piece for piece in pieces if is_new(piece, learned, passages, vocab)]
     works = [piece.work for piece in pieces]
     if len(set(works)) < 4:
         raise pg.UserError(
-            f"{len(set(works))} works in {folder} are held out, and 4 are needed: add music"
+            f"{len(set(works))} works in {folder} are new to the model, and 4 are needed: add music"
         )
     order = spread(works, np.random.default_rng(0))
     return [pieces[i] for i in order[: 2 * settings.sample.num_samples]]
@@ -418,7 +432,7 @@ def run(argv: list[str] | None) -> None:
             "the checkpoint's vocabulary is not this MidiTok's: install requirements.txt"
         )
     device = pg.choose_device(settings.program.device)
-    held_out = read_held_out(settings, vocab)
+    held_out = read_held_out(settings, vocab, checkpoint)
     if folder:
         samples = [piece.ids for piece in pg.read_music(Path(folder), vocab, "")]
     else:

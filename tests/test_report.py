@@ -251,12 +251,26 @@ def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(her
     assert before == sorted(here.rglob("*"))
 
 
+def test_music_that_the_model_learned_is_never_held_out_whatever_its_folder(here, vocab):
+    Path("midi").mkdir()
+    Path("all").mkdir()
+    for path in MUSIC[:12]:
+        Path("all", path.name).write_bytes(path.read_bytes())
+    for path in MUSIC[:7]:
+        Path("midi", path.name).write_bytes(path.read_bytes())
+    assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "1", "--val-percent", "20"]) == 0
+    checkpoint = pg.load_checkpoint(Path("pianogpt.safetensors"))
+    settings = pg.Settings(program=pg.ProgramSettings(midi_dir="all", cache_dir=""))
+    found = {piece.path for piece in report.read_held_out(settings, vocab, checkpoint)}
+    assert found == {path.name for path in MUSIC[:12]} - set(checkpoint.pieces)
+
+
 def test_report_says_what_is_wrong_in_one_line(here, folder, capsys):
     assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "1"]) == 0
     for flags, problem in [
         ("--checkpoint no.pt", "no.pt"),
         ("--bars x", "--bars"),
-        ("--device cpu", "are held out, and 4 are needed"),
+        ("--device cpu", "are new to the model, and 4 are needed"),
     ]:
         capsys.readouterr()
         assert report.main(flags.split()) == 2
