@@ -21,10 +21,10 @@ excerpt are compared:
     key_stability  share of windows of 4 bars whose key is the excerpt's (Krumhansl & Schmuckler)
 
 All but the last two are histograms; along an axis with an order their cumulative sums are
-compared, so that a shift counts by its size. Held out is the music that shares no passage with what
-the model learned. Its works are halved at random 20 times. One half is the reference, to which as many samples and pieces of the other half (the floor)
-are compared. Pairs of recordings of one work do not count. Printed for each feature, as a mean
-over the 20:
+compared, so that a shift counts by its size. Held out is the music that shares no passage with
+what the model learned. Its works are halved at random 20 times. One half is the reference, to which
+as many samples and pieces of the other half (the floor) are compared. Pairs of recordings of one
+work do not count. Printed for each feature, as a mean over the 20:
 
     distance  square root of (2 E|x-y| - E|x-x'| - E|y-y'|) / 2 E|x-y|, the energy coefficient of
               two sets (Szekely & Rizzo 2013): at most 1; for equal distributions about
