@@ -277,8 +277,8 @@ class ModelSettings:
 class TrainSettings:
     """How the model is trained."""
 
-    steps: int = setting(1500, "optimizer steps in total", 1, resumable=True)
-    batch_size: int = setting(8, "sequences per step", 1, 100_000)
+    steps: int = setting(1000, "optimizer steps in total", 1, resumable=True)
+    batch_size: int = setting(16, "sequences per step", 1, 100_000)
     lr: float = setting(3e-4, "peak learning rate, see make_optimizer", 0, 1, resumable=True)
     warmup: int = setting(200, "steps over which the learning rate rises", 0, resumable=True)
     weight_decay: float = setting(1.0, "weight decay of blocks and head; 0: off", 0)
@@ -1614,16 +1614,16 @@ SHUFFLED = 64  # groups of windows whose order is drawn at once
 LONGEST_VALIDATION = 128  # windows, spread evenly over held-out music
 # Peak learning rates as multiples of --lr, found by search at the default sizes. They fall with
 # the fan-in, over which a matrix sums, so that one --lr suits every width.
-BLOCK_RATE = 67  # matrices of the blocks: / sqrt(fan-in), as their steps are orthogonal
-HEAD_RATE = 1536  # head: / fan-in, as AdamW moves all weights of a sum in one direction
-EMBEDDING_RATE = 120  # embedding and memory
-REST_RATE = 45  # norms and the weights of recent tokens
+BLOCK_RATE = 94  # matrices of the blocks: / sqrt(fan-in), as their steps are orthogonal
+HEAD_RATE = 2150  # head: / fan-in, as AdamW moves all weights of a sum in one direction
+EMBEDDING_RATE = 168  # embedding and memory
+REST_RATE = 63  # norms and the weights of recent tokens
 # Each step, averaged weights move 10 / (10 + step) of the way to the weights, so that they span
 # about the last tenth of the steps so far.
 AVERAGE_SPEED = 10
 # Compiling takes up to 50 s the first time, and 8 s later. A step of the default sizes then takes
-# 20 ms less, so 2,500 steps repay it. Counted are steps x tokens of a batch x layers x channels.
-COMPILING_PAYS = 2500 * (8 * 256) * (4 * 128)
+# 40 ms less, so 1,000 steps repay it. Counted are steps x tokens of a batch x layers x channels.
+COMPILING_PAYS = 1000 * (16 * 256) * (4 * 128)
 DIVERGED = 3  # times the loss of a uniform guess, with which a model begins
 SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
 
@@ -1875,8 +1875,8 @@ class OrthogonalAdamW(torch.optim.Optimizer):
 def make_optimizer(model: PianoGPT, train: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer, with a group for each parameter; "peak_lr" is its own peak learning rate.
 
-    By default, --lr 3e-4 gives the matrices of the blocks steps of 1.8e-3 (root mean square; 1.1e-3
-    for `contract`), the head 3.6e-3, embedding and memory 3.6e-2, norms and recent 1.35e-2. The
+    By default, --lr 3e-4 gives the matrices of the blocks steps of 2.5e-3 (root mean square; 1.5e-3
+    for `contract`), the head 5e-3, embedding and memory 5e-2, norms and recent 1.9e-2. The
     matrices of the blocks and the head decay. For plain AdamW, make the last line
 
         return torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -3316,8 +3316,8 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
 
 SEARCHED_NOTES = 5_000_000  # for the longest known run; a piece takes two seconds
 FEW_FILES = 20  # of which --init-from holds none out
-# The defaults with --init-from: few steps, at a ninth of the usual rate, keep what was learned.
-FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 3.3e-5, "eval_every": 25}
+# The defaults with --init-from: few small steps, at a low rate, keep what was learned.
+FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 2.4e-5, "eval_every": 25}
 
 
 def keep_sides(pieces: list[Piece], contents: list[str], checkpoint: Checkpoint) -> None:

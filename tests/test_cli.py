@@ -1401,7 +1401,7 @@ def test_run_that_starts_from_an_exported_model_knows_what_that_learned_and_can_
     assert set(before) <= set(checkpoint.pieces), "what was learned before stays known"
     assert len(checkpoint.pieces) == len(set(checkpoint.pieces)), "and is counted once"
     train = pg.make_settings({}, checkpoint, training=True).train
-    assert (train.lr, train.warmup, train.steps, train.batch_size) == (3.3e-5, 50, 20, 8)
+    assert (train.lr, train.warmup, train.steps, train.batch_size) == (2.4e-5, 50, 20, 16)
 
     with signal_at_ten(monkeypatch, signal.SIGTERM):
         assert pianogpt(f"{line} b") == 128 + signal.SIGTERM
