@@ -195,18 +195,18 @@ def test_step_takes_the_scheduled_rate_and_clips_the_gradient():
 def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner):
     model = pg.PianoGPT(pg.ModelSettings(n_layer=1, n_embd=n_embd), V, VOCAB.grid)
     optimizer = pg.make_optimizer(model, pg.TrainSettings(lr=1.0, weight_decay=0.3))
-    expected = {"head.weight": (1536 / n_embd, 0.3, False), "recent": (45, 0.0, False)}
+    expected = {"head.weight": (2150 / n_embd, 0.3, False), "recent": (63, 0.0, False)}
     for name in ("embedding", "memory"):
-        expected[f"{name}.weight"] = (120, 0.0, False)
+        expected[f"{name}.weight"] = (168, 0.0, False)
     for name in ("norm", "blocks.0.norm_1", "blocks.0.norm_2"):
-        expected[f"{name}.weight"] = (45, 0.0, False)
+        expected[f"{name}.weight"] = (63, 0.0, False)
     for name, fan_in in (
         ("qkv", n_embd),
         ("proj", n_embd),
         ("expand", n_embd),
         ("contract", inner),
     ):
-        expected[f"blocks.0.{name}.weight"] = (67 / fan_in**0.5, 0.3, True)
+        expected[f"blocks.0.{name}.weight"] = (94 / fan_in**0.5, 0.3, True)
     names = {p: name for name, p in model.named_parameters()}
     found = {}
     for group in optimizer.param_groups:
