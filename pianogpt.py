@@ -277,7 +277,7 @@ class ModelSettings:
 class TrainSettings:
     """How the model is trained."""
 
-    steps: int = setting(1000, "optimizer steps in total", 1, resumable=True)
+    steps: int = setting(900, "optimizer steps in total", 1, resumable=True)
     batch_size: int = setting(16, "sequences per step", 1, 100_000)
     lr: float = setting(3e-4, "peak learning rate, see make_optimizer", 0, 1, resumable=True)
     warmup: int = setting(200, "steps over which the learning rate rises", 0, resumable=True)
@@ -1622,8 +1622,8 @@ REST_RATE = 63  # norms and the weights of recent tokens
 # about the last tenth of the steps so far.
 AVERAGE_SPEED = 10
 # Compiling takes up to 50 s the first time, and 8 s later. A step of the default sizes then takes
-# 40 ms less, so 1,000 steps repay it. Counted are steps x tokens of a batch x layers x channels.
-COMPILING_PAYS = 1000 * (16 * 256) * (4 * 128)
+# 40 ms less, so 900 steps about repay it. Counted are steps x tokens of a batch x layers x channels.
+COMPILING_PAYS = 900 * (16 * 256) * (4 * 128)
 DIVERGED = 3  # times the loss of a uniform guess, with which a model begins
 SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
 
