@@ -236,7 +236,7 @@ def measure_training(vocab: pg.Vocabulary, device: torch.device, rounds: int) ->
     works = {
         "plain": plain_stepper(sizes, V, batch),
         "fast": our_stepper(sizes, vocab, batch, compile=True),
-        "eager": our_stepper(sizes, vocab, batch),
+        "eager": our_stepper(sizes, vocab, batch, compile=False),
         "float32": our_stepper(sizes, vocab, batch, compile=True, float32=True),
     }
     rows = compare(rounds, works, times=3)
@@ -394,7 +394,7 @@ def measure_growth(vocab: pg.Vocabulary, device: torch.device) -> None:
     for n_embd, block_size in itertools.product((128, 256, 512), (256, 1024)):
         sizes = pg.ModelSettings(n_embd=n_embd, block_size=block_size)
         batch = random_window(sizes, V, tokens // block_size, device)
-        step = our_stepper(sizes, vocab, batch)
+        step = our_stepper(sizes, vocab, batch, compile=False)
         taken = median([seconds(step) for _ in range(4)][1:])
         model = pg.PianoGPT(sizes, V, vocab.grid).to(device)
         matrices = model.head.weight.numel()
