@@ -1622,7 +1622,8 @@ REST_RATE = 63  # norms and the weights of recent tokens
 # about the last tenth of the steps so far.
 AVERAGE_SPEED = 10
 # Compiling takes up to 50 s the first time, and 8 s later. A step of the default sizes then takes
-# 40 ms less, so 900 steps about repay it. Counted are steps x tokens of a batch x layers x channels.
+# 40 ms less, so about 900 steps repay it. Counted are steps x tokens of a batch x layers x
+# channels.
 COMPILING_PAYS = 900 * (16 * 256) * (4 * 128)
 DIVERGED = 3  # times the loss of a uniform guess, with which a model begins
 SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
