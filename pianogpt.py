@@ -2576,8 +2576,8 @@ SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
 SAME_DIFFERENT = 8  # of them at least, so that scales and trills do not count
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 HASH_PART = 2**20  # intervals that are hashed at once, to save memory
-HASH_PARTS = 16  # in which the passages are compared
-NO_HASH = np.uint64(2**64 - 1)
+COMPARED_PARTS = 16  # of all passages, one after another, to save memory
+NO_HASH = np.uint64(2**64 - 1)  # above that of every passage
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 FILE_SECONDS = 120  # a file of a million notes takes 20
 FILE_MEGABYTES = 16  # the largest piano files have 1
@@ -2981,7 +2981,7 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
         works.join(n, first_of.setdefault(piece.work, n))  # as split_pieces has put them together
         works.join(n, first_of.setdefault(piece.ids.tobytes(), n))  # copies, however short
     # Some of all passages at a time, to save memory
-    for low, high in itertools.pairwise(np.linspace(0, 2.0**64, HASH_PARTS + 1)):
+    for low, high in itertools.pairwise(np.linspace(0, 2.0**64, COMPARED_PARTS + 1)):
         places = np.flatnonzero((hashes > low) & (hashes < high))
         for pair in pairs_that_share(places, hashes, intervals, piece_of, works.numpy()):
             works.join(*pair)
@@ -3938,11 +3938,12 @@ def look_at_folder(
     program = settings.program
     folder = Path(program.midi_dir)
     knows_files = bool(checkpoint and checkpoint.files)  # an exported model does not
-    may_differ = "midi_dir" in given or (
-        knows_files and str(folder) == checkpoint.folder and folder.is_dir()
-    )
-    if not (training or (knows_files and may_differ)):
-        return {}
+    if not training:
+        if not knows_files:
+            return {}
+        is_the_same = str(folder) == checkpoint.folder and folder.is_dir()
+        if "midi_dir" not in given and not is_the_same:
+            return {}
     files = find_files(folder)
     if knows_files:
         compare_music(program, given, checkpoint, training, files)

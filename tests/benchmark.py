@@ -569,6 +569,12 @@ def train_ours(music: Music, make_optimizer) -> tuple[pg.Trainer, Curve]:
     return trainer, train_for(music, music.batches, trainer, make)
 
 
+def untransposed(music: Music) -> pg.Batches:
+    """The batches without transposition."""
+    settings = replace(music.settings, data=replace(music.settings.data, transpose=0))
+    return replace(music.batches, settings=settings)
+
+
 def train_plain(music: Music, rate: float, schedule, bfloat16: bool) -> tuple[pg.Trainer, Curve]:
     """The plain recipe with a peak learning rate and a schedule."""
     settings = music.settings
@@ -581,9 +587,7 @@ def train_plain(music: Music, rate: float, schedule, bfloat16: bool) -> tuple[pg
     def make_optimizer() -> torch.optim.Optimizer:
         return torch.optim.AdamW([{"params": used, "peak_lr": rate}], fused=True)
 
-    untransposed = replace(settings, data=replace(settings.data, transpose=0))
-    batches = replace(music.batches, settings=untransposed)
-    return trainer, train_for(music, batches, trainer, make_optimizer)
+    return trainer, train_for(music, untransposed(music), trainer, make_optimizer)
 
 
 def lowest(curve: Curve) -> float:
@@ -683,6 +687,14 @@ class NanoGPT(nn.Module):
         targets = window.targets.flatten()
         return F.cross_entropy(logits, targets, ignore_index=pg.IGNORE, reduction="sum")
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """That of its config/train_shakespeare_char.py."""
+        kind = self.head.weight.device.type
+        optimizer = self.gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = 1e-3
+        return optimizer
+
 
 def to_a_tenth(step: int, train: pg.TrainSettings) -> float:
     """nanoGPT's learning rate: warmup, and half a cosine down to a tenth."""
@@ -696,17 +708,7 @@ def train_nanogpt(music: Music, folder: Path, bfloat16: bool) -> tuple[pg.Traine
     model = NanoGPT(folder, settings.model, len(music.vocab.words)).to(music.device)
     train = replace(settings.train, warmup=100)
     trainer = PlainTrainer(model, train, to_a_tenth, bfloat16)
-
-    def make_optimizer() -> torch.optim.Optimizer:
-        kind = music.device.type
-        optimizer = model.gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
-        for group in optimizer.param_groups:
-            group["peak_lr"] = 1e-3
-        return optimizer
-
-    untransposed = replace(settings, data=replace(settings.data, transpose=0))
-    batches = replace(music.batches, settings=untransposed)
-    return trainer, train_for(music, batches, trainer, make_optimizer)
+    return trainer, train_for(music, untransposed(music), trainer, model.make_optimizer)
 
 
 def hugging_face(name: str, sizes: pg.ModelSettings, V: int) -> nn.Module:
@@ -778,9 +780,7 @@ def compare_training(folder: Path, vocab: pg.Vocabulary, device: torch.device, r
     model = NanoGPT(folder, sizes, V).to(device)
     bfloat16 = uses_bfloat16(vocab, device)
     nano = PlainTrainer(model, pg.TrainSettings(), constant, bfloat16)
-    nano.optimizer = model.gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
-    for group in nano.optimizer.param_groups:
-        group["peak_lr"] = 1e-3
+    nano.optimizer = model.make_optimizer()
     works = {
         "ours": our_stepper(sizes, vocab, batch, compile=True),
         "nanogpt": partial(nano.train_step, batch),
