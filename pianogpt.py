@@ -243,6 +243,11 @@ class SampleSettings:
     min_p: float = setting(
         0.0, "draw from tokens at least this likely, relative to the likeliest; 0: from all", 0, 1
     )
+    rewrite: str = setting("", "bars of the prompt to write anew, all others stay: 9-12 or 3-4,9")
+    style: str = setting("", "style to write in, of those that the model has learned")
+    guidance: float = setting(
+        1.0, "how far to lean towards --style; 1: as learned; else it takes twice the time", 0, 9
+    )
     samples_dir: str = setting("samples", "folder for the new files; nothing is overwritten")
 
 
@@ -253,6 +258,10 @@ class DataSettings:
     val_percent: float = setting(10.0, "percent of the works held out for validation", 0, 99)
     piece_is_folder: bool = setting(False, "all files of one folder are one work")
     transpose: int = setting(5, "transpose training music by up to N semitones", 0, 24)
+    style_from_folder: bool = setting(
+        False, "the first folder below --midi-dir names the style of its files"
+    )
+    gap_percent: float = setting(25.0, "percent of the windows that teach --rewrite", 0, 100)
 
 
 @dataclass
@@ -857,6 +866,7 @@ class Piece:
     changes: dict[str, int] = field(default_factory=dict)  # what tokens cannot say: how often
     problem: str = ""  # why the file was skipped
     work: str = ""  # name of the musical work of which this is one recording
+    style: str = ""  # its name, or empty
     split: str = ""  # "train", "validation" or "test"
 
 
@@ -896,6 +906,9 @@ def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
     return np.array(path[::-1])
 
 
+FILL = "Fill_None"  # the token at which a gap in the music begins, see move_gaps
+
+
 class Tokenizer(miditok.REMI):
     """MidiTok's REMI, with a Chord token at the first note of each bar and of each harmony."""
 
@@ -921,6 +934,7 @@ class Tokenizer(miditok.REMI):
                 use_pitchdrum_tokens=False,
             )
         )
+        self.add_to_vocab(FILL)
         # The vocabulary now has Chord tokens. From here on find_chords replaces MidiTok's own
         # detection, which finds only close positions whose notes begin together.
         self.config.use_chords = False
@@ -960,6 +974,7 @@ class Kind(IntEnum):
     PITCH = 8
     VELOCITY = 9
     DURATION = 10
+    FILL = 11
 
 
 MIDITOK_KINDS = {  # what the words of MidiTok begin with
@@ -974,6 +989,7 @@ MIDITOK_KINDS = {  # what the words of MidiTok begin with
     "Pitch": Kind.PITCH,
     "Velocity": Kind.VELOCITY,
     "Duration": Kind.DURATION,
+    "Fill": Kind.FILL,
 }
 
 MAY_FOLLOW = {  # REMI's grammar: the kinds that may come after a kind
@@ -1030,6 +1046,7 @@ class Vocabulary:
         self.bos_id = self.id_of["BOS_None"]
         self.eos_id = self.id_of["EOS_None"]
         self.bar_id = self.id_of["Bar_None"]
+        self.fill_id = self.id_of[FILL]
         self.pitch_ids = self.ids_of_kind("Pitch")
         self.chord_ids = self.ids_of_kind("Chord")
         self.rooted_chord_ids = slice(self.chord_ids.start, self.chord_ids.stop - 1)  # not "none"
@@ -1288,6 +1305,28 @@ def longest_known_run(mine: bytes, names: list[str], corpus: bytes) -> tuple[int
     return length + 1, names[corpus[:found_at].count(PIECE_END)]  # n intervals join n + 1 notes
 
 
+def parse_bars(text: str, bars: int) -> list[tuple[int, int]]:
+    """The bars of --rewrite, "3-4,9", as (first, last) from 1 on, of a piece of so many bars.
+
+    Raises UserError if there are no such bars, or none to keep.
+    """
+    stretches = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
+        if not match:
+            raise UserError(f'--rewrite: cannot read "{part}": write 9-12, or 3-4,9')
+        first = int(match[1])
+        last = int(match[2] or first)
+        if not 1 <= first <= last <= bars:
+            raise UserError(f"--rewrite {text}: write bars from 1 to {bars}, which the prompt has")
+        if stretches and first <= stretches[-1][1]:
+            raise UserError(f"--rewrite {text}: write the bars in order, each one once")
+        stretches.append((first, last))
+    if sum(last - first + 1 for first, last in stretches) == bars:
+        raise UserError(f"--rewrite {text}: these are all bars of the prompt: keep some")
+    return stretches
+
+
 def parse_chord(symbol: str) -> tuple[int | None, bool]:
     """The index in CHORD_SYMBOLS of a symbol as musicians write it, None if it is none.
 
@@ -1357,9 +1396,6 @@ def find_key(score: Score) -> tuple[KeySignature, str]:
 
 # ---- 4. Model: a causal Transformer that sees an id, a time and a pitch for each token
 
-# Beats that each token adds to the time, so that tokens of one moment have an order; 3 beats over a
-# window of 256 tokens, little beside the music's own time.
-TOKEN_TIME = 0.0125
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
 RECENT = 3  # a note is three tokens, so each token is told the three before it
 MEMORY = 1024  # tokens before the window that are counted, to stay in key
@@ -1377,15 +1413,21 @@ class Window(NamedTuple):
     """What the model reads: B stretches of music of T tokens, and what came before them."""
 
     idx: Tensor  # (B, T) ids, int64; PAD after the end of a piece
-    time: Tensor  # (B, T) grid positions since the window began, float32
+    time: Tensor  # (B, T) grid positions since the window began, and TOKEN_TIME a token, float32
     pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root, float32
     recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
     before: Tensor  # (B, V) how often each id came in the MEMORY tokens before the window / MEMORY
+    style: Tensor  # (B,) number of the style; 0: none is given
     targets: Tensor | None = None  # (B, T) the ids that follow; IGNORE where none is scored
 
     def rows(self, part: slice) -> Window:
         """Some of the B stretches."""
         return Window(*(None if values is None else values[part] for values in self))
+
+    def joined(self, other: Window) -> Window:
+        """These stretches and those of another window; without targets."""
+        columns = zip(self[:-1], other[:-1], strict=True)
+        return Window(*(torch.cat(column) for column in columns))
 
     def to(self, device: torch.device) -> Window:
         """The same on another device."""
@@ -1525,7 +1567,7 @@ class Block(nn.Module):
 class PianoGPT(nn.Module):
     """The Transformer: a Window in, logits of the next id out."""
 
-    def __init__(self, sizes: ModelSettings, vocab_size: int, grid: int):
+    def __init__(self, sizes: ModelSettings, vocab_size: int, grid: int, styles: int = 0):
         super().__init__()
         self.sizes = sizes
         C = sizes.n_embd
@@ -1535,6 +1577,7 @@ class PianoGPT(nn.Module):
             torch.zeros(RECENT, C)
         )  # weights of the tokens before, oldest first
         self.memory = nn.Linear(V, C, bias=False)
+        self.style = nn.Embedding(1 + styles, C, padding_idx=0)
         self.norm_0 = nn.LayerNorm(C, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.n_layer))
         self.norm = nn.LayerNorm(C, bias=False)
@@ -1542,13 +1585,14 @@ class PianoGPT(nn.Module):
         time_speed, pitch_speed = rotary_speeds(C // sizes.n_head, grid)
         self.register_buffer("time_speed", time_speed, persistent=False)
         self.register_buffer("pitch_speed", pitch_speed, persistent=False)
-        token_time = TOKEN_TIME * grid * torch.arange(sizes.block_size)
-        self.register_buffer("token_time", token_time, persistent=False)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw weights that keep the size of what they multiply; memory and recent begin at 0."""
+        """Draw weights that keep the size of what they multiply.
+
+        What is added to the tokens, recent ones, memory and style, begins at 0.
+        """
         for block in self.blocks:
             for linear in (block.qkv, block.expand):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
@@ -1562,23 +1606,22 @@ class PianoGPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding.weight[PAD] = 0
         nn.init.zeros_(self.memory.weight)
+        nn.init.zeros_(self.style.weight)
 
     def embed(self, window: Window) -> Tensor:
-        """Embeddings (B, T, C): of each token, plus a mix of the RECENT before it, plus memory."""
+        """Embeddings (B, T, C): of each token and the RECENT before it, of memory and style."""
         T = window.idx.size(1)
         idx = torch.cat([window.recent, window.idx], dim=1)
         tokens = self.embedding(idx)  # (B, RECENT + T, C)
         x = tokens[:, RECENT:]
         for n in range(RECENT):
             x = torch.addcmul(x, tokens[:, n : n + T], self.recent[n])
-        memory = self.memory(window.before)  # (B, C)
-        return self.norm_0(x + memory[:, None])
+        of_all = self.memory(window.before) + self.style(window.style)  # (B, C)
+        return self.norm_0(x + of_all[:, None])
 
-    def turn(self, window: Window, first: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, (B, 1, T, hs), of the angles of tokens; first: place of the first one."""
-        T = window.idx.size(1)
-        time = window.time + self.token_time[first : first + T]  # (B, T)
-        time = time[:, None, :, None]  # the same for all heads and channels
+    def turn(self, window: Window) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B, 1, T, hs), of the angles of tokens."""
+        time = window.time[:, None, :, None]  # the same for all heads and channels
         pitch = window.pitch[:, None, :, None]
         angle = torch.addcmul(time * self.time_speed, pitch, self.pitch_speed)
         return angle.cos(), angle.sin()
@@ -1591,7 +1634,7 @@ class PianoGPT(nn.Module):
         """
         B, T = window.idx.shape
         x = self.embed(window).flatten(0, 1)  # (B T, C): in three dimensions, Linear is slower
-        cos, sin = self.turn(window, cache.length if cache else 0)
+        cos, sin = self.turn(window)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)
         if cache is not None:
@@ -1611,12 +1654,16 @@ class PianoGPT(nn.Module):
 
 OPENING_EVERY = 8  # every eighth window begins a piece, because writing always starts there
 SHUFFLED = 64  # groups of windows whose order is drawn at once
+STYLE_DROPPED = 0.1  # of the windows, so that the model also learns to write in any style
 LONGEST_VALIDATION = 128  # windows, spread evenly over held-out music
+# Beats that each token adds to the time, so that tokens of one moment have an order; 3 beats over a
+# window of 256 tokens, little beside the music's own time.
+TOKEN_TIME = 0.0125
 # Peak learning rates as multiples of --lr, found by search at the default sizes. They fall with
 # the fan-in, over which a matrix sums, so that one --lr suits every width.
 BLOCK_RATE = 94  # matrices of the blocks: / sqrt(fan-in), as their steps are orthogonal
 HEAD_RATE = 2150  # head: / fan-in, as AdamW moves all weights of a sum in one direction
-EMBEDDING_RATE = 168  # embedding and memory
+EMBEDDING_RATE = 168  # embedding, memory and style
 REST_RATE = 63  # norms and the weights of recent tokens
 # Each step, averaged weights move 10 / (10 + step) of the way to the weights, so that they span
 # about the last tenth of the steps so far.
@@ -1636,14 +1683,16 @@ class Corpus(NamedTuple):
     time: Tensor  # (N,) int32, grid positions since the piece began
     pitch: Tensor  # (N,) int16
     offsets: Tensor  # (pieces + 1,) int64: piece n is offsets[n] : offsets[n + 1]
+    style: Tensor  # (pieces,) int64: see Window
 
     def to(self, device: torch.device) -> Corpus:
         """The same on another device."""
         return Corpus(*(values.to(device) for values in self))
 
 
-def make_corpus(pieces: list[Piece]) -> Corpus:
-    """The tokens of pieces, one piece after another."""
+def make_corpus(pieces: list[Piece], styles: list[str] | None = None) -> Corpus:
+    """The tokens of pieces, one piece after another; styles: the names of those with a number."""
+    numbers = {name: n for n, name in enumerate(styles or [], 1)}
     lengths = [len(piece.ids) for piece in pieces]
     empty = Piece()  # gives an empty list of pieces its types
     return Corpus(
@@ -1651,6 +1700,7 @@ def make_corpus(pieces: list[Piece]) -> Corpus:
         torch.from_numpy(np.concatenate([empty.time, *(piece.time for piece in pieces)])),
         torch.from_numpy(np.concatenate([empty.pitch, *(piece.pitch for piece in pieces)])),
         torch.tensor([0, *itertools.accumulate(lengths)]),
+        torch.tensor([numbers.get(piece.style, 0) for piece in pieces], dtype=torch.long),
     )
 
 
@@ -1694,15 +1744,75 @@ def cut_windows(
         ids, moves = transpose(ids, shifts, vocab)
         pitch = pitch + moves[:, here]
     time = corpus.time[at[:, here]]
+    order = TOKEN_TIME * vocab.grid * torch.arange(block_size, device=device)
     before = torch.zeros(len(starts), len(vocab.words), device=device)
     before.scatter_add_(1, ids[:, :MEMORY], inside[:, :MEMORY].float())
     return Window(
         idx=ids[:, here],
-        time=(time - time[:, :1]).float(),
+        time=(time - time[:, :1]) + order,
         pitch=pitch,
         recent=ids[:, MEMORY - RECENT : MEMORY],
         before=before / MEMORY,
+        style=corpus.style[piece],
         targets=ids[:, MEMORY + 1 :].masked_fill(~inside[:, MEMORY + 1 :], IGNORE),
+    )
+
+
+def draw_gaps(ids: Tensor, chance: float, rng: np.random.Generator, vocab: Vocabulary) -> Tensor:
+    """For each window, ids (B, T), where a gap begins and ends, (B, 2); 0, 0 if it has none.
+
+    chance: that a window has one. It lies between any two bar lines; the end of a piece is one.
+    """
+    u = torch.from_numpy(rng.random((3, len(ids)), np.float32)).to(ids.device)
+    is_line = (ids == vocab.bar_id) | (ids == vocab.eos_id)
+    is_line[:, [0, -1]] = False  # something comes before the gap, and something after it
+    lines = is_line.sum(1)
+    # Two different ones of the lines, each pair as likely
+    one = (u[0] * lines).long()
+    two = (u[1] * (lines - 1)).long()
+    two += two >= one
+    pair = torch.stack([one, two], dim=1).sort(dim=1).values  # (B, 2)
+    number = is_line.cumsum(1) - 1  # of each line
+    is_chosen = is_line[:, None] & (number[:, None] == pair[:, :, None])  # (B, 2, T)
+    gaps = is_chosen.int().argmax(dim=2)
+    has_gap = (lines >= 2) & (u[2] < chance)
+    return gaps * has_gap[:, None]
+
+
+def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
+    """The windows with each gap moved behind what follows it, as a task: fill it.
+
+    gaps (B, 2): where it begins and ends; 0, 0: no gap. For a gap of the tokens d e:
+
+        tokens    a b c d e f g h
+        moved     a b c f g FILL d e      (the last token gives way to FILL)
+        targets   b c d g h d    e f
+
+    Each token keeps its time, its pitch and its target: the token that follows it in the music. So
+    the jump over the gap is not learned. FILL has time and pitch of the gap's first token, and
+    that as its target.
+    """
+    B, T = window.idx.shape
+    device = gaps.device
+    place = torch.arange(T + 1, device=device).expand(B, -1)  # FILL is the last one
+    begin, end = gaps[:, :1], gaps[:, 1:]
+    has_gap = end > begin
+    # In this order: before the gap, after it, FILL, the gap, padding, what gives way.
+    rank = torch.where(place[:, :T] < end, 3 * (place[:, :T] >= begin), 1)
+    rank[window.idx == PAD] = 4
+    rank[:, -1] = 5
+    fill_rank = torch.full((B, 1), 2, device=device)
+    order = torch.cat([rank, fill_rank], dim=1).argsort(dim=1, stable=True)[:, :T]
+    order = torch.where(has_gap, order, place[:, :T])
+
+    def move(values: Tensor, of_fill: Tensor) -> Tensor:
+        return torch.cat([values, of_fill], dim=1).gather(1, order)
+
+    return window._replace(
+        idx=move(window.idx, torch.full_like(begin, vocab.fill_id)),
+        time=move(window.time, window.time.gather(1, begin)),
+        pitch=move(window.pitch, window.pitch.gather(1, begin)),
+        targets=move(window.targets, window.idx.gather(1, begin)),
     )
 
 
@@ -1742,14 +1852,20 @@ class Batches:
         return torch.from_numpy(starts).to(self.corpus.ids.device)
 
     def __getitem__(self, i: int) -> Window:
-        """Batch i: --batch-size windows, each transposed at random."""
+        """Batch i: windows, each transposed at random, some with a gap, some without style."""
         train = self.settings.train
-        most = self.settings.data.transpose
+        data = self.settings.data
+        most = data.transpose
         rng = np.random.default_rng((train.seed, i))
         shifts = torch.from_numpy(rng.integers(-most, most + 1, size=train.batch_size))
         shifts = shifts.to(self.corpus.ids.device)
         T = self.settings.model.block_size
-        return cut_windows(self.corpus, self.starts(i), T, self.vocab, shifts)
+        windows = cut_windows(self.corpus, self.starts(i), T, self.vocab, shifts)
+        gaps = draw_gaps(windows.idx, data.gap_percent / 100, rng, self.vocab)
+        windows = move_gaps(windows, gaps, self.vocab)
+        is_dropped = torch.from_numpy(rng.random(train.batch_size) < STYLE_DROPPED)
+        is_dropped = is_dropped.to(windows.style.device)
+        return windows._replace(style=windows.style.masked_fill(is_dropped, 0))
 
 
 def cut_all_windows(
@@ -1877,7 +1993,7 @@ def make_optimizer(model: PianoGPT, train: TrainSettings) -> torch.optim.Optimiz
     """The optimizer, with a group for each parameter; "peak_lr" is its own peak learning rate.
 
     By default, --lr 3e-4 gives the matrices of the blocks steps of 2.5e-3 (root mean square; 1.5e-3
-    for `contract`), the head 5e-3, embedding and memory 5e-2, norms and recent 1.9e-2. The
+    for `contract`), the head 5e-3, embedding, memory and style 5e-2, norms and recent 1.9e-2. The
     matrices of the blocks and the head decay. For plain AdamW, make the last line
 
         return torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -1894,7 +2010,7 @@ def make_optimizer(model: PianoGPT, train: TrainSettings) -> torch.optim.Optimiz
         elif name == "head.weight":
             group["weight_decay"] = train.weight_decay
             rate = HEAD_RATE / p.size(1)
-        elif name in ("embedding.weight", "memory.weight"):
+        elif name in ("embedding.weight", "memory.weight", "style.weight"):
             rate = EMBEDDING_RATE
         else:
             rate = REST_RATE
@@ -2091,6 +2207,9 @@ TEMPO_LEAP = 3.0  # from one tempo to the next at most so many times as fast, or
 DIVISIONS = (4, 3, 8, 6, 12)
 STRAIGHT = (4, 8)
 ON_DIVISION = 0.98  # of the notes must lie on one; a few grace notes may not
+# Texts at the bar lines where the prompt gives way to new music, and comes back
+PROMPT_ENDS = "end of prompt"
+PROMPT_GOES_ON = "prompt goes on"
 KEPT_OF_WINDOW = 1 / 3  # when a window is full, its last third begins the next
 
 
@@ -2116,26 +2235,62 @@ def find_grid(ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
 
 
 @dataclass
+class Gap:
+    """Bars of a piece, ids (T,) from BOS to EOS, that are written anew between the others."""
+
+    ids: np.ndarray
+    first: int  # number of its first bar, from 1 on
+    last: int
+    begin: int  # place in ids of its first token
+    end: int  # of the token after it
+    metres: np.ndarray  # (bars,) ids of the TimeSig tokens of its bars
+    held: np.ndarray  # (keys,) until when each key rings from before the gap, in grid positions
+
+    @property
+    def is_end(self) -> bool:
+        """Whether no music comes after it."""
+        return self.end == len(self.ids) - 1
+
+
+def find_gap(ids: np.ndarray, first: int, last: int, vocab: Vocabulary) -> Gap:
+    """The gap of the bars first to last, from 1 on, of a piece, ids (T,) from BOS to EOS."""
+    state = vocab.trace(ids)
+    bars = np.append(np.flatnonzero(ids == vocab.bar_id), len(ids) - 1)  # and EOS
+    begin = bars[first - 1]
+    held = np.zeros(len(vocab.key_pitches))
+    [ends] = np.nonzero(state.kind[:begin] == Kind.DURATION)
+    lengths = vocab.lengths[ids[ends] - vocab.duration_ids.start]
+    np.maximum.at(held, state.pitch[ends] - LOWEST_KEY, state.time[ends] + lengths)
+    metres = ids[bars[first - 1 : last] + 1]
+    return Gap(ids, first, last, begin, bars[last], metres, held)
+
+
+@dataclass
 class Request:
     """What is asked of the music, for the rules."""
 
     vocab: Vocabulary
     sample: SampleSettings
     chords: np.ndarray  # (bars, 12) ids of Chord tokens, one for each twelfth of a bar; or empty
-    old_bars: int  # bars of the prompt
+    old_bars: int  # bars before the new ones
     grid: np.ndarray  # the grid positions of a beat on which notes begin; empty: anywhere
     # Not asked for but heard: the tonic triads by the keys of the music so far, as ids of Chord
     # tokens, (B,). They change at bar lines only.
     tonics: np.ndarray | None = None
+    gap: Gap | None = None  # that is being filled
 
     @property
     def least_bars(self) -> int:
         """Bars that a piece must have before EOS may end it."""
+        if self.gap:
+            return self.gap.last
         return self.sample.bars or self.old_bars + LEAST_BARS
 
     @property
     def most_bars(self) -> int:
-        """After how many bars a piece is over."""
+        """After how many bars a piece, or a gap in it, is over."""
+        if self.gap:
+            return self.gap.last
         return self.sample.bars or self.old_bars + MOST_BARS
 
     def twelfth(self, state: State) -> np.ndarray:
@@ -2194,6 +2349,21 @@ def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarr
     return logits
 
 
+def within_gap(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
+    """In a gap: its metres, the tempo of the file, no end, no key that rings on from before."""
+    if request.gap is None:
+        return logits
+    vocab = request.vocab
+    logits[:, vocab.eos_id] = ILLEGAL
+    logits[:, vocab.tempo_ids] = ILLEGAL
+    rings_on = request.gap.held > state.time[:, None]  # (B, keys)
+    logits[:, vocab.pitch_ids][rings_on] = ILLEGAL
+    [begins] = np.nonzero((state.kind == Kind.BAR) & (state.bar <= request.gap.last))
+    logits[begins] = ILLEGAL
+    logits[begins, request.gap.metres[state.bar[begins] - request.gap.first]] = 0
+    return logits
+
+
 def due_chords(state: State, request: Request) -> np.ndarray:
     """The ids of the Chord tokens that are asked for now, (B,); 0: none.
 
@@ -2202,6 +2372,8 @@ def due_chords(state: State, request: Request) -> np.ndarray:
     if len(request.chords):
         wanted = request.chords.flatten()
         return wanted[request.twelfth(state) % len(wanted)]
+    if request.gap and not request.gap.is_end:
+        return np.zeros_like(state.chord)
     return np.where(state.bar >= request.most_bars, request.tonics, 0)
 
 
@@ -2320,6 +2492,7 @@ RULES = [
     grammar,
     begin_and_end,
     steady_tempo,
+    within_gap,
     wanted_chords,
     lift_at_change,
     temperature,
@@ -2341,10 +2514,23 @@ def draw(logits: np.ndarray, is_greedy: bool, rng: np.random.Generator) -> np.nd
 class Writing:
     """B pieces that are being written, token by token."""
 
-    def __init__(self, model: PianoGPT, vocab: Vocabulary, opening: np.ndarray, B: int):
-        """opening (T,): the ids with which all pieces begin, from BOS on."""
+    def __init__(
+        self,
+        model: PianoGPT,
+        vocab: Vocabulary,
+        opening: np.ndarray,
+        B: int,
+        style: int = 0,
+        guidance: float = 1.0,
+    ):
+        """opening (T,): the ids with which all pieces begin, from BOS on.
+
+        style: its number; guidance: see next_logits
+        """
         self.model = model
         self.vocab = vocab
+        self.style = style
+        self.guidance = guidance
         trace = vocab.trace(opening)
         self.state = State(*(np.repeat(column[-1], B) for column in trace))
         # What is written so far: an array (B,) for each token.
@@ -2352,11 +2538,15 @@ class Writing:
         self.times = [np.repeat(time, B) for time in trace.time]
         self.pitches = [np.repeat(pitch, B) for pitch in trace.pitch]
         self.sounding = np.zeros((B, 12))  # for how long each pitch class
-        for moment in zip(trace.kind, trace.pitch, opening, strict=True):
-            self.count_note(*(np.repeat(value, B) for value in moment))
-        self.cache = KeyValueCache(model, B)
+        self.count_notes(trace, opening)
+        self.cache = KeyValueCache(model, B if guidance == 1 else 2 * B)
         self.window: Window | None = None  # what the model read last: a whole window or one token
         self.window_start = 0  # number of the token at which the window in the cache begins
+
+    def count_notes(self, trace: State, ids: np.ndarray) -> None:
+        """Add the notes of music that all pieces share, ids (T,), to self.sounding."""
+        for moment in zip(trace.kind, trace.pitch, ids, strict=True):
+            self.count_note(*(np.repeat(value, len(self.sounding)) for value in moment))
 
     def append(self, ids: np.ndarray) -> None:
         """Add a token to each piece."""
@@ -2378,8 +2568,10 @@ class Writing:
         # The first 24 chords are the major and minor triads, as the keys are.
         return self.vocab.chord_ids.start + closest_keys(self.sounding)
 
-    def new_window(self, length: int) -> Window:
-        """The last tokens of each piece, at most `length`."""
+    def new_window(self) -> Window:
+        """The last tokens of each piece: as many as fit, or when the window is full, a third."""
+        block_size = self.model.sizes.block_size
+        length = block_size if self.window is None else int(block_size * KEPT_OF_WINDOW)
         self.window_start = max(0, len(self.ids) - length)
         first = max(0, self.window_start - MEMORY)
         columns = []
@@ -2387,7 +2579,8 @@ class Writing:
             columns.append(torch.from_numpy(np.stack(rows[first:], axis=1)))  # (B, N)
         B, N = columns[0].shape
         offsets = torch.arange(B + 1) * N
-        corpus = Corpus(*(column.flatten() for column in columns), offsets)
+        style = torch.full((B,), self.style)
+        corpus = Corpus(*(column.flatten() for column in columns), offsets, style)
         starts = offsets[:-1] + self.window_start - first
         window = cut_windows(corpus, starts, len(self.ids) - self.window_start, self.vocab)
         return window._replace(targets=None).to(self.model.head.weight.device)
@@ -2395,27 +2588,97 @@ class Writing:
     def last_token(self) -> Window:
         """The newest token of each piece, as it continues the window in the cache."""
         old = self.window
-        time = self.times[-1] - self.times[self.window_start]
-        as_column = torch.from_numpy(np.stack([self.ids[-1], time, self.pitches[-1]]))[:, :, None]
-        idx, time, pitch = as_column.to(old.idx.device)  # 3 x (B, 1)
+        order = TOKEN_TIME * self.vocab.grid * (len(self.ids) - 1 - self.window_start)
+        time = self.times[-1] - self.times[self.window_start] + order
+        columns = torch.from_numpy(np.stack([self.ids[-1], time, self.pitches[-1]]))[:, :, None]
+        idx, time, pitch = columns.to(old.idx.device, torch.float32)  # 3 x (B, 1)
         recent = torch.cat([old.recent, old.idx], dim=1)[:, -RECENT:]
-        return Window(idx, time, pitch, recent, old.before)
+        return old._replace(idx=idx.long(), time=time, pitch=pitch, recent=recent)
 
     def next_logits(self) -> np.ndarray:
         """The logits of the next ids, (B, V).
 
-        When the cache is full, the newer part of its window is read again, as a new window.
+        When the cache is full, the newer part of its window is read again, as a new window. With a
+        guidance other than 1 the model reads each piece twice, with its style and without. The
+        difference that the style makes is multiplied by the guidance.
         """
-        block_size = self.model.sizes.block_size
-        if self.window is None:
-            self.window = self.new_window(block_size)
-        elif self.cache.length == block_size:
+        if self.window is None or self.cache.length == self.model.sizes.block_size:
             self.cache.length = 0
-            self.window = self.new_window(int(block_size * KEPT_OF_WINDOW))
+            self.window = self.new_window()
         else:
             self.window = self.last_token()
-        logits = self.model(self.window, self.cache)
-        return logits[:, -1].float().cpu().numpy()
+        if self.guidance == 1:
+            logits = self.model(self.window, self.cache)[:, -1]
+        else:
+            without = self.window._replace(style=torch.zeros_like(self.window.style))
+            both = self.window.joined(without)
+            styled, plain = self.model(both, self.cache)[:, -1].chunk(2)
+            logits = plain + self.guidance * (styled - plain)
+        return logits.float().cpu().numpy()
+
+
+class GapWriting(Writing):
+    """One piece in which a gap is being filled.
+
+    The model reads what move_gaps taught it to: what is before the gap, what is after it, FILL,
+    and what is written so far.
+    """
+
+    def __init__(
+        self, model: PianoGPT, vocab: Vocabulary, gap: Gap, style: int = 0, guidance: float = 1.0
+    ):
+        opening = np.append(gap.ids[: gap.begin], vocab.bar_id)
+        super().__init__(model, vocab, opening, 1, style, guidance)
+        self.gap = gap
+        self.trace = vocab.trace(gap.ids)
+        after = slice(gap.end, None)
+        self.count_notes(State(*(column[after] for column in self.trace)), gap.ids[after])
+
+    def new_window(self) -> Window:
+        """What is around the gap, in equal shares, FILL, and the last tokens written.
+
+        When the window is full, finished bars of the gap become part of what is before it.
+        """
+        T = self.model.sizes.block_size
+        gap = self.gap
+        ids = np.concatenate(self.ids)
+        begin = gap.begin if self.window is None else np.flatnonzero(ids == self.vocab.bar_id)[-1]
+        written = min(len(ids) - begin, T // 4)
+        to_write = min(max(gap.end - gap.begin, T // 4), T // 2)
+        around = T - 1 - written - to_write
+        after = min(len(gap.ids) - gap.end, max(around // 2, around - begin))
+        before = min(begin, around - after)
+        self.window_start = begin - before
+
+        # The columns of what comes before, with what is written, and of what comes after
+        now = np.stack([ids, np.concatenate(self.times), np.concatenate(self.pitches)])
+        then = np.stack([gap.ids, self.trace.time, self.trace.pitch])[:, gap.end : gap.end + after]
+        fill = now[:, begin : begin + 1].copy()
+        fill[0] = self.vocab.fill_id
+        old = now[:, self.window_start : begin]
+        new = now[:, len(ids) - written :]
+        idx, time, pitch = torch.from_numpy(np.concatenate([old, then, fill, new], axis=1))[:, None]
+        place = np.concatenate(
+            [
+                np.arange(self.window_start, begin),
+                np.arange(gap.end, gap.end + after),
+                [begin],
+                np.arange(len(ids) - written, len(ids)),
+            ]
+        )
+        order = TOKEN_TIME * self.vocab.grid * torch.from_numpy(place - self.window_start)
+        rest = np.append(ids[: self.window_start], gap.ids[gap.end + after :])
+        counts = np.bincount(rest, minlength=len(self.vocab.words)) / max(MEMORY, len(rest))
+        recent = np.append(np.full(RECENT, PAD), ids[: self.window_start])[-RECENT:]
+        window = Window(
+            idx=idx.long(),
+            time=(time - now[1, self.window_start] + order).float(),
+            pitch=pitch.float(),
+            recent=torch.from_numpy(recent)[None],
+            before=torch.from_numpy(counts).float()[None],
+            style=torch.tensor([self.style]),
+        )
+        return window.to(self.model.head.weight.device)
 
 
 @contextmanager
@@ -2442,11 +2705,13 @@ def generate(
     seed: int,
     prompt_ids: np.ndarray | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    style: int = 0,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield --num-samples new pieces until stopped(): (number, ids from BOS on), when each ends.
 
-    prompt_ids: (T,) from BOS on, with which each piece begins. At temperature 0 there is only one
-    piece, because all would be the same.
+    prompt_ids: (T,) from BOS on, with which each piece begins, or of which --rewrite writes bars
+    anew. style: its number. At temperature 0 there is only one piece, because all would be the
+    same.
     """
     grid = divide_beat(min(sample.division, vocab.grid), vocab.grid)
     if prompt_ids is None:
@@ -2462,12 +2727,40 @@ def generate(
     request = Request(vocab, sample, chords, old_bars, grid)
     pieces = 1 if sample.temperature == 0 else sample.num_samples
     rng = np.random.default_rng(seed)
+    if sample.rewrite:
+        for number in range(1, pieces + 1):
+            ids = fill_gaps(model, prompt_ids, request, rng, stopped, style)
+            if stopped():
+                return
+            yield number, ids
+        return
     for first in range(0, pieces, AT_ONCE):
         if stopped():
             return
-        writing = Writing(model, vocab, opening, min(AT_ONCE, pieces - first))
+        B = min(AT_ONCE, pieces - first)
+        writing = Writing(model, vocab, opening, B, style, sample.guidance)
         for number, ids in write_together(writing, request, rng, stopped):
             yield first + number, ids
+
+
+def fill_gaps(
+    model: PianoGPT,
+    ids: np.ndarray,
+    request: Request,
+    rng: np.random.Generator,
+    stopped: Callable[[], bool],
+    style: int,
+) -> np.ndarray:
+    """A piece, ids (T,) from BOS on, with the bars of --rewrite written anew, and EOS."""
+    vocab = request.vocab
+    ids = np.append(ids, vocab.eos_id)
+    for first, last in parse_bars(request.sample.rewrite, int((ids == vocab.bar_id).sum())):
+        gap = find_gap(ids, first, last, vocab)
+        request = replace(request, gap=gap, old_bars=first - 1)
+        writing = GapWriting(model, vocab, gap, style, request.sample.guidance)
+        for _, written in write_together(writing, request, rng, stopped):
+            ids = np.append(written, ids[gap.end :])
+    return ids
 
 
 def write_together(
@@ -2500,10 +2793,14 @@ def write_together(
 
 @dataclass
 class Prompt:
-    """The music to continue, and what its file says about it, at TPQ ticks per quarter note."""
+    """The music to continue, or to rewrite in part, and what its file says about it.
 
+    Times are in ticks: TPQ per quarter note, or with --rewrite a multiple of the file's own.
+    """
+
+    piano: Score  # as the file has it, at these ticks
     ids: np.ndarray  # (T,) from BOS on, without EOS
-    end: int  # tick of the bar line where new music begins
+    end: int  # tick of the bar line where it ends
     tempos: list[Tempo]  # at least one
     time_signatures: list[TimeSignature]  # at least one
     key_signatures: list[KeySignature]
@@ -2537,20 +2834,81 @@ def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.
     score.key_signatures = list(prompt.key_signatures)
 
 
+def fit_between(new: Notes, kept: Notes) -> Notes:
+    """Notes for a gap, without what would strike a key that a kept note holds, or hold one."""
+    fitting = []
+    for n in range(len(new["time"])):
+        same_key = kept["pitch"] == new["pitch"][n]
+        start = new["time"][n]
+        end = start + new["duration"][n]
+        earlier = kept["time"] <= start
+        until = (kept["time"] + kept["duration"])[same_key & earlier].max(initial=0)
+        again = kept["time"][same_key & ~earlier].min(initial=end)
+        new["time"][n] = max(start, until)
+        new["duration"][n] = min(end, again) - new["time"][n]
+        if new["duration"][n] > 0:
+            fitting.append(n)
+    return select(new, np.array(fitting, int))
+
+
+def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary, rewrite: str) -> Score:
+    """The prompt's own notes, and in its gaps those of a piece, ids (T,), that was rewritten."""
+    score = prompt.piano.copy()
+    ticks = score.tpq
+    written = vocab.decode(ids).resample(ticks, min_dur=1).tracks[0].notes.numpy()
+    notes = score.tracks[0].notes.numpy()
+    _, lines = vocab.bar_lines(ids)
+    for first, last in parse_bars(rewrite, len(lines) - 1):
+        begin = round(lines[first - 1] * ticks)
+        end = round(lines[last] * ticks)
+        # A note that is played a little before the bar line belongs to it.
+        early = ticks // (2 * vocab.grid)
+        is_old = (notes["time"] < begin - early) | (notes["time"] >= end - early)
+        notes = select(notes, is_old)
+        is_new = (written["time"] >= begin) & (written["time"] < end)
+        new = select(written, is_new)
+        new["duration"] = np.minimum(new["duration"], end - new["time"])
+        new = fit_between(new, notes)
+        notes = {column: np.append(notes[column], new[column]) for column in notes}
+        score.markers.append(TextMeta(begin, PROMPT_ENDS))
+        score.markers.append(TextMeta(end, PROMPT_GOES_ON))
+    notes = select(notes, np.lexsort((notes["pitch"], notes["time"])))
+    score.tracks[0].notes = Note.from_numpy(**notes)
+    score.tempos = list(prompt.tempos)
+    score.time_signatures = list(prompt.time_signatures)
+    score.key_signatures = list(prompt.key_signatures)
+    return score
+
+
+def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, rewrite: str) -> np.ndarray:
+    """What the model wrote of a piece, ids (T,)."""
+    if not prompt:
+        return ids[1:]  # without BOS
+    if not rewrite:
+        return ids[len(prompt.ids) :]
+    starts, _ = vocab.bar_lines(ids)
+    starts = np.append(starts, len(ids) - 1)
+    parts = []
+    for first, last in parse_bars(rewrite, len(starts) - 1):
+        parts.append(ids[starts[first - 1] : starts[last]])
+    return np.concatenate(parts)
+
+
 def make_sample(
     ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, sample: SampleSettings
 ) -> Sample | None:
     """A piece of generate(), decoded; None if it has no notes."""
-    old = len(prompt.ids) if prompt else 1  # BOS
-    new_ids = ids[old:]
+    new_ids = new_part(ids, prompt, vocab, sample.rewrite)
     whole = vocab.decode(ids)
     score = whole
-    if sample.continuation_only:
+    if sample.rewrite:
+        score = fill_score(ids, prompt, vocab, sample.rewrite)
+    elif sample.continuation_only:
         ids = np.append(vocab.bos_id, new_ids)
         score = vocab.decode(ids, prompt.tempos[-1].qpm)
     elif prompt:
         restore_prompt(score, prompt, vocab, new_ids)
-        score.markers.append(TextMeta(prompt.end, "end of prompt"))
+        score.markers.append(TextMeta(prompt.end, PROMPT_ENDS))
     if not score.note_num():
         return None
     if sample.tempo:
@@ -2558,7 +2916,8 @@ def make_sample(
     signature, key = find_key(whole)
     if not score.key_signatures:
         score.key_signatures.append(signature)
-    elif (score.key_signatures[-1].key - signature.key) % 12:  # G flat is F sharp
+    elif not sample.rewrite and (score.key_signatures[-1].key - signature.key) % 12:
+        # Another key, not G flat for F sharp
         signature.time = prompt.end
         score.key_signatures.append(signature)
     for quarter, symbol in vocab.chord_changes(ids):
@@ -2803,12 +3162,13 @@ def load_pieces(cache: Path) -> dict[str, Piece]:
     for path in cache.glob("*.safetensors"):
         with suppress(Exception):
             heads, tensors = load_tensors(path, CACHE_FORMAT)
-            *columns, offsets = (tensors[name].numpy() for name in Corpus._fields)
+            columns = {name: tensors[name].numpy() for name in ("ids", "time", "pitch")}
+            offsets = tensors["offsets"].tolist()
             of_file = {}
             for head, (begin, end) in zip(heads, itertools.pairwise(offsets), strict=True):
-                ids, time, pitch = (column[begin:end] for column in columns)
+                arrays = {name: column[begin:end] for name, column in columns.items()}
                 content = head.pop("content")
-                of_file[content] = Piece(**head, ids=ids, time=time, pitch=pitch)
+                of_file[content] = Piece(**head, **arrays)
             pieces |= of_file
     return pieces
 
@@ -3059,8 +3419,8 @@ def split_pieces(pieces: list[Piece], folder: Path, data: DataSettings, vocab: V
 
 # ---- 8. Checkpoint: one file, its log, its lock; names that are free
 
-FORMAT = "pianogpt 12"
-OLDER_FORMATS = ("pianogpt 11",)
+FORMAT = "pianogpt 13"
+OLDER_FORMATS = ("pianogpt 11", "pianogpt 12")
 STORED_GROUPS = ("data", "tokens", "model", "train")  # groups of settings in a checkpoint
 LOG_COLUMNS = ("step", "seconds", "train_loss", "val_loss", "val_nats_per_note")
 PROGRESS_KEYS = {
@@ -3084,6 +3444,7 @@ class Checkpoint:
     files: list[str]  # "hash name" of the MIDI files there, to notice changes
     pieces: list[str]  # names of the pieces it learned from
     held_out: list[str] = field(default_factory=list)  # hashes of files it did not learn from
+    styles: list[str] = field(default_factory=list)  # names; number 1 is the first
     # How it was computed, which a resumed run keeps: "bfloat16", "compiled", and on what "device"
     machine: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)  # see trainer_progress
@@ -3189,7 +3550,8 @@ def stored_settings(checkpoint: Checkpoint) -> Settings:
 
 def check_values(checkpoint: Checkpoint) -> None:
     """Raise an error for a value of the wrong type."""
-    lists = (checkpoint.files, checkpoint.pieces, checkpoint.held_out, checkpoint.vocabulary)
+    names = ("files", "pieces", "held_out", "styles", "vocabulary")
+    lists = [getattr(checkpoint, name) for name in names]
     progress = checkpoint.progress
     if progress.keys() != PROGRESS_KEYS or not all(isinstance(names, list) for names in lists):
         raise ValueError("it is incomplete")
@@ -3209,12 +3571,19 @@ def check_values(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{number!r:.40} is no number of a training")
 
 
+def new_model(checkpoint: Checkpoint) -> PianoGPT:
+    """A model of the sizes that a checkpoint has."""
+    settings = stored_settings(checkpoint)
+    V = len(checkpoint.vocabulary)
+    return PianoGPT(settings.model, V, settings.tokens.grid, len(checkpoint.styles))
+
+
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Raise an error if the parts of a checkpoint do not fit each other."""
     settings = stored_settings(checkpoint)
     check_settings(settings)
     with torch.device("meta"):  # takes no memory
-        model = PianoGPT(settings.model, len(checkpoint.vocabulary), settings.tokens.grid)
+        model = new_model(checkpoint)
     expected = {name: weight.shape for name, weight in model.state_dict().items()}
     groups = ["best", "weights", "average"] if checkpoint.can_train else ["best"]
     for group in groups:
@@ -3231,10 +3600,20 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> PianoGPT:
     """The model of a checkpoint, with the weights that had the lowest validation loss."""
-    settings = stored_settings(checkpoint)
-    model = PianoGPT(settings.model, len(checkpoint.vocabulary), settings.tokens.grid)
+    model = new_model(checkpoint)
     model.load_state_dict(checkpoint.weights("best"))
     return model.to(device)
+
+
+def add_styles(checkpoint: Checkpoint, styles: list[str]) -> Checkpoint:
+    """A checkpoint with more styles, which do nothing yet; styles: those it has, then new ones."""
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("/style.weight") and tensor.dim() == 2:  # not a count of steps
+            rows = torch.zeros(1 + len(styles), tensor.size(1))
+            rows[: len(tensor)] = tensor
+            tensors[name] = rows
+    return replace(checkpoint, styles=styles, tensors=tensors)
 
 
 def start_from(path: Path) -> Checkpoint:
@@ -3384,6 +3763,28 @@ def print_block(values: dict) -> None:
         say(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
 
 
+def name_styles(pieces: list[Piece]) -> None:
+    """Set the style of each piece to the name of its first folder; one named train is none.
+
+    Raises UserError if there are no such folders.
+    """
+    for piece in pieces:
+        folders = [part for part in Path(piece.path).parts[:-1] if part not in SPLITS]
+        piece.style = folders[0] if folders else ""
+    if not any(piece.style for piece in pieces):
+        raise UserError("--style-from-folder: no file lies in a folder of a style: make some")
+
+
+def list_styles(pieces: list[Piece], known: list[str]) -> list[str]:
+    """The names of styles: those that are known, then the new ones of these pieces; says them."""
+    files = Counter(piece.style for piece in pieces if piece.style)
+    styles = known + sorted(files.keys() - set(known))
+    if files:
+        names = [f"{name} ({count(files[name], 'file')})" for name in styles if files[name]]
+        say(f"styles: {', '.join(names)}")
+    return styles
+
+
 def prepare_data(
     settings: Settings,
     vocab: Vocabulary,
@@ -3398,6 +3799,8 @@ def prepare_data(
     files = files or find_files(folder)  # before reading, so that a late file counts as new
     pieces = read_music(folder, vocab, settings.program.cache_dir, files)
     split_pieces(pieces, folder, settings.data, vocab)
+    if settings.data.style_from_folder:
+        name_styles(pieces)
     contents = [files[folder / piece.path] for piece in pieces]
     if checkpoint:
         keep_sides(pieces, contents, checkpoint)
@@ -3408,8 +3811,9 @@ def prepare_data(
     held_out = [piece for piece in pieces if piece.split == "validation"]
     if not training:
         raise UserError(f"no piece under {folder} is left to train on: all are held out")
+    styles = list_styles(training, checkpoint.styles if checkpoint else [])
     T = settings.model.block_size
-    windows = cut_all_windows(make_corpus(held_out), T, T, vocab, LONGEST_VALIDATION)
+    windows = cut_all_windows(make_corpus(held_out, styles), T, T, vocab, LONGEST_VALIDATION)
     intervals = b"".join(pitch_intervals(piece.ids, vocab) for piece in training)
     learned = Checkpoint(
         about="",
@@ -3423,9 +3827,10 @@ def prepare_data(
             for piece, content in zip(pieces, contents, strict=True)
             if piece.split != "train"
         ],
+        styles=styles,
         tensors={"intervals": as_tensor(intervals)},
     )
-    return make_corpus(training), windows, learned
+    return make_corpus(training, styles), windows, learned
 
 
 def kind_of_device(device: torch.device) -> str:
@@ -3463,8 +3868,12 @@ def make_trainer(
     vocab: Vocabulary,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
+    styles: int = 0,
 ) -> Trainer:
-    """A new trainer for a new run, or for one that a checkpoint continues."""
+    """A new trainer for a new run, or for one that a checkpoint continues.
+
+    styles: how many the model has
+    """
     used = {}
     done = 0
     if checkpoint:
@@ -3479,7 +3888,7 @@ def make_trainer(
     if used and used["device"] != here:
         say(f"this is a {here}, not a {used['device']}: the run goes on, but not bit for bit")
     torch.manual_seed(settings.train.seed)
-    model = PianoGPT(settings.model, len(vocab.words), vocab.grid).to(device)
+    model = PianoGPT(settings.model, len(vocab.words), vocab.grid, styles).to(device)
     return Trainer(model, settings.train, bfloat16 and has_fast_bfloat16(device), compiled)
 
 
@@ -3624,14 +4033,14 @@ def train_model(
     path = Path(settings.program.checkpoint)
     corpus, windows, learned = from_rank_0(lambda: prepare_data(settings, vocab, files, checkpoint))
     batches = Batches(corpus.to(device), vocab, settings)
-    trainer = make_trainer(settings, vocab, device, checkpoint)
+    trainer = make_trainer(settings, vocab, device, checkpoint, len(learned.styles))
     learned.machine = {
         "bfloat16": trainer.bfloat16,
         "compiled": trainer.compiled,
         "device": kind_of_device(device),
     }
     if checkpoint:
-        continue_from(checkpoint, trainer, learned)
+        continue_from(add_styles(checkpoint, learned.styles), trainer, learned)
     if settings.program.fresh:
         from_rank_0(lambda: set_aside(path))
     say(describe_model(trainer, settings))
@@ -3681,6 +4090,8 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     bars = sample.prompt_bars or len(starts)
     if bars > len(starts):
         raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
+    if sample.rewrite:
+        parse_bars(sample.rewrite, bars)  # finds a mistake in it
     if 0 < sample.bars <= bars:
         raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
     end = starts[bars] if bars < len(starts) else len(ids)
@@ -3694,10 +4105,16 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     ids = np.append(ids, silent_bar * missing).astype(np.int16)
 
     midi = parse_midi(data)
-    scale = TPQ / midi.tpq
-    end = round(lines[bars] * TPQ)
+    piano, _ = make_piano(midi)
+    times = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exactly
+    ticks = times * midi.tpq if sample.rewrite else TPQ
+    scale = ticks / midi.tpq
+    end = round(lines[bars] * ticks)
+    piano = piano.resample(ticks, min_dur=1)
+    piano.tracks[0].notes = piano.tracks[0].notes.filter(lambda note: note.time < end)
     tempos = {tick: (tempo,) for tick, tempo in midi.tempos().items()}
     return Prompt(
+        piano,
         ids,
         end,
         signs_before(end, {0: (120.0,)} | tempos, Tempo, scale),
@@ -3755,6 +4172,24 @@ def write_sample(
     )
 
 
+def find_style(name: str, checkpoint: Checkpoint) -> int:
+    """The number of a style, 0 for none. Raises UserError if the checkpoint does not know it."""
+    if not name:
+        return 0
+    if not checkpoint.styles:
+        raise UserError("this model knows no styles: train one with --style-from-folder")
+    if name not in checkpoint.styles:
+        known = ", ".join(checkpoint.styles)
+        raise UserError(f"there is no style {name} in this model: pass one of {known}")
+    return 1 + checkpoint.styles.index(name)
+
+
+def check_gaps(sample: SampleSettings, checkpoint: Checkpoint) -> None:
+    """Raise UserError if --rewrite is asked of a model that has not learned it."""
+    if sample.rewrite and not checkpoint.settings["data"].get("gap_percent"):
+        raise UserError("this model has not learned to --rewrite: train one with --gap-percent 25")
+
+
 def write_music(
     settings: Settings, given: dict, vocab: Vocabulary, device: torch.device, prompt: Prompt | None
 ) -> int:
@@ -3765,6 +4200,10 @@ def write_music(
         f"written by: {settings.program.checkpoint}, step {checkpoint.step} of "
         f"{checkpoint.settings['train']['steps']}, trained on {checkpoint.folder}{about}"
     )
+    if checkpoint.styles:
+        say(f"styles: {', '.join(checkpoint.styles)}")
+    style = find_style(settings.sample.style, checkpoint)
+    check_gaps(settings.sample, checkpoint)
     seed = settings.train.seed
     if "seed" not in given:
         seed = int(np.random.default_rng().integers(10**6))
@@ -3779,7 +4218,7 @@ def write_music(
     ids = prompt.ids if prompt else None
     written = 0
     with catch_signals() as caught:
-        pieces = generate(model, vocab, settings.sample, seed, ids, lambda: bool(caught))
+        pieces = generate(model, vocab, settings.sample, seed, ids, lambda: bool(caught), style)
         for number, piece in pieces:
             sample = make_sample(piece, prompt, vocab, settings.sample)
             if sample is None:
@@ -4031,13 +4470,17 @@ def parse(argv: list[str] | None) -> dict:
         raise UserError(f"there is no flag {unknown[0]}: --help lists all")
     given = vars(given)
     needs = {f.name: "generate" for f in fields(SampleSettings)}
-    needs |= {"prompt_bars": "prompt", "continuation_only": "prompt", "about": "export"}
+    needs |= {"prompt_bars": "prompt", "continuation_only": "prompt", "rewrite": "prompt"}
+    needs |= {"guidance": "style", "about": "export"}
     for name in given:
         if name in needs and needs[name] not in given:
             raise UserError(f"{flag(name)} does nothing without {flag(needs[name])}")
     modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be done at once")
+    for name in ("bars", "continuation_only"):
+        if name in given and "rewrite" in given:
+            raise UserError(f"--rewrite keeps the length of the prompt: omit {flag(name)}")
     return given
 
 

@@ -25,6 +25,7 @@ import math
 import struct
 import sys
 import wave
+from bisect import bisect_right
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -38,10 +39,10 @@ PEAK = 32_000  # the loudest sample of a piece; full scale is 32,767
 SUFFIXES = (".mid", ".midi", ".kar")
 MOST_BARS = 20_000  # one every fifth of a second for an hour
 LONGEST = 3600  # seconds; an hour of sound takes 3 GB of memory while it is written
-# The markers that pianogpt.py sets: what made the piece, as JSON, and where the user's prompt ends.
-# Its other markers are chord symbols.
+# The markers that pianogpt.py sets: what made the piece, as JSON, and where the user's prompt gives
+# way to new music and comes back. Its other markers are chord symbols.
 MADE_BY = "PianoGPT "
-END_OF_PROMPT = "end of prompt"
+TURNS = ("end of prompt", "prompt goes on")
 PIANO = Path(__file__).with_name("florestan-piano.sf2")
 PITCHES = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
 
@@ -58,8 +59,12 @@ class Piece:
     end: float  # of the last note
     bars: list[float]  # where they begin
     chords: list[tuple[float, str]]
-    prompt_end: float  # 0: there is none
+    turns: list[float]  # where the prompt ends, goes on, ends again, ...; empty: there is none
     origin: dict  # the settings of pianogpt.py that wrote it
+
+    def is_prompt(self, note) -> bool:
+        """Whether a note is of the user's prompt."""
+        return bool(self.turns) and bisect_right(self.turns, note.time) % 2 == 0
 
 
 def need(module: str, options: str = ""):
@@ -122,7 +127,7 @@ def read_texts(markers) -> tuple[list[tuple[int, str]], dict]:
     for marker in markers:
         if marker.text.startswith(MADE_BY):
             made = marker.text
-        elif marker.text != END_OF_PROMPT:
+        elif marker.text not in TURNS:
             chords.append((marker.time, marker.text))
     if not made:
         return [], {}
@@ -170,13 +175,13 @@ def read_piece(path: Path) -> Piece:
         raise UserError(f"{path} {e}: mend its time signatures") from None
     chords, origin = read_texts(score.markers)
     chord_times = in_seconds([tick for tick, _ in chords], score)
-    prompt_ends = [marker.time for marker in score.markers if marker.text == END_OF_PROMPT]
+    turns = [marker.time for marker in score.markers if marker.text in TURNS]
     return Piece(
         notes=notes,
         end=end,
         bars=in_seconds(bars, score),
         chords=list(zip(chord_times, (symbol for _, symbol in chords), strict=True)),
-        prompt_end=in_seconds([*prompt_ends, 0], score)[0],
+        turns=in_seconds(turns, score),
         origin=origin,
     )
 
@@ -235,8 +240,8 @@ def draw_piano_roll(midi: Path, piece: Piece) -> None:
     width = min(60, max(12, piece.end / 8))  # inches
     figure = need("matplotlib.figure").Figure((width, 4), layout="constrained")  # on no display
     axes = figure.add_subplot(xlabel="seconds", ylabel="pitch (darker is louder)")
-    prompt = [note for note in piece.notes if note.time < piece.prompt_end]
-    new = [note for note in piece.notes if note.time >= piece.prompt_end]
+    prompt = [note for note in piece.notes if piece.is_prompt(note)]
+    new = [note for note in piece.notes if not piece.is_prompt(note)]
     draw_notes(axes, prompt, "prompt", "Oranges")
     draw_notes(axes, new, "PianoGPT", "Blues")
     low = min(note.pitch for note in piece.notes) // 12 * 12
@@ -253,7 +258,7 @@ def draw_piano_roll(midi: Path, piece: Piece) -> None:
     axes.secondary_xaxis("top").set(
         xticks=piece.bars[::k], xticklabels=range(1, n + 1, k), xlabel="bar"
     )
-    if piece.prompt_end:
+    if piece.turns:
         figure.legend(loc="outside lower right", ncols=2, fontsize="small")
     with replacing(midi.with_suffix(".png")) as path:
         figure.savefig(path, format="png", dpi=100)
@@ -316,7 +321,7 @@ def svg_paths(piece: Piece, low: int, high: int) -> list[str]:
     grid += [f"M0 {127 - c}h{1000 * piece.end:.0f}" for c in range(low + 1, high, 12)]
     paths = {'class="grid"': grid}
     for n in piece.notes:
-        kind = "note prompt" if n.time < piece.prompt_end else "note"
+        kind = "note prompt" if piece.is_prompt(n) else "note"
         look = f'class="{kind}" opacity=".{30 + n.velocity // 2}" data-velocity="{n.velocity}"'
         step = f"M{1000 * n.time:.0f} {127 - n.pitch}h{1000 * n.duration:.0f}"
         paths.setdefault(look, []).append(step)

@@ -133,6 +133,7 @@ def random_window(sizes: pg.ModelSettings, V: int, B: int, device: torch.device)
         pitch=torch.randint(pg.LOWEST_KEY, pg.HIGHEST_KEY + 1, (B, T)).float(),
         recent=torch.randint(V, (B, pg.RECENT)),
         before=torch.full((B, V), 1 / V),
+        style=torch.zeros(B, dtype=torch.long),
         targets=torch.randint(V, (B, T)),
     ).to(device)
 

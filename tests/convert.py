@@ -2,7 +2,8 @@
 
     python tests/convert.py old new.safetensors
 
-old: of format 10 (.pt) or 11. The weights compute the same as before; training cannot be resumed.
+old: of format 10 (.pt), 11 or 12. The weights compute the same as before; training cannot be
+resumed.
 """
 
 import json
@@ -45,17 +46,20 @@ def convert_weights(old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def enlarge(weight: torch.Tensor, name: str, old: list[str], new: list[str]) -> torch.Tensor:
-    """A weight for the words of the new vocabulary, which are the old ones and longer lengths.
+    """A weight for the words of the new vocabulary: the old ones, longer lengths, and FILL.
 
-    A new length is read as the longest old one, and is as unlikely as PAD until it is learned.
+    A new length is read as the longest old one. All new words are as unlikely as PAD until they
+    are learned.
     """
-    if name == "embedding.weight":
-        instead = "Duration_12.0.12"
-    elif name in ("head.weight", "memory.weight"):
-        instead = "PAD_None"
-    else:
+    if name not in ("embedding.weight", "head.weight", "memory.weight"):
         return weight
-    rows = torch.tensor([old.index(word if word in old else instead) for word in new])
+
+    def instead(word: str) -> str:
+        if name == "embedding.weight" and word != pg.FILL:
+            return "Duration_12.0.12"
+        return "PAD_None"
+
+    rows = torch.tensor([old.index(word if word in old else instead(word)) for word in new])
     if name == "memory.weight":  # (C, V)
         return weight[:, rows]
     return weight[rows]
@@ -78,10 +82,10 @@ def read_10(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def read_11(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The same of a checkpoint of format 11."""
+    """The same of a checkpoint of format 11 or 12."""
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
-        assert metadata["format"] == "pianogpt 11", metadata["format"]
+        assert metadata["format"] in pg.OLDER_FORMATS, metadata["format"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
     return json.loads(metadata["json"]), weights | {"intervals": tensors["intervals"]}
@@ -99,6 +103,9 @@ def main() -> None:
     for name, weight in weights.items():
         enlarged = enlarge(weight, name, values["vocabulary"], vocabulary)
         tensors[f"best/{name}"] = enlarged.clone()
+    n_embd = weights["embedding.weight"].size(1)
+    dtype = weights["embedding.weight"].dtype
+    tensors["best/style.weight"] = torch.zeros(1, n_embd, dtype=dtype)  # no styles
     progress = values["progress"] | {"begin": 0, "losses": [], "optimizer": ""}
     values |= {"vocabulary": vocabulary, "files": [], "progress": progress}
     pg.save_checkpoint(Path(new), pg.Checkpoint(**values, tensors=tensors))

@@ -285,7 +285,8 @@ def test_checkpoint_of_the_older_version_is_converted_and_writes_music(
     share = torch.rand(1, len(vocab.words)) / 100
     places = torch.zeros(1, 8)
     before = torch.zeros(1, pg.RECENT, dtype=torch.long)
-    now = converted.embed(pg.Window(idx, places, places, before, share))
+    style = torch.zeros(1, dtype=torch.long)
+    now = converted.embed(pg.Window(idx, places, places, before, share, style))
     assert torch.allclose(now[0], embed_as_before(old, idx[0], share[0]), atol=1e-2)
     for name, weight in model.state_dict().items():
         if name.startswith(("blocks", "head", "norm")):

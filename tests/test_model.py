@@ -19,8 +19,9 @@ V = len(VOCAB.words)
 def model():
     """A small model; nothing in it is near zero, so that logits differ."""
     torch.manual_seed(0)
-    model = pg.PianoGPT(SIZES, V, VOCAB.grid)
+    model = pg.PianoGPT(SIZES, V, VOCAB.grid, styles=2)
     nn.init.normal_(model.embedding.weight[1:].data)
+    nn.init.normal_(model.style.weight[1:].data)
     nn.init.normal_(model.head.weight)
     nn.init.normal_(model.recent)
     nn.init.normal_(model.memory.weight, std=3.0)
@@ -37,6 +38,7 @@ def random_window(B=2, T=96):
         pitch=torch.randint(pg.LOWEST_KEY, pg.HIGHEST_KEY + 1, (B, T)).float(),
         recent=ids[:, : pg.RECENT],
         before=before / before.sum(1, keepdim=True),
+        style=torch.arange(B) % 3,
     )
 
 
@@ -54,12 +56,13 @@ def part_of(window, first, last):
         pitch=window.pitch[:, first:last],
         recent=ids[:, first : first + pg.RECENT],
         before=window.before,
+        style=window.style,
     )
 
 
 def test_first_loss_is_near_ln_v():
     torch.manual_seed(0)
-    loss = pg.PianoGPT(SIZES, V, VOCAB.grid)(scored(random_window(8)))
+    loss = pg.PianoGPT(SIZES, V, VOCAB.grid, styles=2)(scored(random_window(8)))
     assert loss.item() / (8 * 96) == pytest.approx(math.log(V), abs=0.05)
 
 
@@ -175,25 +178,25 @@ def test_time_turns_some_channels_and_pitch_the_others():
 
 
 def test_tokens_of_one_moment_are_told_apart(model):
-    window = part_of(random_window(), 0, 3)
-    still = window._replace(time=torch.zeros(2, 3), pitch=torch.full((2, 3), 60.0))
-    cos, sin = model.turn(still, 0)
-    _, later = model.turn(still, 1)
+    nowhere = torch.zeros(10, dtype=torch.long)
+    corpus = pg.Corpus(nowhere, nowhere, nowhere + 60, torch.tensor([0, 10]), nowhere[:1])
+    still = pg.cut_windows(corpus, torch.tensor([2, 5]), 3, VOCAB)
+    cos, sin = model.turn(still)
     assert cos.shape == (2, 1, 3, 8)
     assert len(sin[0, 0].unique(dim=0)) == 3
-    assert torch.equal(later[:, :, :2], sin[:, :, 1:]), "they count on from the first"
+    assert torch.equal(sin[0], sin[1]), "in each window they are counted from its first one"
 
 
-def test_each_token_is_told_the_three_before_it_and_all_the_counts(model):
+def test_each_token_is_told_the_three_before_it_all_the_counts_and_the_style(model):
     window = random_window()
     x = model.embed(window)
     ids = torch.cat([window.recent, window.idx], dim=1)
     of_id = model.embedding.weight
-    memory = window.before @ model.memory.weight.T
+    of_all = window.before @ model.memory.weight.T + model.style.weight[window.style]
     for t in range(96):
         oldest, middle, newest, own = of_id[ids[:, t : t + 4]].unbind(1)
         mix = own + oldest * model.recent[0] + middle * model.recent[1] + newest * model.recent[2]
-        assert torch.allclose(x[:, t], F.layer_norm(mix + memory, (32,)), atol=1e-4)
+        assert torch.allclose(x[:, t], F.layer_norm(mix + of_all, (32,)), atol=1e-4)
     assert torch.allclose(model.embed(part_of(window, 40, 96)), x[:, 40:], atol=1e-5)
 
 
@@ -201,7 +204,7 @@ def test_tokens_before_the_window_change_logits_by_how_often_they_occur(model):
     def logits_after(old):
         ids = torch.cat([old, new])
         nowhere = torch.zeros_like(ids)
-        corpus = pg.Corpus(ids, nowhere, nowhere, torch.tensor([0, len(ids)]))
+        corpus = pg.Corpus(ids, nowhere, nowhere, torch.tensor([0, len(ids)]), nowhere[:1])
         window = pg.cut_windows(corpus, torch.tensor([len(old) + pg.RECENT]), 20, VOCAB)
         logits = model(window)
         return logits
@@ -264,9 +267,10 @@ def test_attention_written_out_is_that_of_pytorch(T):
 def test_weights_of_the_older_version_compute_the_same(model):
     old = {"recent": torch.randn(pg.RECENT, 1, 32), "memory": torch.randn(V, 32)}
     for name, weight in model.state_dict().items():
-        if name not in ("recent", "memory.weight"):
+        if name not in ("recent", "memory.weight", "style.weight"):
             old[name.removesuffix(".weight")] = torch.randn(weight.shape)
-    model.load_state_dict(convert_weights(old))
+    nn.init.zeros_(model.style.weight)
+    model.load_state_dict(model.state_dict() | convert_weights(old))
     assert torch.equal(model.blocks[1].qkv.weight, old["blocks.1.qkv"])
     window = random_window()
     ids = torch.cat([window.recent, window.idx], dim=1)

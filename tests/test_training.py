@@ -196,7 +196,7 @@ def test_matrices_alone_decay_and_their_rate_falls_with_the_fan_in(n_embd, inner
     model = pg.PianoGPT(pg.ModelSettings(n_layer=1, n_embd=n_embd), V, VOCAB.grid)
     optimizer = pg.make_optimizer(model, pg.TrainSettings(lr=1.0, weight_decay=0.3))
     expected = {"head.weight": (2150 / n_embd, 0.3, False), "recent": (63, 0.0, False)}
-    for name in ("embedding", "memory"):
+    for name in ("embedding", "memory", "style"):
         expected[f"{name}.weight"] = (168, 0.0, False)
     for name in ("norm", "blocks.0.norm_1", "blocks.0.norm_2"):
         expected[f"{name}.weight"] = (63, 0.0, False)

@@ -30,13 +30,15 @@ def numbered(*lengths):
     total = sum(lengths)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
     ids = torch.arange(total) % V
-    return pg.Corpus(ids.short(), torch.arange(total).int(), torch.full((total,), 60), offsets)
+    columns = (ids.short(), torch.arange(total).int(), torch.full((total,), 60))
+    return pg.Corpus(*columns, offsets, torch.zeros(len(lengths), dtype=torch.long))
 
 
 def make_batches(corpus, transpose=0, seed=3, batch_size=8):
     """Batches of windows of T tokens."""
     settings = pg.Settings()
     settings.data.transpose = transpose
+    settings.data.gap_percent = 0.0
     settings.model.block_size = T
     settings.train.batch_size = batch_size
     settings.train.seed = seed
@@ -56,7 +58,9 @@ def assert_window_of(piece, at, window):
     assert window.idx[0].tolist() == column(ids, at, at + T, pg.PAD)
     assert window.targets[0].tolist() == column(ids, at + 1, at + 1 + T, pg.IGNORE)
     assert window.recent[0].tolist() == column(ids, at - pg.RECENT, at, pg.PAD)
-    assert window.time[0, :length].tolist() == (piece.time[here] - piece.time[at]).tolist()
+    order = pg.TOKEN_TIME * VOCAB.grid * np.arange(length)
+    time = piece.time[here] - piece.time[at] + order
+    assert window.time[0, :length].tolist() == pytest.approx(time.tolist())
     assert window.pitch[0, :length].tolist() == piece.pitch[here].tolist()
     counts = np.bincount(ids[max(0, at - pg.MEMORY) : at], minlength=V)
     assert np.array_equal(window.before[0] * pg.MEMORY, counts)
