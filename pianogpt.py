@@ -4172,22 +4172,15 @@ def write_sample(
     )
 
 
-def find_style(name: str, checkpoint: Checkpoint) -> int:
-    """The number of a style, 0 for none. Raises UserError if the checkpoint does not know it."""
+def find_style(name: str, styles: list[str]) -> int:
+    """The number of a style of a model, 0 for none. Raises UserError if it has no such style."""
     if not name:
         return 0
-    if not checkpoint.styles:
+    if not styles:
         raise UserError("this model knows no styles: train one with --style-from-folder")
-    if name not in checkpoint.styles:
-        known = ", ".join(checkpoint.styles)
-        raise UserError(f"there is no style {name} in this model: pass one of {known}")
-    return 1 + checkpoint.styles.index(name)
-
-
-def check_gaps(sample: SampleSettings, checkpoint: Checkpoint) -> None:
-    """Raise UserError if --rewrite is asked of a model that has not learned it."""
-    if sample.rewrite and not checkpoint.settings["data"].get("gap_percent"):
-        raise UserError("this model has not learned to --rewrite: train one with --gap-percent 25")
+    if name not in styles:
+        raise UserError(f"there is no style {name} in this model: pass one of {', '.join(styles)}")
+    return 1 + styles.index(name)
 
 
 def write_music(
@@ -4202,8 +4195,7 @@ def write_music(
     )
     if checkpoint.styles:
         say(f"styles: {', '.join(checkpoint.styles)}")
-    style = find_style(settings.sample.style, checkpoint)
-    check_gaps(settings.sample, checkpoint)
+    style = find_style(settings.sample.style, checkpoint.styles)
     seed = settings.train.seed
     if "seed" not in given:
         seed = int(np.random.default_rng().integers(10**6))
@@ -4350,6 +4342,17 @@ def find_music(program: ProgramSettings, given: dict) -> None:
         program.midi_dir = str(beside)
 
 
+def check_wishes(settings: Settings, checkpoint: Checkpoint | None, training: bool) -> None:
+    """Say how chords are read. Raises UserError for music that the model could not write."""
+    _, remarks = parse_chords(settings.sample.chords)
+    if remarks:
+        say(f"chords: {', '.join(remarks)}")
+    if settings.sample.rewrite and settings.data.gap_percent == 0:
+        raise UserError("this model has not learned to --rewrite: train one with --gap-percent 25")
+    if checkpoint and not training:  # training may add styles
+        find_style(settings.sample.style, checkpoint.styles)
+
+
 def check_samples_folder(folder: Path) -> None:
     """Make the folder for samples. Raises UserError, or OSError, if it cannot be written to."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -4400,9 +4403,7 @@ def train_and_write(
     """Train if that is due, then write music if --generate asks for it; the exit code."""
     # Find mistakes before the work begins.
     find_music(settings.program, given)
-    _, remarks = parse_chords(settings.sample.chords)
-    if remarks:
-        say(f"chords: {', '.join(remarks)}")
+    check_wishes(settings, checkpoint, training)
     files = from_rank_0(lambda: look_at_folder(settings, given, checkpoint, training))
     prompt = None
     if settings.sample.prompt:

@@ -106,6 +106,7 @@ def main() -> None:
     n_embd = weights["embedding.weight"].size(1)
     dtype = weights["embedding.weight"].dtype
     tensors["best/style.weight"] = torch.zeros(1, n_embd, dtype=dtype)  # no styles
+    values["settings"]["data"]["gap_percent"] = 0.0  # it has not learned to fill any
     progress = values["progress"] | {"begin": 0, "losses": [], "optimizer": ""}
     values |= {"vocabulary": vocabulary, "files": [], "progress": progress}
     pg.save_checkpoint(Path(new), pg.Checkpoint(**values, tensors=tensors))

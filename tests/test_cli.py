@@ -38,6 +38,7 @@ from symusic import Score
 MODEL = Path("pianogpt.safetensors")  # the default --checkpoint
 SHIPPED = ROOT / "samples" / "piano.safetensors"
 SHORT = " ".join(["--midi-dir midi", *TINY, "--steps 30 --eval-every 10 --warmup 5 --seed 1"])
+REWRITE = "--generate --prompt midi/piece00.mid --rewrite 3"
 CONTINUE = "--prompt 'my prompt é.mid' --prompt-bars 4 --bars 8 --num-samples 2"
 multiprocessing.forkserver.ensure_running()  # it imports torch while the first tests run
 
@@ -1095,6 +1096,15 @@ def times_of_files(folder):
             "--generate --prompt midi/piece00.mid --bars 5",
             "the prompt alone is 8 bars: ask for a longer piece",
         ),
+        ("--generate --rewrite 3", "--rewrite does nothing without --prompt"),
+        ("--generate --guidance 2", "--guidance does nothing without --style"),
+        (f"{REWRITE} --bars 9", "--rewrite keeps the length of the prompt: omit --bars"),
+        (f"{REWRITE} --continuation-only", "omit --continuation-only"),
+        (f"{REWRITE}-9", "--rewrite 3-9: write bars from 1 to 8, which the prompt has"),
+        (f"{REWRITE} --prompt-bars 2", "--rewrite 3: write bars from 1 to 2, which the prompt"),
+        (f"{NEW} {REWRITE} --gap-percent 0", "this model has not learned to --rewrite: train"),
+        ("--generate --style Bach", "this model knows no styles: train one with --style-from-f"),
+        (f"{NEW} --style-from-folder --midi-dir midi", "no file lies in a folder of a style"),
         (f"{NEW} --generate --chords H", 'cannot read "H" in "H"'),
         ("--generate --chords 'C Hm'", 'cannot read "Hm" in "Hm": write C, Am,'),
         (f"{NEW} --generate --samples-dir bad/page.mid", "bad/page.mid cannot be used: File exi"),
@@ -1327,6 +1337,83 @@ def test_sample_says_its_key_in_three_places_and_its_chords_as_markers(trained, 
     chords = [(tick // bar % 2, symbol) for tick, symbol in texts]
     assert len(chords) > 1
     assert {*chords} <= {(0, "F#m"), (1, "C"), (1, "G")}
+
+
+def test_bars_of_a_prompt_are_rewritten_and_the_file_says_where(prompt, capsys):
+    line = "--prompt 'my prompt é.mid' --rewrite 2-3,5 --num-samples 2"
+    scores = generate(line)
+    out = capsys.readouterr().out
+    assert len(re.findall("^sample: 8 bars, ", out, re.M)) == 2
+    old = [note for note in notes_of(prompt) if note[0] // 3 not in (1, 2, 4)]
+    for score in scores:
+        assert [note for note in notes_of(score) if note[0] // 3 not in (1, 2, 4)] == old
+        assert len(notes_of(score)) > len(old)
+        assert score.tempos[0].mspq == prompt.tempos[0].mspq
+        texts, origin = texts_of(score)
+        bar = 3 * score.tpq
+        turns = [(tick / bar, text) for tick, text in texts if "prompt" in text]
+        ends, goes_on = "end of prompt", "prompt goes on"
+        assert turns == [(1, ends), (3, goes_on), (4, ends), (5, goes_on)]
+        assert origin["rewrite"] == "2-3,5"
+    again = generate(line)
+    assert [notes_of(score) for score in again] == [notes_of(score) for score in scores]
+
+
+def test_stopped_rewriting_keeps_what_is_finished(prompt, monkeypatch, capsys):
+    fill_gaps = pg.fill_gaps
+
+    def fill_two(*args):
+        fill_two.calls += 1
+        ids = fill_gaps(*args)
+        if fill_two.calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ids
+
+    fill_two.calls = 0
+    monkeypatch.setattr(pg, "fill_gaps", fill_two)
+    line = "--generate --prompt 'my prompt é.mid' --rewrite 2 --num-samples 5"
+    assert pianogpt(line) == 128 + signal.SIGINT
+    assert "stopped: 1 of 5 pieces were finished" in capsys.readouterr().out
+    assert len(samples()) == 1
+
+
+def test_styles_are_learned_asked_for_kept_and_joined_by_new_ones(folder, here, capsys):
+    for number, path in enumerate(sorted(Path("midi").iterdir())):
+        style = Path("midi", ["Bach", "Liszt"][number % 2])
+        style.mkdir(exist_ok=True)
+        path.rename(style / path.name)
+    assert train("--style-from-folder") == 0
+    assert re.search(
+        r"^styles: Bach \(\d files\), Liszt \(\d files\)$", capsys.readouterr().out, re.M
+    )
+    weights = load().weights("best")["style.weight"]
+    assert not weights[0].any() and weights[1:].any(1).all()
+    bach, liszt, guided, none = (
+        [notes_of(score) for score in generate(f"--bars 4 --num-samples 2 {style}")]
+        for style in ("--style Bach", "--style Liszt", "--style Bach --guidance 3", "")
+    )
+    assert len({str(pieces) for pieces in (bach, liszt, guided, none)}) == 4
+    assert "\nstyles: Bach, Liszt\n" in capsys.readouterr().out
+    assert pianogpt("--generate --style Ravel") == 2
+    error = "there is no style Ravel in this model: pass one of Bach, Liszt\n"
+    assert capsys.readouterr().err.endswith(error)
+
+    assert train("--style-from-folder --steps 60") == 0
+    assert load().styles == ["Bach", "Liszt"]
+    write_midi(Path("mine/Abel/a.mid"), scale(50))
+    assert (
+        pianogpt(
+            f"--midi-dir mine --init-from {MODEL} --style-from-folder --steps 3 --checkpoint a"
+        )
+        == 0
+    )
+    tuned = load("a")
+    assert tuned.styles == ["Bach", "Liszt", "Abel"]
+    of_styles = tuned.weights("weights")["style.weight"]
+    assert torch.equal(of_styles[:3], load().weights("best")["style.weight"])
+    assert of_styles[3].any()
+    assert pianogpt("--midi-dir midi --checkpoint a --steps 6") == 0
+    assert load("a").styles == tuned.styles, "also with music that has none"
 
 
 def test_prompt_itself_does_not_count_as_known_nor_do_pieces_that_are_held_out(trained, capsys):
