@@ -16,6 +16,7 @@
     python pianogpt.py                      train on my_midis/, or continue an unfinished run
     python pianogpt.py --generate           write three pieces (train first if there is no model)
     python pianogpt.py --generate --prompt song.mid --bars 32      continue a piece of yours
+    python pianogpt.py --generate --prompt song.mid --rewrite 9-12      keep all other bars
     python pianogpt.py --evaluate DIR       loss of the model on the MIDI files in DIR
 
 In:   a folder of MIDI files. Each is read as one piano: drums are dropped, all other tracks
@@ -57,6 +58,7 @@ To change ...                          look at ...
     what is learned from               5  Batches, cut_windows
     the optimizer, the learning rate   5  make_optimizer, learning_rate
     how the next token is chosen       6  RULES
+    how bars are filled in             5  move_gaps; 6  GapWriting
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the
 vocabulary; (B T, C) has a row for each token of all sequences.
@@ -683,6 +685,25 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
         "pitch": pitch.astype(np.int8),
         "velocity": velocity.astype(np.int8),
     }, ignored
+
+
+def find_hands(midi: MidiFile) -> list[tuple[float, int, bool]]:
+    """(quarter note, pitch, whether the left hand plays it) of each note of a file of two hands.
+
+    It has two if its notes are on two tracks, or on two channels; the lower one is the left hand.
+    Else the list is empty.
+    """
+    of_hands: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    for event in midi.events:
+        if event.kind == NOTE_ON and event.data[1] > 0 and event.channel != DRUMS:
+            hand = of_hands.setdefault((event.track, event.channel), [])
+            hand.append((event.tick / midi.tpq, event.data[0]))
+    if len(of_hands) != 2:
+        return []
+    low, high = sorted(
+        of_hands.values(), key=lambda hand: sum(pitch for _, pitch in hand) / len(hand)
+    )
+    return [(*note, True) for note in low] + [(*note, False) for note in high]
 
 
 def split_metre(sixteenths: int, unit: int) -> list[tuple[int, int]]:
@@ -1792,18 +1813,18 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
     the jump over the gap is not learned. FILL has time and pitch of the gap's first token, and
     that as its target.
     """
-    B, T = window.idx.shape
-    device = gaps.device
-    place = torch.arange(T + 1, device=device).expand(B, -1)  # FILL is the last one
-    begin, end = gaps[:, :1], gaps[:, 1:]
-    has_gap = end > begin
-    # In this order: before the gap, after it, FILL, the gap, padding, what gives way.
-    rank = torch.where(place[:, :T] < end, 3 * (place[:, :T] >= begin), 1)
-    rank[window.idx == PAD] = 4
+    T = window.idx.size(1)
+    begin = gaps[:, :1]
+    end = gaps[:, 1:]
+    place = torch.arange(T, device=gaps.device).expand(len(gaps), -1)
+    is_after = place >= end
+    in_gap = (place >= begin) & ~is_after
+    # In this order: 0 before the gap, 1 after it, 2 FILL, 3 the gap, 4 padding, 5 what gives way
+    rank = is_after.long().masked_fill(in_gap, 3).masked_fill(window.idx == PAD, 4)
     rank[:, -1] = 5
-    fill_rank = torch.full((B, 1), 2, device=device)
-    order = torch.cat([rank, fill_rank], dim=1).argsort(dim=1, stable=True)[:, :T]
-    order = torch.where(has_gap, order, place[:, :T])
+    with_fill = torch.cat([rank, torch.full_like(begin, 2)], dim=1)  # FILL has the place T
+    order = with_fill.argsort(dim=1, stable=True)[:, :T]
+    order = torch.where(end > begin, order, place)  # without a gap as it was
 
     def move(values: Tensor, of_fill: Tensor) -> Tensor:
         return torch.cat([values, of_fill], dim=1).gather(1, order)
@@ -2210,6 +2231,14 @@ ON_DIVISION = 0.98  # of the notes must lie on one; a few grace notes may not
 # Texts at the bar lines where the prompt gives way to new music, and comes back
 PROMPT_ENDS = "end of prompt"
 PROMPT_GOES_ON = "prompt goes on"
+# How two hands share the notes, see split_hands: in semitones, fitted to scores of two staves
+HAND_REACH = 4.5  # from a hand's middle key; beyond it the effort grows faster
+HAND_SLOPE = 0.1  # effort of each semitone
+HAND_MOVE = 0.7  # effort of each semitone that a hand moves, if there is no time for it
+TOO_CLOSE = 1000  # effort of a hand in the place of the other
+LEFT_HOME = 54  # the usual place of the left hand
+LEFT_AWAY = 0.03  # effort of each semitone away from it
+SAME_ONSET = 1 / 16  # quarter notes from a note of a file to the same one on the grid
 KEPT_OF_WINDOW = 1 / 3  # when a window is full, its last third begins the next
 
 
@@ -2805,6 +2834,83 @@ class Prompt:
     time_signatures: list[TimeSignature]  # at least one
     key_signatures: list[KeySignature]
     changes: dict[str, int]  # what tokens cannot say: how often
+    hands: list[tuple[float, int, bool]]  # see find_hands
+
+
+def reach(keys: np.ndarray, middles: np.ndarray) -> np.ndarray:
+    """The effort of keys for a hand at each of some middle keys, (keys, middles)."""
+    distance = np.abs(keys[:, None] - middles)
+    return HAND_SLOPE * distance + np.maximum(0, distance - HAND_REACH) ** 1.5
+
+
+def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
+    """Which notes, in order of time, the left hand plays, (N,) bool.
+
+    known (N,): 1 for the left hand and 0 for the right one, where that is known, else -1.
+
+    Each hand has a place, its middle key, and plays the keys that are nearer to it than to the
+    other hand. Of all ways of the two hands over the keyboard, that of the least effort is taken,
+    by dynamic programming (Viterbi). It is an effort to reach for keys and to hold them; to move,
+    the more the less time there is; and for the left hand to leave its usual place.
+    """
+    left = np.arange(28, 76, 2)  # middle keys that the left hand may have, (L,)
+    right = np.arange(44, 100, 2)  # (R,)
+    of_left = reach(notes["pitch"], left)  # (N, L)
+    of_right = reach(notes["pitch"], right)  # (N, R)
+    of_left[known == 0] = math.inf
+    of_right[known == 1] = math.inf
+    usual = np.where(right - left[:, None] < 5, TOO_CLOSE, 0)  # (L, R)
+    usual = usual + LEFT_AWAY * np.abs(left - LEFT_HOME)[:, None]
+    move_left = HAND_MOVE * np.abs(left[:, None] - left)  # (L from, L to)
+    move_right = HAND_MOVE * np.abs(right[:, None] - right)
+
+    onsets, first = np.unique(notes["time"], return_index=True)
+    struck = np.split(np.arange(len(notes["time"])), first[1:])  # the notes of each onset
+    hurry = 1 / (1 + np.diff(onsets, prepend=onsets[0]) / tpq)
+    ends = notes["time"] + notes["duration"]
+    down = np.empty(0, int)  # the notes that sound
+    total = np.zeros(usual.shape)  # the effort of the best way to each pair of places
+    came_from = []  # for each onset, where each hand was before
+    for n, new in enumerate(struck):
+        down = np.append(down[ends[down] > onsets[n]], new)
+        effort = np.minimum(of_left[down, :, None], of_right[down, None])  # (notes, L, R)
+        moved_left = total[:, None] + hurry[n] * move_left[:, :, None]  # (L from, L to, R)
+        total = moved_left.min(axis=0)
+        moved_right = total[:, :, None] + hurry[n] * move_right  # (L, R from, R to)
+        total = moved_right.min(axis=1) + effort.sum(axis=0) + usual
+        came = (moved_left.argmin(axis=0), moved_right.argmin(axis=1))
+        came_from.append([place.astype(np.int8) for place in came])
+    plays_left = np.zeros(len(ends), bool)
+    at_left, at_right = np.unravel_index(total.argmin(), total.shape)
+    for n in range(len(onsets) - 1, -1, -1):
+        new = struck[n]
+        plays_left[new] = of_left[new, at_left] < of_right[new, at_right]
+        left_from, right_from = came_from[n]
+        at_right = right_from[at_left, at_right]
+        at_left = left_from[at_left, at_right]
+    return plays_left
+
+
+def two_hands(score: Score, prompt: Prompt | None) -> list[Track]:
+    """The notes of a one-track score as two tracks; the prompt keeps the hands of its file."""
+    notes = score.tracks[0].notes.numpy()
+    known = np.full(len(notes["time"]), -1)
+    turns = [m.time for m in score.markers if m.text in (PROMPT_ENDS, PROMPT_GOES_ON)]
+    is_old = np.searchsorted(turns, notes["time"], side="right") % 2 == 0
+    if turns and prompt.hands:
+        quarter, pitch, is_left = np.array(prompt.hands).T
+        for n in np.flatnonzero(is_old):
+            distance = np.abs(quarter - notes["time"][n] / score.tpq)
+            distance[pitch != notes["pitch"][n]] = math.inf
+            if distance.min() < SAME_ONSET:
+                known[n] = is_left[distance.argmin()]
+    plays_left = split_hands(notes, known, score.tpq)
+    tracks = []
+    for name, mine in (("right hand", ~plays_left), ("left hand", plays_left)):
+        track = Track(name=name, program=0)
+        track.notes = Note.from_numpy(**select(notes, mine))
+        tracks.append(track)
+    return tracks
 
 
 @dataclass
@@ -2920,6 +3026,7 @@ def make_sample(
         # Another key, not G flat for F sharp
         signature.time = prompt.end
         score.key_signatures.append(signature)
+    score.tracks = two_hands(score, prompt)
     for quarter, symbol in vocab.chord_changes(ids):
         score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
     is_cut = ids[-1] != vocab.eos_id
@@ -4121,6 +4228,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         signs_before(end, {0: (4, 4)} | midi.time_signatures(), TimeSignature, scale),
         signs_before(end, midi.key_signatures(), KeySignature, scale),
         piece.changes,
+        find_hands(midi),
     )
 
 

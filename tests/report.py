@@ -2,6 +2,7 @@
 
     python tests/report.py --checkpoint pianogpt.safetensors --num-samples 50 --bars 32
     python tests/report.py --samples DIR     # MIDI files of any program instead
+    python tests/report.py --gaps            # how well the model rewrites bars, see measure_gaps
 
 Held-out music: openings of pieces that were not trained on, up to 2 x --num-samples, of as many
 works as possible, each as many bars long as --bars or the median sample. Ten features of an
@@ -49,6 +50,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -70,6 +73,10 @@ LAGS = {"short": (1, 2), "medium": (3, 8), "long": (9, 16)}  # bars
 ROUNDS = 20  # random halvings
 AXES = 8  # principal axes for the Frechet distance
 SHRINKAGE = 0.1  # of its covariances
+GAP_WINDOWS = 256  # of held-out music, spread evenly
+GAP_BARS = 2  # that are rewritten, to look at the seam
+AROUND_GAP = 6  # bars before and after them that the model may read
+LEAP = 12  # semitones; more is one
 
 Notes = dict[str, np.ndarray]  # columns (N,): those of symusic, start and length in seconds, bar
 
@@ -98,6 +105,7 @@ def parse(argv: list[str] | None) -> dict:
                     pg.flag(f.name), type=type(f.default), default=argparse.SUPPRESS, help=text
                 )
     parser.add_argument("--samples", default="", help="folder of MIDI files to compare instead")
+    parser.add_argument("--gaps", action="store_true", help="measure --rewrite instead")
     parser.set_defaults(num_samples=50)
     return vars(parser.parse_args(argv))
 
@@ -412,6 +420,85 @@ def read_held_out(
     return [pieces[i] for i in order[: 2 * settings.sample.num_samples]]
 
 
+def token_losses(model: pg.PianoGPT, windows: pg.Window) -> torch.Tensor:
+    """The loss of each target of windows, in nats, (B, T)."""
+    rows = []
+    for part in windows.groups_of(16):
+        logits = model(part.to(model.head.weight.device)._replace(targets=None)).float().cpu()
+        losses = F.cross_entropy(logits.transpose(1, 2), part.targets.clamp(0), reduction="none")
+        rows.append(losses)
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def measure_gaps(model: pg.PianoGPT, pieces: list[pg.Piece], vocab: pg.Vocabulary) -> dict:
+    """Nats a token of the bars of gaps in pieces, and of the same bars as a plain continuation.
+
+    For the gap the model has read what follows it, for the continuation only what is before it.
+    """
+    T = model.sizes.block_size
+    windows = pg.cut_all_windows(pg.make_corpus(pieces), T, T, vocab, GAP_WINDOWS)
+    gaps = pg.draw_gaps(windows.idx, 1.0, np.random.default_rng(0), vocab)
+    has_gap = gaps[:, 1] > 0
+    windows = windows.rows(has_gap)
+    begin, end = gaps[has_gap].T[:, :, None]  # (B, 1) each
+    moved = pg.move_gaps(windows, gaps[has_gap], vocab)
+    place = torch.arange(T)
+    # The Bar token that begins the gap is given, and the one that ends it is no choice.
+    in_gap = (place >= begin) & (place < end - 1)
+    first = (moved.idx == vocab.fill_id).int().argmax(1, keepdim=True) + 1
+    in_moved = (place >= first) & (place < first + end - begin - 1)
+    is_late = (place - begin >= (end - begin) * 2 / 3)[in_gap]
+    plain = token_losses(model, windows)[in_gap]
+    filled = token_losses(model, moved)[in_moved]
+    return {
+        "gap_tokens": len(plain),
+        "nats_continued": plain.mean().item(),
+        "nats_filled": filled.mean().item(),
+        "last_third_continued": plain[is_late].mean().item(),
+        "last_third_filled": filled[is_late].mean().item(),
+    }
+
+
+def step_over_bar_line(ids: np.ndarray, bar: int, vocab: pg.Vocabulary) -> int | None:
+    """Semitones from the last high note of a bar, from 1 on, to the first one of the next bar."""
+    state = vocab.trace(ids)
+    is_note = state.kind == pg.Kind.PITCH
+    highest = []
+    for number, pick in ((bar, np.max), (bar + 1, np.min)):
+        here = is_note & (state.bar == number)
+        if not here.any():
+            return None
+        highest.append(state.pitch[here & (state.time == pick(state.time[here]))].max())
+    return int(highest[1]) - int(highest[0])
+
+
+def measure_seams(
+    model: pg.PianoGPT, pieces: list[pg.Piece], vocab: pg.Vocabulary, settings: pg.Settings
+) -> dict:
+    """How often the highest voice repeats its note, or leaps, from a rewritten bar to the next."""
+    bars = 2 * AROUND_GAP + GAP_BARS
+    first = AROUND_GAP + 1
+    last = AROUND_GAP + GAP_BARS
+    sample = pg.replace(settings.sample, rewrite=f"{first}-{last}", num_samples=1)
+    steps = {"written": [], "real": []}
+    for piece in pieces[: settings.sample.num_samples]:
+        ids = opening(piece.ids, bars, vocab.bar_id)
+        if (ids == vocab.bar_id).sum() < bars:
+            continue
+        [(_, written)] = pg.generate(model, vocab, sample, settings.train.seed, ids)
+        both = [step_over_bar_line(music, last, vocab) for music in (written, ids)]
+        if None not in both:
+            steps["written"].append(both[0])
+            steps["real"].append(both[1])
+    results = {"seams": len(steps["real"])}
+    for name, found in steps.items():
+        size = np.abs(found)
+        results[f"repeats_{name}"] = float((size == 0).mean())
+        results[f"leaps_{name}"] = float((size > LEAP).mean())
+    return results
+
+
 def opening(ids: np.ndarray, bars: int, bar_id: int) -> np.ndarray:
     """The first bars of a piece, ids (T,); all of it if it has no more."""
     at = np.flatnonzero(ids == bar_id)
@@ -422,6 +509,7 @@ def run(argv: list[str] | None) -> None:
     """Write or read samples, compare them with held-out music, and print the report."""
     given = parse(argv)
     folder = given.pop("samples")
+    gaps = given.pop("gaps")
     path = Path(given.get("checkpoint", pg.ProgramSettings.checkpoint))
     checkpoint = pg.load_checkpoint(path)
     given = {"midi_dir": checkpoint.folder} | given
@@ -433,6 +521,11 @@ def run(argv: list[str] | None) -> None:
         )
     device = pg.choose_device(settings.program.device)
     held_out = read_held_out(settings, vocab, checkpoint)
+    if gaps:
+        model = pg.load_model(checkpoint, device)
+        seams = measure_seams(model, held_out, vocab, settings)
+        pg.print_block(measure_gaps(model, held_out, vocab) | seams)
+        return
     if folder:
         samples = [piece.ids for piece in pg.read_music(Path(folder), vocab, "")]
     else:

@@ -1274,10 +1274,10 @@ def test_piece_is_in_a_file_before_the_next_is_written(trained, monkeypatch):
     at_begin = []
     real = pg.Writing.__init__
 
-    def begin(writing, model, vocab, opening, B):
+    def begin(writing, model, vocab, opening, B, *style):
         sizes.append(B)
         at_begin.append(len(samples()))
-        real(writing, model, vocab, opening, B)
+        real(writing, model, vocab, opening, B, *style)
 
     monkeypatch.setattr(pg.Writing, "__init__", begin)
     assert len(generate("--bars 2 --num-samples 5")) == 5
@@ -1512,7 +1512,7 @@ def commands_in(text):
 def test_every_command_of_readme_and_help_runs_in_their_order_in_one_folder(trained):
     write_folder(Path("my_midis"))
     Path("midi").rename("DIR")
-    write_midi(Path("song.mid"), scale(40, bars=4))
+    write_midi(Path("song.mid"), scale(40, bars=12))
     shipped = "samples/piano.safetensors"
     assert pianogpt(f"--export {shipped}") == 0
     MODEL.unlink()
@@ -1521,7 +1521,9 @@ def test_every_command_of_readme_and_help_runs_in_their_order_in_one_folder(trai
     for command in commands:
         flags = command.replace("~/Music/midi", "DIR")
         if "--generate" in flags:
-            flags += " --bars 5 --num-samples 1"
+            flags += " --num-samples 1"
+            if "--rewrite" not in flags:
+                flags += " --bars 13"
         if f"--checkpoint {shipped}" not in flags:
             flags += " ".join(["", *TINY, "--steps 20 --warmup 1"])
         if "--help" not in flags:

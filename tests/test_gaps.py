@@ -231,10 +231,11 @@ WHOLE = {  # tracks, and what else the file says; the bars that are written anew
 def kept_and_new(score, lines, stretches):
     """The notes outside of these bars and those in them, as tuples."""
     kept, new = [], []
-    for n in score.tracks[0].notes:
-        quarter = n.time / score.tpq
-        inside = any(lines[a - 1] <= quarter < lines[b] for a, b in stretches)
-        (new if inside else kept).append((n.time, n.duration, n.pitch, n.velocity))
+    for track in score.tracks:
+        for n in track.notes:
+            quarter = n.time / score.tpq
+            inside = any(lines[a - 1] <= quarter < lines[b] for a, b in stretches)
+            (new if inside else kept).append((n.time, n.duration, n.pitch, n.velocity))
     return sorted(kept), sorted(new)
 
 

@@ -244,7 +244,7 @@ def test_random_walk_over_legal_ids_keeps_the_grammar_and_every_word_gets_its_tu
     ids, ever_legal = random_walk(vocab, 2000)
     assert_grammar(ids[1:], vocab)
     assert all(are_legal(ids, vocab))
-    assert words_of(np.flatnonzero(~ever_legal), vocab) == "PAD_None BOS_None"
+    assert words_of(np.flatnonzero(~ever_legal), vocab) == "PAD_None BOS_None Fill_None"
 
 
 @EVERY_GRID

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
+import torch
 from conftest import ROOT, TINY, pg, write_midi
 
 MUSIC = sorted((ROOT / "my_midis").glob("*.mid"))
@@ -227,7 +228,7 @@ def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(her
         Path("midi", path.name).write_bytes(path.read_bytes())
     assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "5", "--val-percent", "60"]) == 0
     before = sorted(here.rglob("*"))
-    assert report.parse([]) == {"num_samples": 50, "samples": ""}
+    assert report.parse([]) == {"num_samples": 50, "samples": "", "gaps": False}
     for flags in ("--num-samples 4 --bars 6 --seed 1", "--samples midi"):
         capsys.readouterr()
         assert report.main([*flags.split(), "--device", "cpu", "--cache-dir", "no"]) == 0
@@ -249,6 +250,38 @@ def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(her
     ours, held_out = map(float, means["known_run_notes"].split())
     assert ours > held_out, "the samples hold copies"
     assert before == sorted(here.rglob("*"))
+
+
+def test_gaps_are_measured_beside_a_plain_continuation(here, capsys):
+    Path("midi").mkdir()
+    for path in MUSIC[:12]:
+        Path("midi", path.name).write_bytes(path.read_bytes())
+    assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "20", "--val-percent", "60"]) == 0
+    capsys.readouterr()
+    assert (
+        report.main(["--gaps", "--num-samples", "3", "--device", "cpu", "--cache-dir", "no"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    values = {key: float(value) for key, value in (line.split(": ") for line in lines[-10:])}
+    assert values["gap_tokens"] > 100 and values["seams"] > 0
+    for name in ("", "last_third_"):
+        assert 1 < values[f"{name or 'nats_'}continued"] < 9
+        assert 1 < values[f"{name or 'nats_'}filled"] < 9
+        assert values[f"{name or 'nats_'}continued"] != values[f"{name or 'nats_'}filled"]
+
+
+def test_losses_of_gaps_are_those_of_the_model(vocab):
+    """A model that knows no order is as good with what follows as without."""
+    pieces = [pg.read_piece(path.read_bytes(), vocab) for path in MUSIC[:4]]
+    sizes = pg.ModelSettings(n_layer=1, n_head=2, n_embd=32, block_size=128)
+    model = pg.PianoGPT(sizes, len(vocab.words), vocab.grid)
+    torch.nn.init.normal_(model.head.weight)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.proj.weight)
+    found = report.measure_gaps(model, pieces, vocab)
+    assert found["nats_filled"] == pytest.approx(found["nats_continued"], abs=1e-4)
+    assert found["last_third_filled"] == pytest.approx(found["last_third_continued"], abs=1e-4)
+    assert found["nats_filled"] != found["last_third_filled"]
 
 
 def test_music_that_the_model_learned_is_never_held_out_whatever_its_folder(here, vocab):

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import pg
+from conftest import pg, scale, write_midi
 from symusic import Tempo, TimeSignature
 from test_music import assert_grammar
 
@@ -466,7 +466,7 @@ def test_sample_has_its_key_its_chords_and_the_end_of_its_prompt(prompt, model, 
     bar_line = round(480 * lines[3])
     piano = vocab.decode(np.array(prompt))
     metre = [TimeSignature(0, 4, 4)]
-    given = pg.Prompt(piano, np.array(prompt), bar_line, [Tempo(0, 99)], metre, [], {})
+    given = pg.Prompt(piano, np.array(prompt), bar_line, [Tempo(0, 99)], metre, [], {}, [])
     [ids] = write(model, vocab, prompt=prompt, bars=5, num_samples=1, chords="C")
     ids = [i for i in ids if i != vocab.eos_id]
     _, lines = vocab.bar_lines(np.array(ids))
@@ -485,6 +485,58 @@ def test_sample_has_its_key_its_chords_and_the_end_of_its_prompt(prompt, model, 
     assert rest.bars == 2
     assert {marker.text for marker in rest.score.markers} == {"C"}
     assert rest.score.end() <= round(480 * (lines[5] - lines[3]))
+
+
+def hands_of(score):
+    """The notes of the right hand and of the left one, (start in quarters, pitch)."""
+    assert [track.name for track in score.tracks] == ["right hand", "left hand"]
+    return [sorted((n.time / score.tpq, n.pitch) for n in track.notes) for track in score.tracks]
+
+
+def played_by(hands):
+    """(start, pitch) of the notes that write_midi writes, for each of its tracks."""
+    return [sorted((start, pitch) for start, _, pitch, _ in hand) for hand in hands]
+
+
+def read_sample(path, vocab):
+    """A file as if the model had written it."""
+    ids = pg.read_piece(path.read_bytes(), vocab).ids
+    return pg.make_sample(ids, None, vocab, pg.SampleSettings()).score
+
+
+WALTZ = [[], []]  # a tune that comes down into the chords below it, over leaps of the left hand
+for bar in range(8):
+    WALTZ[0] += [(3 * bar + beat, 1, 84 - 2 * bar + beat, 80) for beat in range(3)]
+    WALTZ[1] += [(3 * bar, 1, 36 + bar, 70)]
+    WALTZ[1] += [(3 * bar + beat, 1, key, 60) for beat in (1, 2) for key in (52, 55, 60)]
+
+
+@pytest.mark.parametrize("hands", [scale(), WALTZ], ids=["scale", "waltz"])
+def test_hands_are_two_tracks_by_nearness(hands, tmp_path, vocab):
+    path = write_midi(tmp_path / "a.mid", [[*hands[0], *hands[1]]], metre=(3, 4))
+    assert hands_of(read_sample(path, vocab)) == played_by(hands)
+
+
+def test_hands_of_a_prompt_are_its_own(tmp_path, model, vocab):
+    right = [(n, 1, 84 + n % 3, 80) for n in range(8)]
+    right += [(n, 1, 48, 80) for n in range(8, 12)]  # in the last bar it plays the bass
+    left = [(n, 1, 60, 80) for n in range(12)]
+    path = write_midi(tmp_path / "a.mid", [left, right])
+    settings = pg.SampleSettings(prompt=str(path), bars=5, num_samples=2)
+    prompt = pg.read_prompt(settings, vocab)
+    for ids in write(model, vocab, prompt=prompt.ids, bars=5, num_samples=2):
+        score = pg.make_sample(np.array(ids), prompt, vocab, settings).score
+        old = [[note for note in hand if note[0] < 12] for hand in hands_of(score)]
+        assert old == played_by([right, left])
+        assert score.note_num() > 24
+
+
+def test_three_tracks_or_one_are_no_hands(tmp_path):
+    for tracks, expected in ((scale(), 80), (scale()[:1], 0), ([*scale(), scale(1)[0]], 0)):
+        path = write_midi(tmp_path / "a.mid", tracks)
+        hands = pg.find_hands(pg.parse_midi(path.read_bytes()))
+        assert len(hands) == expected
+        assert {is_left for _, pitch, is_left in hands if pitch < 50} <= {True}
 
 
 def test_sample_without_notes_is_none(vocab):
