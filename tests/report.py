@@ -3,6 +3,7 @@
     python tests/report.py --checkpoint pianogpt.safetensors --num-samples 50 --bars 32
     python tests/report.py --samples DIR     # MIDI files of any program instead
     python tests/report.py --gaps            # how well the model rewrites bars, see measure_gaps
+    python tests/report.py --styles Bach,Chopin,Scarlatti    # how well it keeps to a style
 
 Held-out music: openings of pieces that were not trained on, up to 2 x --num-samples, of as many
 works as possible, each as many bars long as --bars or the median sample. Ten features of an
@@ -77,6 +78,8 @@ GAP_WINDOWS = 256  # of held-out music, spread evenly
 GAP_BARS = 2  # that are rewritten, to look at the seam
 AROUND_GAP = 6  # bars before and after them that the model may read
 LEAP = 12  # semitones; more is one
+STYLE_BARS = 16  # of each piece by which its style is told
+RIDGE = 0.1  # of the variance, against too close a fit
 
 Notes = dict[str, np.ndarray]  # columns (N,): those of symusic, start and length in seconds, bar
 
@@ -106,6 +109,7 @@ def parse(argv: list[str] | None) -> dict:
                 )
     parser.add_argument("--samples", default="", help="folder of MIDI files to compare instead")
     parser.add_argument("--gaps", action="store_true", help="measure --rewrite instead")
+    parser.add_argument("--styles", default="", help="measure --style instead: A,B,C")
     parser.set_defaults(num_samples=50)
     return vars(parser.parse_args(argv))
 
@@ -361,6 +365,18 @@ def compare(
     return {name: np.mean(rounds, 0) for name, rounds in found.items()}, np.mean(gaussian, 0)
 
 
+def root_mean_square(apart: np.ndarray) -> np.ndarray:
+    """One distance and one floor of those of all features, (features, 2)."""
+    return np.sqrt((apart**2).mean(0))
+
+
+def distance_of(samples: list[Excerpt], held_out: list[Excerpt]) -> tuple[float, float]:
+    """The distance of samples from held-out music over all features, and its floor."""
+    found, _ = compare(samples, held_out)
+    distance, floor = root_mean_square(np.array([values[:, 0] for values in found.values()]))
+    return float(distance), float(floor)
+
+
 def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
     """Print the means of figures, the features and their floors, and key: value lines."""
     print(f"{'mean of':24}{len(samples):6} samples{len(held_out):5} held-out")
@@ -373,7 +389,7 @@ def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
     for name, values in found.items():
         print(f"{name:16}" + "".join(f"{value:10.2f}" for value in values.T.ravel()))
     apart = np.array([values[:, 0] for values in found.values()])  # (features, 2)
-    distance, floor = np.sqrt((apart**2).mean(0))
+    distance, floor = root_mean_square(apart)
     print()
     pg.print_block(
         {
@@ -389,6 +405,80 @@ def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
     )
 
 
+def vectors(excerpts: list[Excerpt]) -> np.ndarray:
+    """The features of excerpts side by side, (P, D)."""
+    return np.array([np.concatenate(list(e.features.values())) for e in excerpts])
+
+
+def tell_styles(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The style numbers of new excerpts (n, D), by ridge regression on known ones.
+
+    x (P, D): features; y (P,): style numbers.
+    """
+    mean = x.mean(0)
+    scale = x.std(0) + 1e-6
+    x = (x - mean) / scale
+    targets = np.eye(y.max() + 1)[y]
+    gram = x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, x.T @ (targets - targets.mean(0)))
+    scores = (new - mean) / scale @ weights + targets.mean(0)
+    return scores.argmax(axis=1)
+
+
+def measure_styles(
+    names: list[str],
+    model: pg.PianoGPT,
+    checkpoint: pg.Checkpoint,
+    pieces: list[pg.Piece],
+    vocab: pg.Vocabulary,
+    settings: pg.Settings,
+) -> None:
+    """Print how often a style is told right, and how far its pieces are from real ones.
+
+    A small classifier learns the styles of real music that the model has not read. Its own
+    accuracy is on works that it has not read either. The distance of pieces of a style from real
+    music of that style stands beside those of pieces without a style, and of another one.
+    """
+    known = (checkpoint.pieces, checkpoint.intervals())
+    real = {}
+    written = {}
+    sample = pg.replace(settings.sample, bars=settings.sample.bars or STYLE_BARS)
+    for name in ("", *names):
+        number = pg.find_style(name, checkpoint.styles)
+        music = pg.generate(model, vocab, sample, settings.train.seed, style=number)
+        ours = [(-1, ids) for _, ids in music]
+        written[name] = describe(ours, f"pieces {name}", vocab, known)
+        if name:
+            theirs = [
+                (p.work, opening(p.ids, sample.bars, vocab.bar_id))
+                for p in pieces
+                if p.style == name
+            ]
+            real[name] = describe(theirs, f"held out {name}", vocab, known)
+    x = vectors([e for name in names for e in real[name]])
+    y = np.repeat(np.arange(len(names)), [len(real[name]) for name in names])
+    works = np.array([str(e.work) for name in names for e in real[name]])
+    right = []
+    for work in np.unique(works):
+        mine = works == work
+        right.append(float((tell_styles(x[~mine], y[~mine], x[mine]) == y[mine]).mean()))
+    found = {"classifier_accuracy_by_work": float(np.mean(right))}
+    for number, name in enumerate(names):
+        told = tell_styles(x, y, vectors(written[name]))
+        none = tell_styles(x, y, vectors(written[""]))
+        other = names[number - 1]
+        found |= {
+            f"{name}_held_out": len(real[name]),
+            f"{name}_told": float((told == number).mean()),
+            f"{name}_told_without_style": float((none == number).mean()),
+            f"{name}_distance": distance_of(written[name], real[name])[0],
+            f"{name}_distance_without_style": distance_of(written[""], real[name])[0],
+            f"{name}_distance_of_{other}": distance_of(written[other], real[name])[0],
+            f"{name}_floor": distance_of(written[name], real[name])[1],
+        }
+    pg.print_block(found)
+
+
 def is_new(piece: pg.Piece, learned: bytes, passages: np.ndarray, vocab: pg.Vocabulary) -> bool:
     """Whether a piece shares no passage with the music that a model learned.
 
@@ -399,15 +489,17 @@ def is_new(piece: pg.Piece, learned: bytes, passages: np.ndarray, vocab: pg.Voca
     return intervals not in learned and not np.isin(hashes[hashes > 0], passages).any()
 
 
-def read_held_out(
+def read_new_pieces(
     settings: pg.Settings, vocab: pg.Vocabulary, checkpoint: pg.Checkpoint
 ) -> list[pg.Piece]:
-    """Up to 2 x num_samples pieces that were not learned, of as many works as possible."""
+    """The pieces that were not learned, of as many works as possible first."""
     program = settings.program
     folder = Path(program.midi_dir)
     cache = program.cache_dir if Path(program.cache_dir).is_dir() else ""
     pieces = pg.read_music(folder, vocab, cache)
     pg.split_pieces(pieces, folder, settings.data, vocab)  # for the works
+    if settings.data.style_from_folder:
+        pg.name_styles(pieces)
     learned = checkpoint.intervals()
     passages = pg.hash_passages(np.frombuffer(learned, np.uint8))
     pieces = [piece for piece in pieces if is_new(piece, learned, passages, vocab)]
@@ -416,8 +508,7 @@ def read_held_out(
         raise pg.UserError(
             f"{len(set(works))} works in {folder} are new to the model, and 4 are needed: add music"
         )
-    order = spread(works, np.random.default_rng(0))
-    return [pieces[i] for i in order[: 2 * settings.sample.num_samples]]
+    return [pieces[i] for i in spread(works, np.random.default_rng(0))]
 
 
 def token_losses(model: pg.PianoGPT, windows: pg.Window) -> torch.Tensor:
@@ -510,6 +601,7 @@ def run(argv: list[str] | None) -> None:
     given = parse(argv)
     folder = given.pop("samples")
     gaps = given.pop("gaps")
+    styles = given.pop("styles")
     path = Path(given.get("checkpoint", pg.ProgramSettings.checkpoint))
     checkpoint = pg.load_checkpoint(path)
     given = {"midi_dir": checkpoint.folder} | given
@@ -520,7 +612,13 @@ def run(argv: list[str] | None) -> None:
             "the checkpoint's vocabulary is not this MidiTok's: install requirements.txt"
         )
     device = pg.choose_device(settings.program.device)
-    held_out = read_held_out(settings, vocab, checkpoint)
+    new_pieces = read_new_pieces(settings, vocab, checkpoint)
+    held_out = new_pieces[: 2 * settings.sample.num_samples]
+    if styles:
+        model = pg.load_model(checkpoint, device)
+        names = styles.split(",")
+        measure_styles(names, model, checkpoint, new_pieces, vocab, settings)
+        return
     if gaps:
         model = pg.load_model(checkpoint, device)
         seams = measure_seams(model, held_out, vocab, settings)

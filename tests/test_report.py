@@ -1,5 +1,6 @@
 """The report: features of excerpts, distances of sets, what it says of good and spoiled music."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,7 @@ def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(her
         Path("midi", path.name).write_bytes(path.read_bytes())
     assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "5", "--val-percent", "60"]) == 0
     before = sorted(here.rglob("*"))
-    assert report.parse([]) == {"num_samples": 50, "samples": "", "gaps": False}
+    assert report.parse([]) == {"num_samples": 50, "samples": "", "gaps": False, "styles": ""}
     for flags in ("--num-samples 4 --bars 6 --seed 1", "--samples midi"):
         capsys.readouterr()
         assert report.main([*flags.split(), "--device", "cpu", "--cache-dir", "no"]) == 0
@@ -258,9 +259,7 @@ def test_gaps_are_measured_beside_a_plain_continuation(here, capsys):
         Path("midi", path.name).write_bytes(path.read_bytes())
     assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "20", "--val-percent", "60"]) == 0
     capsys.readouterr()
-    assert (
-        report.main(["--gaps", "--num-samples", "3", "--device", "cpu", "--cache-dir", "no"]) == 0
-    )
+    assert report.main(["--gaps", "--num-samples", "3", "--cache-dir", "no"]) == 0
     lines = capsys.readouterr().out.splitlines()
     values = {key: float(value) for key, value in (line.split(": ") for line in lines[-10:])}
     assert values["gap_tokens"] > 100 and values["seams"] > 0
@@ -268,6 +267,30 @@ def test_gaps_are_measured_beside_a_plain_continuation(here, capsys):
         assert 1 < values[f"{name or 'nats_'}continued"] < 9
         assert 1 < values[f"{name or 'nats_'}filled"] < 9
         assert values[f"{name or 'nats_'}continued"] != values[f"{name or 'nats_'}filled"]
+
+
+def test_styles_are_told_apart_by_what_they_are(here, capsys):
+    """Two styles that differ in every feature, and a model that has learned neither."""
+    for number in range(12):
+        tune = np.random.default_rng(number).integers(12, size=64).tolist()
+        high = [(n / 2, 0.5, 72 + tune[n], 100) for n in range(64)]
+        low = [(2 * n, 2, 40 - tune[n], 40) for n in range(32)]
+        write_midi(Path(f"midi/high/{number}.mid"), [high])
+        write_midi(Path(f"midi/low/{number}.mid"), [low])
+    line = f"--midi-dir midi --style-from-folder --steps 2 --val-percent 60 {' '.join(TINY)}"
+    assert pg.main(line.split()) == 0
+    capsys.readouterr()
+    flags = "--styles high,low --num-samples 4 --bars 4 --cache-dir no --seed 1"
+    assert report.main(flags.split()) == 0
+    values = dict(re.findall(r"^(\w+): (\S+)$", capsys.readouterr().out, re.M))
+    assert float(values["classifier_accuracy_by_work"]) > 0.9
+    for name, other in (("high", "low"), ("low", "high")):
+        assert int(values[f"{name}_held_out"]) >= 4
+        assert 0 < float(values[f"{name}_floor"]) < float(values[f"{name}_distance"]) <= 1
+        assert 0 < float(values[f"{name}_distance_of_{other}"]) <= 1
+        assert 0 <= float(values[f"{name}_told"]) <= 1
+    told = report.tell_styles(np.eye(6), np.arange(6) % 3, np.eye(6))
+    assert told.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_losses_of_gaps_are_those_of_the_model(vocab):
@@ -294,7 +317,7 @@ def test_music_that_the_model_learned_is_never_held_out_whatever_its_folder(here
     assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "1", "--val-percent", "20"]) == 0
     checkpoint = pg.load_checkpoint(Path("pianogpt.safetensors"))
     settings = pg.Settings(program=pg.ProgramSettings(midi_dir="all", cache_dir=""))
-    found = {piece.path for piece in report.read_held_out(settings, vocab, checkpoint)}
+    found = {piece.path for piece in report.read_new_pieces(settings, vocab, checkpoint)}
     assert len(found) >= 4
     assert not found & set(checkpoint.pieces)
     assert found & {path.name for path in MUSIC[:7]}, "held out of its own folder"
