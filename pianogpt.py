@@ -690,8 +690,8 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
 def find_hands(midi: MidiFile) -> list[tuple[float, int, bool]]:
     """(quarter note, pitch, whether the left hand plays it) of each note of a file of two hands.
 
-    It has two if its notes are on two tracks, or on two channels; the lower one is the left hand.
-    Else the list is empty.
+    These are two tracks, or two channels of one; that of the lower mean pitch is the left hand. If
+    the notes are on one or on more, the list is empty.
     """
     of_hands: dict[tuple[int, int], list[tuple[float, int]]] = {}
     for event in midi.events:
@@ -927,7 +927,9 @@ def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
     return np.array(path[::-1])
 
 
-FILL = "Fill_None"  # the token at which a gap in the music begins, see move_gaps
+# The token after which a model writes what belongs into a gap of the music. It stands in windows
+# alone, see move_gaps and GapWriting; no piece has it, and the grammar does not know it.
+FILL = "Fill_None"
 
 
 class Tokenizer(miditok.REMI):
@@ -1422,7 +1424,7 @@ RECENT = 3  # a note is three tokens, so each token is told the three before it
 MEMORY = 1024  # tokens before the window that are counted, to stay in key
 AT_ONCE = 64  # at most so many pieces are written at once, to save memory
 MANY_PIECES = 8  # from so many at once on, a second thread and a cache in bfloat16 pay
-PAD = 0  # id of the PAD token, which stands where there is none
+PAD = 0  # id of the PAD token, which stands where there is no token
 IGNORE = -100  # a target that is not scored
 WRITTEN_OUT = 256  # tokens of the longest window whose attention is written out, see attend
 LOSS_ROWS = 256  # tokens whose logits fit into the processor's cache; all at once take longer
@@ -1434,7 +1436,7 @@ class Window(NamedTuple):
     """What the model reads: B stretches of music of T tokens, and what came before them."""
 
     idx: Tensor  # (B, T) ids, int64; PAD after the end of a piece
-    time: Tensor  # (B, T) grid positions since the window began, and TOKEN_TIME a token, float32
+    time: Tensor  # (B, T) grid positions since the window began, and TOKEN_BEATS beats a token
     pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root, float32
     recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
     before: Tensor  # (B, V) how often each id came in the MEMORY tokens before the window / MEMORY
@@ -1679,7 +1681,7 @@ STYLE_DROPPED = 0.1  # of the windows, so that the model also learns to write in
 LONGEST_VALIDATION = 128  # windows, spread evenly over held-out music
 # Beats that each token adds to the time, so that tokens of one moment have an order; 3 beats over a
 # window of 256 tokens, little beside the music's own time.
-TOKEN_TIME = 0.0125
+TOKEN_BEATS = 0.0125
 # Peak learning rates as multiples of --lr, found by search at the default sizes. They fall with
 # the fan-in, over which a matrix sums, so that one --lr suits every width.
 BLOCK_RATE = 94  # matrices of the blocks: / sqrt(fan-in), as their steps are orthogonal
@@ -1700,7 +1702,7 @@ SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
 class Corpus(NamedTuple):
     """Pieces one after another, as flat arrays on the training device."""
 
-    ids: Tensor  # (N,) int16: BOS ... EOS BOS ... EOS
+    ids: Tensor  # (N,) integers, for learning int16: BOS ... EOS BOS ... EOS
     time: Tensor  # (N,) int32, grid positions since the piece began
     pitch: Tensor  # (N,) int16
     offsets: Tensor  # (pieces + 1,) int64: piece n is offsets[n] : offsets[n + 1]
@@ -1712,7 +1714,7 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(pieces: list[Piece], styles: list[str] | None = None) -> Corpus:
-    """The tokens of pieces, one piece after another; styles: the names of those with a number."""
+    """The tokens of pieces, one piece after another; styles: names, the first has number 1."""
     numbers = {name: n for n, name in enumerate(styles or [], 1)}
     lengths = [len(piece.ids) for piece in pieces]
     empty = Piece()  # gives an empty list of pieces its types
@@ -1765,7 +1767,7 @@ def cut_windows(
         ids, moves = transpose(ids, shifts, vocab)
         pitch = pitch + moves[:, here]
     time = corpus.time[at[:, here]]
-    order = TOKEN_TIME * vocab.grid * torch.arange(block_size, device=device)
+    order = TOKEN_BEATS * vocab.grid * torch.arange(block_size, device=device)
     before = torch.zeros(len(starts), len(vocab.words), device=device)
     before.scatter_add_(1, ids[:, :MEMORY], inside[:, :MEMORY].float())
     return Window(
@@ -1782,16 +1784,17 @@ def cut_windows(
 def draw_gaps(ids: Tensor, chance: float, rng: np.random.Generator, vocab: Vocabulary) -> Tensor:
     """For each window, ids (B, T), where a gap begins and ends, (B, 2); 0, 0 if it has none.
 
-    chance: that a window has one. It lies between any two bar lines; the end of a piece is one.
+    chance: that a window has one. It lies between any two of the bar lines in the window, for which
+    the end of a piece counts too. A window with fewer has none.
     """
-    u = torch.from_numpy(rng.random((3, len(ids)), np.float32)).to(ids.device)
+    u = torch.from_numpy(rng.random((3, len(ids)), np.float32)).to(ids.device)  # 0 to 1
     is_line = (ids == vocab.bar_id) | (ids == vocab.eos_id)
     is_line[:, [0, -1]] = False  # something comes before the gap, and something after it
     lines = is_line.sum(1)
     # Two different ones of the lines, each pair as likely
     one = (u[0] * lines).long()
     two = (u[1] * (lines - 1)).long()
-    two += two >= one
+    two += two >= one  # so that it is another one
     pair = torch.stack([one, two], dim=1).sort(dim=1).values  # (B, 2)
     number = is_line.cumsum(1) - 1  # of each line
     is_chosen = is_line[:, None] & (number[:, None] == pair[:, :, None])  # (B, 2, T)
@@ -1805,13 +1808,12 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
 
     gaps (B, 2): where it begins and ends; 0, 0: no gap. For a gap of the tokens d e:
 
-        tokens    a b c d e f g h
-        moved     a b c f g FILL d e      (the last token gives way to FILL)
-        targets   b c d g h d    e f
+        tokens    a b c d e f g h         moved     a b c f g FILL d e
+        targets   b c d e f g h i         targets   b c d g h d    e f
 
-    Each token keeps its time, its pitch and its target: the token that follows it in the music. So
-    the jump over the gap is not learned. FILL has time and pitch of the gap's first token, and
-    that as its target.
+    Each token keeps its time, its pitch and its target, which is what follows it in the music: c
+    learns d, so nothing learns to jump from c to f. FILL has the time and the pitch of the gap's
+    first token, and that token as its target. The last token gives way to FILL.
     """
     T = window.idx.size(1)
     begin = gaps[:, :1]
@@ -1851,7 +1853,8 @@ class Batches:
         train = self.settings.train
         T = self.settings.model.block_size
         # Multiples of the golden ratio fill 0 to 1 evenly, so that all music is read equally often
-        # at any time. The seed moves the starting point, and shuffles groups of eight windows.
+        # at any time. The seed moves the starting point, and shuffles groups of eight windows, 64
+        # groups at a time.
         number = np.arange(i * train.batch_size, (i + 1) * train.batch_size)
         group, of_group = np.divmod(number, OPENING_EVERY)
         first = group[0] // SHUFFLED
@@ -2227,7 +2230,7 @@ TEMPO_LEAP = 3.0  # from one tempo to the next at most so many times as fast, or
 # Divisions of a beat on which the notes of a prompt may lie, the simplest first; 4 holds 1 and 2.
 DIVISIONS = (4, 3, 8, 6, 12)
 STRAIGHT = (4, 8)
-ON_DIVISION = 0.98  # of the notes must lie on one; a few grace notes may not
+ON_DIVISION = 0.98  # of the moments with notes must lie on one; a few grace notes may not
 # Texts at the bar lines where the prompt gives way to new music, and comes back
 PROMPT_ENDS = "end of prompt"
 PROMPT_GOES_ON = "prompt goes on"
@@ -2235,7 +2238,8 @@ PROMPT_GOES_ON = "prompt goes on"
 HAND_REACH = 4.5  # from a hand's middle key; beyond it the effort grows faster
 HAND_SLOPE = 0.1  # effort of each semitone
 HAND_MOVE = 0.7  # effort of each semitone that a hand moves, if there is no time for it
-TOO_CLOSE = 1000  # effort of a hand in the place of the other
+HANDS_APART = 5  # middle keys are at least so far from each other
+TOO_CLOSE = 1000  # effort of less
 LEFT_HOME = 54  # the usual place of the left hand
 LEFT_AWAY = 0.03  # effort of each semitone away from it
 SAME_ONSET = 1 / 16  # quarter notes from a note of a file to the same one on the grid
@@ -2265,15 +2269,17 @@ def find_grid(ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
 
 @dataclass
 class Gap:
-    """Bars of a piece, ids (T,) from BOS to EOS, that are written anew between the others."""
+    """Some bars of a piece, which are written anew between the others."""
 
-    ids: np.ndarray
+    ids: np.ndarray  # (T,) of the piece, from BOS to EOS
     first: int  # number of its first bar, from 1 on
     last: int
     begin: int  # place in ids of its first token
-    end: int  # of the token after it
+    end: int  # place of the first token after it
     metres: np.ndarray  # (bars,) ids of the TimeSig tokens of its bars
-    held: np.ndarray  # (keys,) until when each key rings from before the gap, in grid positions
+    # (keys,) until when each key rings from before the gap, as State.time; if the beat unit changes
+    # meanwhile, only nearly, and fit_between has the last word
+    held: np.ndarray
 
     @property
     def is_end(self) -> bool:
@@ -2302,7 +2308,7 @@ class Request:
     sample: SampleSettings
     chords: np.ndarray  # (bars, 12) ids of Chord tokens, one for each twelfth of a bar; or empty
     old_bars: int  # bars before the new ones
-    grid: np.ndarray  # the grid positions of a beat on which notes begin; empty: anywhere
+    positions: np.ndarray  # of a beat, on which notes begin; empty: anywhere
     # Not asked for but heard: the tonic triads by the keys of the music so far, as ids of Chord
     # tokens, (B,). They change at bar lines only.
     tonics: np.ndarray | None = None
@@ -2323,7 +2329,7 @@ class Request:
         return self.sample.bars or self.old_bars + MOST_BARS
 
     def twelfth(self, state: State) -> np.ndarray:
-        """Twelfths of bars since the prompt ended, (B,)."""
+        """Twelfths of bars since the new bars began, (B,); in each gap they begin anew."""
         new_bars = np.maximum(0, state.bar - 1 - self.old_bars)
         return 12 * new_bars + 12 * state.position // state.bar_length
 
@@ -2353,12 +2359,12 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
     is rounded to these gives way to another note, or to the bar.
     """
     vocab = request.vocab
-    if not len(request.grid):
+    if not len(request.positions):
         return logits
     positions = logits[:, vocab.position_ids]  # a view, (B, positions)
     beats = np.arange(0, positions.shape[1], vocab.grid)
-    on_grid = (beats[:, None] + request.grid).flatten()
-    # Those from halfway between two of the grid on belong to the next one.
+    on_grid = (beats[:, None] + request.positions).flatten()
+    # From halfway to the next one on, a position belongs to that.
     first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
@@ -2368,7 +2374,7 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
 
 
 def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No leap of tempo that music does not make, such as 117 to 23; no piece recovers from one."""
+    """No leap of tempo that music does not make, such as 117 to 23; no piece recovers from it."""
     ids = request.vocab.tempo_ids
     if not request.vocab.may_come(state, ids.start):
         return logits
@@ -2379,17 +2385,26 @@ def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarr
 
 
 def within_gap(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """In a gap: its metres, the tempo of the file, no end, no key that rings on from before."""
-    if request.gap is None:
+    """In a gap: its metres, no end, no key that rings on from before, and no change of tempo.
+
+    The tempos are those of the file, which fill_score restores.
+    """
+    gap = request.gap
+    if gap is None:
         return logits
     vocab = request.vocab
+    if gap.is_end:  # where the piece would end, the last bar of the gap is complete
+        end_or_bar = np.logaddexp(logits[:, vocab.bar_id], logits[:, vocab.eos_id])
+        logits[:, vocab.bar_id] = np.where(
+            state.bar == gap.last, end_or_bar, logits[:, vocab.bar_id]
+        )
     logits[:, vocab.eos_id] = ILLEGAL
     logits[:, vocab.tempo_ids] = ILLEGAL
-    rings_on = request.gap.held > state.time[:, None]  # (B, keys)
+    rings_on = gap.held > state.time[:, None]  # (B, keys)
     logits[:, vocab.pitch_ids][rings_on] = ILLEGAL
-    [begins] = np.nonzero((state.kind == Kind.BAR) & (state.bar <= request.gap.last))
+    [begins] = np.nonzero((state.kind == Kind.BAR) & (state.bar <= gap.last))
     logits[begins] = ILLEGAL
-    logits[begins, request.gap.metres[state.bar[begins] - request.gap.first]] = 0
+    logits[begins, gap.metres[state.bar[begins] - gap.first]] = 0
     return logits
 
 
@@ -2455,12 +2470,13 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
 
 
 def begin_and_end(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No silent bar before the first note; no end too early, and a likelier one on the tonic."""
+    """No silent bar before the first note; no end too early; an end on the tonic is likelier."""
     eos_id = request.vocab.eos_id
     if not request.vocab.may_come(state, request.vocab.bar_id):
         return logits  # where no bar line may come, no end may
-    is_first_bar = (state.kind == Kind.TIME_SIGNATURE) & (state.bar == 1)
-    logits[is_first_bar, request.vocab.bar_id] = ILLEGAL
+    # The first note of a bar has a Chord token before it.
+    is_silent = np.isin(state.kind, (Kind.TIME_SIGNATURE, Kind.TEMPO)) & (state.chord == 0)
+    logits[is_silent & (state.bar == 1), request.vocab.bar_id] = ILLEGAL
     logits[state.bar < request.least_bars, eos_id] = ILLEGAL
     # Above 0 from the first bar in which it may end, and 1 in the last one.
     done = (state.bar - request.least_bars + 1) / (request.most_bars - request.least_bars + 1)
@@ -2541,7 +2557,7 @@ def draw(logits: np.ndarray, is_greedy: bool, rng: np.random.Generator) -> np.nd
 
 
 class Writing:
-    """B pieces that are being written, token by token."""
+    """B pieces that are being written, token by token; those that have ended go on, unheard."""
 
     def __init__(
         self,
@@ -2598,16 +2614,16 @@ class Writing:
         return self.vocab.chord_ids.start + closest_keys(self.sounding)
 
     def new_window(self) -> Window:
-        """The last tokens of each piece: as many as fit, or when the window is full, a third."""
-        block_size = self.model.sizes.block_size
-        length = block_size if self.window is None else int(block_size * KEPT_OF_WINDOW)
+        """The last tokens of each piece: at first up to two thirds of a window, then a third."""
+        share = 1 - KEPT_OF_WINDOW if self.window is None else KEPT_OF_WINDOW
+        length = int(self.model.sizes.block_size * share)
         self.window_start = max(0, len(self.ids) - length)
         first = max(0, self.window_start - MEMORY)
         columns = []
         for rows in (self.ids, self.times, self.pitches):
             columns.append(torch.from_numpy(np.stack(rows[first:], axis=1)))  # (B, N)
         B, N = columns[0].shape
-        offsets = torch.arange(B + 1) * N
+        offsets = torch.arange(B + 1) * N  # the B pieces as a corpus, for cut_windows
         style = torch.full((B,), self.style)
         corpus = Corpus(*(column.flatten() for column in columns), offsets, style)
         starts = offsets[:-1] + self.window_start - first
@@ -2617,7 +2633,7 @@ class Writing:
     def last_token(self) -> Window:
         """The newest token of each piece, as it continues the window in the cache."""
         old = self.window
-        order = TOKEN_TIME * self.vocab.grid * (len(self.ids) - 1 - self.window_start)
+        order = TOKEN_BEATS * self.vocab.grid * (len(self.ids) - 1 - self.window_start)
         time = self.times[-1] - self.times[self.window_start] + order
         columns = torch.from_numpy(np.stack([self.ids[-1], time, self.pitches[-1]]))[:, :, None]
         idx, time, pitch = columns.to(old.idx.device, torch.float32)  # 3 x (B, 1)
@@ -2664,44 +2680,48 @@ class GapWriting(Writing):
         self.count_notes(State(*(column[after] for column in self.trace)), gap.ids[after])
 
     def new_window(self) -> Window:
-        """What is around the gap, in equal shares, FILL, and the last tokens written.
+        """What is around the gap, in equal shares, FILL, and what is written of the gap.
 
-        When the window is full, finished bars of the gap become part of what is before it.
+        Where one side is short, the other has more. When the window is full, finished bars of the
+        gap become part of what is before it; the beginning of a bar of more than a quarter of the
+        window is left out.
         """
         T = self.model.sizes.block_size
         gap = self.gap
         ids = np.concatenate(self.ids)
         begin = gap.begin if self.window is None else np.flatnonzero(ids == self.vocab.bar_id)[-1]
         written = min(len(ids) - begin, T // 4)
+        # Leave room for about as many tokens as the old bars had.
         to_write = min(max(gap.end - gap.begin, T // 4), T // 2)
         around = T - 1 - written - to_write
         after = min(len(gap.ids) - gap.end, max(around // 2, around - begin))
         before = min(begin, around - after)
         self.window_start = begin - before
 
-        # The columns of what comes before, with what is written, and of what comes after
-        now = np.stack([ids, np.concatenate(self.times), np.concatenate(self.pitches)])
-        then = np.stack([gap.ids, self.trace.time, self.trace.pitch])[:, gap.end : gap.end + after]
-        fill = now[:, begin : begin + 1].copy()
+        # (3, N) each: ids, times, pitches
+        so_far = np.stack([ids, np.concatenate(self.times), np.concatenate(self.pitches)])
+        of_piece = np.stack([gap.ids, self.trace.time, self.trace.pitch])
+        fill = so_far[:, begin].copy()
         fill[0] = self.vocab.fill_id
-        old = now[:, self.window_start : begin]
-        new = now[:, len(ids) - written :]
-        idx, time, pitch = torch.from_numpy(np.concatenate([old, then, fill, new], axis=1))[:, None]
-        place = np.concatenate(
-            [
-                np.arange(self.window_start, begin),
-                np.arange(gap.end, gap.end + after),
-                [begin],
-                np.arange(len(ids) - written, len(ids)),
-            ]
-        )
-        order = TOKEN_TIME * self.vocab.grid * torch.from_numpy(place - self.window_start)
+        parts = [
+            (so_far, np.arange(self.window_start, begin)),
+            (of_piece, np.arange(gap.end, gap.end + after)),
+            (fill[:, None], np.zeros(1, int)),
+            (so_far, np.arange(len(ids) - written, len(ids))),
+        ]
+        columns = np.concatenate([part[:, places] for part, places in parts], axis=1)
+        idx, time, pitch = torch.from_numpy(columns)[:, None]
+        # Each token has the order of its place in the music, as move_gaps leaves it.
+        places = np.concatenate([places for _, places in parts])
+        places[before + after] = begin  # of FILL
+        order = TOKEN_BEATS * self.vocab.grid * torch.from_numpy(places - self.window_start)
+        # All that the window leaves out is counted, on both sides, to stay in key.
         rest = np.append(ids[: self.window_start], gap.ids[gap.end + after :])
         counts = np.bincount(rest, minlength=len(self.vocab.words)) / max(MEMORY, len(rest))
         recent = np.append(np.full(RECENT, PAD), ids[: self.window_start])[-RECENT:]
         window = Window(
             idx=idx.long(),
-            time=(time - now[1, self.window_start] + order).float(),
+            time=(time - self.times[self.window_start].item() + order).float(),
             pitch=pitch.float(),
             recent=torch.from_numpy(recent)[None],
             before=torch.from_numpy(counts).float()[None],
@@ -2742,7 +2762,9 @@ def generate(
     anew. style: its number. At temperature 0 there is only one piece, because all would be the
     same.
     """
-    grid = divide_beat(min(sample.division, vocab.grid), vocab.grid)
+    positions = np.empty(0, int)
+    if sample.division:
+        positions = divide_beat(min(sample.division, vocab.grid), vocab.grid)
     if prompt_ids is None:
         opening = np.array([vocab.bos_id])
         old_bars = 0
@@ -2750,10 +2772,10 @@ def generate(
         opening = np.append(prompt_ids, vocab.bar_id)  # the continuation begins with a bar line
         old_bars = int((prompt_ids == vocab.bar_id).sum())
         if not sample.division:
-            grid = find_grid(prompt_ids, vocab)
+            positions = find_grid(prompt_ids, vocab)
     chords, _ = parse_chords(sample.chords)
     chords += vocab.chord_ids.start
-    request = Request(vocab, sample, chords, old_bars, grid)
+    request = Request(vocab, sample, chords, old_bars, positions)
     pieces = 1 if sample.temperature == 0 else sample.num_samples
     rng = np.random.default_rng(seed)
     if sample.rewrite:
@@ -2824,7 +2846,7 @@ def write_together(
 class Prompt:
     """The music to continue, or to rewrite in part, and what its file says about it.
 
-    Times are in ticks: TPQ per quarter note, or with --rewrite a multiple of the file's own.
+    Times are in ticks: TPQ per quarter note; with --rewrite the file's own, times a whole number.
     """
 
     piano: Score  # as the file has it, at these ticks
@@ -2846,7 +2868,8 @@ def reach(keys: np.ndarray, middles: np.ndarray) -> np.ndarray:
 def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     """Which notes, in order of time, the left hand plays, (N,) bool.
 
-    known (N,): 1 for the left hand and 0 for the right one, where that is known, else -1.
+    known (N,): 1 for the left hand and 0 for the right one, where that is known, else -1
+    tpq: ticks per quarter note
 
     Each hand has a place, its middle key, and plays the keys that are nearer to it than to the
     other hand. Of all ways of the two hands over the keyboard, that of the least effort is taken,
@@ -2859,7 +2882,7 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     of_right = reach(notes["pitch"], right)  # (N, R)
     of_left[known == 0] = math.inf
     of_right[known == 1] = math.inf
-    usual = np.where(right - left[:, None] < 5, TOO_CLOSE, 0)  # (L, R)
+    usual = np.where(right - left[:, None] < HANDS_APART, TOO_CLOSE, 0)  # (L, R)
     usual = usual + LEFT_AWAY * np.abs(left - LEFT_HOME)[:, None]
     move_left = HAND_MOVE * np.abs(left[:, None] - left)  # (L from, L to)
     move_right = HAND_MOVE * np.abs(right[:, None] - right)
@@ -2870,7 +2893,7 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     ends = notes["time"] + notes["duration"]
     down = np.empty(0, int)  # the notes that sound
     total = np.zeros(usual.shape)  # the effort of the best way to each pair of places
-    came_from = []  # for each onset, where each hand was before
+    came_from = []  # for each onset, the places before it, (L, R) indices of each hand
     for n, new in enumerate(struck):
         down = np.append(down[ends[down] > onsets[n]], new)
         effort = np.minimum(of_left[down, :, None], of_right[down, None])  # (notes, L, R)
@@ -2882,7 +2905,7 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
         came_from.append([place.astype(np.int8) for place in came])
     plays_left = np.zeros(len(ends), bool)
     at_left, at_right = np.unravel_index(total.argmin(), total.shape)
-    for n in range(len(onsets) - 1, -1, -1):
+    for n in range(len(onsets) - 1, -1, -1):  # back; the left hand moved first, so now last
         new = struck[n]
         plays_left[new] = of_left[new, at_left] < of_right[new, at_right]
         left_from, right_from = came_from[n]
@@ -2896,7 +2919,9 @@ def two_hands(score: Score, prompt: Prompt | None) -> list[Track]:
     notes = score.tracks[0].notes.numpy()
     known = np.full(len(notes["time"]), -1)
     turns = [m.time for m in score.markers if m.text in (PROMPT_ENDS, PROMPT_GOES_ON)]
-    is_old = np.searchsorted(turns, notes["time"], side="right") % 2 == 0
+    # After an even number of turns the prompt goes on; some of its notes are a little early.
+    early = score.tpq // 48
+    is_old = np.searchsorted(turns, notes["time"] + early, side="right") % 2 == 0
     if turns and prompt.hands:
         quarter, pitch, is_left = np.array(prompt.hands).T
         for n in np.flatnonzero(is_old):
@@ -2940,21 +2965,31 @@ def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.
     score.key_signatures = list(prompt.key_signatures)
 
 
-def fit_between(new: Notes, kept: Notes) -> Notes:
-    """Notes for a gap, without what would strike a key that a kept note holds, or hold one."""
+def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
+    """New notes that fit between kept ones of the same key; all times in ticks.
+
+    A new note ends where the key is struck again. One whose key is held is left out, but if it is
+    lifted within `late` ticks, which are a difference of rounding, the note begins then.
+    """
     fitting = []
     for n in range(len(new["time"])):
         same_key = kept["pitch"] == new["pitch"][n]
         start = new["time"][n]
         end = start + new["duration"][n]
         earlier = kept["time"] <= start
-        until = (kept["time"] + kept["duration"])[same_key & earlier].max(initial=0)
-        again = kept["time"][same_key & ~earlier].min(initial=end)
-        new["time"][n] = max(start, until)
-        new["duration"][n] = min(end, again) - new["time"][n]
-        if new["duration"][n] > 0:
+        lifted = (kept["time"] + kept["duration"])[same_key & earlier].max(initial=start)
+        struck_again = kept["time"][same_key & ~earlier].min(initial=end)
+        if lifted <= start + late and lifted < min(end, struck_again):
+            new["time"][n] = lifted
+            new["duration"][n] = min(end, struck_again) - lifted
             fitting.append(n)
     return select(new, np.array(fitting, int))
+
+
+def half_position(state: State, bar: int, grid: int) -> float:
+    """Half a grid position of a bar, from 1 on, in quarter notes; state: of all tokens, (T,)."""
+    unit = state.beat_unit[state.bar == bar][-1]  # after its time signature
+    return 4 / unit / grid / 2
 
 
 def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary, rewrite: str) -> Score:
@@ -2964,17 +2999,19 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary, rewrite: str)
     written = vocab.decode(ids).resample(ticks, min_dur=1).tracks[0].notes.numpy()
     notes = score.tracks[0].notes.numpy()
     _, lines = vocab.bar_lines(ids)
+    state = vocab.trace(ids)
     for first, last in parse_bars(rewrite, len(lines) - 1):
         begin = round(lines[first - 1] * ticks)
         end = round(lines[last] * ticks)
-        # A note that is played a little before the bar line belongs to it.
-        early = ticks // (2 * vocab.grid)
-        is_old = (notes["time"] < begin - early) | (notes["time"] >= end - early)
+        # A note less than half a grid position before a bar line belongs to the next bar.
+        before_gap = half_position(state, max(1, first - 1), vocab.grid) * ticks
+        in_gap = half_position(state, last, vocab.grid) * ticks
+        is_old = (notes["time"] < begin - before_gap) | (notes["time"] >= end - in_gap)
         notes = select(notes, is_old)
         is_new = (written["time"] >= begin) & (written["time"] < end)
         new = select(written, is_new)
         new["duration"] = np.minimum(new["duration"], end - new["time"])
-        new = fit_between(new, notes)
+        new = fit_between(new, notes, late=round(2 * in_gap))
         notes = {column: np.append(notes[column], new[column]) for column in notes}
         score.markers.append(TextMeta(begin, PROMPT_ENDS))
         score.markers.append(TextMeta(end, PROMPT_GOES_ON))
@@ -3006,6 +3043,8 @@ def make_sample(
     """A piece of generate(), decoded; None if it has no notes."""
     new_ids = new_part(ids, prompt, vocab, sample.rewrite)
     whole = vocab.decode(ids)
+    if not whole.note_num():
+        return None
     score = whole
     if sample.rewrite:
         score = fill_score(ids, prompt, vocab, sample.rewrite)
@@ -3023,7 +3062,7 @@ def make_sample(
     if not score.key_signatures:
         score.key_signatures.append(signature)
     elif not sample.rewrite and (score.key_signatures[-1].key - signature.key) % 12:
-        # Another key, not G flat for F sharp
+        # The whole is in another key than the prompt says, and not in G flat for F sharp.
         signature.time = prompt.end
         score.key_signatures.append(signature)
     score.tracks = two_hands(score, prompt)

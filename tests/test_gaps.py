@@ -297,6 +297,67 @@ def test_new_ids_are_those_of_the_gaps(tmp_path):
     assert ids[~inside][:-1].tolist() == prompt.ids[~np.isin(of_prompt.bar, [2, 5, 6])].tolist()
 
 
+@pytest.mark.parametrize("begins, ends", [("8", True), ("7", False)])
+def test_where_the_piece_would_end_a_gap_at_its_end_is_complete(begins, ends, tmp_path):
+    path = save(tmp_path / "a.mid", scale())
+    ids = pg.read_piece(path.read_bytes(), VOCAB).ids
+    gap = pg.find_gap(ids, int(begins), int(begins), VOCAB)
+    request = pg.Request(VOCAB, pg.SampleSettings(), np.empty((0, 12)), 7, np.empty(0, int))
+    state = pg.State(*(column[gap.begin : gap.end][-1:] for column in VOCAB.trace(ids)))
+    logits = np.full((1, V), pg.ILLEGAL)
+    logits[0, [VOCAB.bar_id, VOCAB.eos_id, VOCAB.tempo_ids.start]] = np.log([0.1, 0.4, 0.5])
+    after = pg.within_gap(logits.copy(), state, pg.replace(request, gap=gap))
+    assert np.exp(after[0, VOCAB.bar_id]) == pytest.approx(0.5 if ends else 0.1)
+    assert after[0, VOCAB.eos_id] == after[0, VOCAB.tempo_ids.start] == pg.ILLEGAL
+
+
+def columns(*rows):
+    """Notes, (time, duration, pitch, velocity) each, as columns."""
+    names = ("time", "duration", "pitch", "velocity")
+    return dict(zip(names, np.array(rows).T.copy(), strict=True))
+
+
+def test_new_notes_leave_the_keys_of_kept_ones_alone():
+    kept = columns((0, 105, 60, 80), (0, 200, 62, 80), (300, 50, 64, 80))
+    new = columns(
+        (100, 50, 60, 1),  # its key is lifted 5 ticks later: a difference of rounding
+        (100, 150, 62, 2),  # it is held
+        (250, 100, 64, 3),  # it is struck again
+        (100, 50, 65, 4),
+        (102, 3, 60, 5),  # over before its key is lifted
+    )
+    fitting = pg.fit_between(new, kept, late=10)
+    found = zip(*(fitting[name].tolist() for name in fitting), strict=True)
+    assert list(found) == [(105, 45, 60, 1), (250, 50, 64, 3), (100, 50, 65, 4)]
+
+
+@pytest.mark.parametrize("metre, early", [((4, 4), 10), ((6, 8), 5), ((9, 16), 2)])
+def test_note_that_is_played_a_little_early_belongs_to_the_next_bar(metre, early, tmp_path):
+    """Half a grid position is less in eighths and 16ths."""
+    bar = metre[0] * 4 / metre[1]
+    ticks = 1 / TPQ
+    notes = [(bar * n, bar / 2, 60 + n, 80) for n in range(8)]
+    notes += [(2 * bar - (early + 2) * ticks, bar / 4, 80, 80)]  # kept: it is in bar 2
+    notes += [(2 * bar - (early - 1) * ticks, bar / 4, 85, 80)]  # in the gap
+    notes += [(3 * bar - (early - 1) * ticks, bar / 4, 90, 80)]  # kept: it is in bar 4
+    path = save(tmp_path / "a.mid", [notes, []], metres=[(0, *metre)])
+    _, made = rewrite(path, "3")
+    for _, sample in made:
+        times = {n.pitch: n.time for track in sample.score.tracks for n in track.notes}
+        assert times[80] == round(2 * bar * TPQ) - early - 2
+        assert times.get(85) != round(2 * bar * TPQ) - early + 1
+        assert times[90] == round(3 * bar * TPQ) - early + 1
+
+
+def test_piece_whose_notes_were_all_rewritten_away_is_none():
+    silent = [VOCAB.bar_id, VOCAB.id_of["TimeSig_4/4"]]
+    ids = np.array([VOCAB.bos_id, *silent, *silent, VOCAB.eos_id])
+    settings = pg.SampleSettings(rewrite="1")
+    piano = Score(TPQ)
+    prompt = pg.Prompt(piano, ids[:-1], 8 * TPQ, [], [], [], {}, [])
+    assert pg.make_sample(ids, prompt, VOCAB, settings) is None
+
+
 def test_chords_are_asked_for_in_the_gap_alone(tmp_path):
     path = save(tmp_path / "a.mid", scale())
     _, made = rewrite(path, "3-4,7", chords="F#m Eb")

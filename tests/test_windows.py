@@ -58,7 +58,7 @@ def assert_window_of(piece, at, window):
     assert window.idx[0].tolist() == column(ids, at, at + T, pg.PAD)
     assert window.targets[0].tolist() == column(ids, at + 1, at + 1 + T, pg.IGNORE)
     assert window.recent[0].tolist() == column(ids, at - pg.RECENT, at, pg.PAD)
-    order = pg.TOKEN_TIME * VOCAB.grid * np.arange(length)
+    order = pg.TOKEN_BEATS * VOCAB.grid * np.arange(length)
     time = piece.time[here] - piece.time[at] + order
     assert window.time[0, :length].tolist() == pytest.approx(time.tolist())
     assert window.pitch[0, :length].tolist() == piece.pitch[here].tolist()
