@@ -2,18 +2,18 @@
 # requires-python = ">=3.10"
 # dependencies = ["symusic>=0.6.0,<0.7", "numpy>=2.0,<3"]
 # ///
-"""Make music heard and seen: a page of all pieces in a folder, a .wav and a .png of single ones.
+"""Make music heard and seen: a page of all pieces in a folder, sound and a picture of single ones.
 
 python samples/listen.py                write index.html beside this script: a page that shows and
                                         plays all .mid files there, in any browser, offline
 python samples/listen.py FOLDER         the same in another folder
-python samples/listen.py samples/a.mid  write samples/a.wav and samples/a.png
+python samples/listen.py samples/a.mid  write samples/a.wav, a.ogg, a.mp3 and a.png
 python samples/listen.py pianogpt.safetensors.csv
                                         draw the losses of a training run: pianogpt.safetensors.png
 
-The page needs only what pianogpt.py needs. A .wav needs `pip install --no-deps tinysoundfont`, a
-.png needs `pip install matplotlib`. The piano is florestan-piano.sf2, beside this script. No pedal
-is played.
+The page needs only what pianogpt.py needs. A .wav needs `pip install --no-deps tinysoundfont`, .ogg
+and .mp3 also need `pip install soundfile`, a .png needs `pip install matplotlib`. The piano is
+florestan-piano.sf2, beside this script; --soundfont takes another. No pedal is played.
 """
 
 import argparse
@@ -36,6 +36,9 @@ from pathlib import Path
 RATE = 44_100  # samples a second
 RING_OUT = 2  # seconds of sound after the last note
 PEAK = 32_000  # the loudest sample of a piece; full scale is 32,767
+# The room: noise that decays by 60 dB in so many seconds, so much softer than the piano
+ROOM_SECONDS = 1.2
+ROOM_LOUDNESS = 0.12
 SUFFIXES = (".mid", ".midi", ".kar")
 MOST_BARS = 20_000  # one every fifth of a second for an hour
 LONGEST = 3600  # seconds; an hour of sound takes 3 GB of memory while it is written
@@ -198,8 +201,20 @@ def load_soundfont(path: str):
         ) from None
 
 
-def write_wav(midi: Path, notes: list, soundfont: str) -> None:
-    """Play the notes of a .mid file on the first preset of a soundfont into a stereo .wav."""
+def add_room(sound):
+    """Sound (frames, 2) as it is heard in a small hall: with a tail of noise that dies away."""
+    np = need("numpy")
+    frames = round(ROOM_SECONDS * RATE)
+    noise = np.random.default_rng(0).standard_normal((frames, 2))
+    noise *= 10 ** (-3 * np.arange(frames) / frames)[:, None]
+    noise *= ROOM_LOUDNESS / np.sqrt((noise**2).sum(0))
+    size = 2 ** (len(sound) + frames).bit_length()
+    spectrum = np.fft.rfft(sound, size, axis=0) * np.fft.rfft(noise, size, axis=0)
+    return sound + np.fft.irfft(spectrum, size, axis=0)[: len(sound)]
+
+
+def play(notes: list, soundfont: str, has_room: bool):
+    """The notes of a piece on the first preset of a soundfont: 16-bit sound (frames, 2)."""
     synth, instrument = load_soundfont(soundfont)
     np = need("numpy")
     events = need("tinysoundfont.midi")
@@ -215,11 +230,29 @@ def write_wav(midi: Path, notes: list, soundfont: str) -> None:
     on_samples = [(round(second * RATE) / RATE, action) for second, action in steps]
     sequencer.add([events.Event(action, at, persistent=False) for at, action in on_samples])
     length = round((steps[-1][0] + RING_OUT) * RATE)
-    sound = np.frombuffer(synth.generate(length), np.float32)
-    sound = (sound * (PEAK / max(1e-9, np.abs(sound).max()))).astype("<i2")
+    sound = np.frombuffer(synth.generate(length), np.float32).reshape(-1, 2)
+    if has_room:
+        sound = add_room(sound)
+    return (sound * (PEAK / max(1e-9, np.abs(sound).max()))).astype("<i2")
+
+
+def write_wav(midi: Path, sound) -> None:
+    """Write stereo sound beside a .mid file."""
     with replacing(midi.with_suffix(".wav")) as path, wave.open(str(path), "wb") as file:
         file.setparams((2, 2, RATE, 0, "NONE", ""))
         file.writeframes(sound.tobytes())
+
+
+def write_compressed(midi: Path, sound) -> None:
+    """Write mono .ogg and .mp3 files beside a .mid file, about 8 kB a second."""
+    soundfile = need("soundfile")
+    mono = (sound / 2**15).mean(axis=1)
+    for suffix, form, kind in ((".ogg", "OGG", "VORBIS"), (".mp3", "MP3", "MPEG_LAYER_III")):
+        with replacing(midi.with_suffix(suffix)) as path:
+            try:
+                soundfile.write(path, mono, RATE, kind, format=form, compression_level=0.8)
+            except soundfile.LibsndfileError as error:
+                raise UserError(f"{path} cannot be written ({error.error_string})") from None
 
 
 def draw_notes(axes, notes: list, label: str, colors: str) -> None:
@@ -398,7 +431,9 @@ def write_page(folder: Path, problems: dict[str, None]) -> None:
         path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
 
 
-def make_heard_and_seen(path: Path, soundfont: str, problems: dict[str, None]) -> None:
+def make_heard_and_seen(
+    path: Path, soundfont: str, has_room: bool, problems: dict[str, None]
+) -> None:
     """Write what belongs to a folder, a .mid file or a training log; raises UserError."""
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -411,7 +446,9 @@ def make_heard_and_seen(path: Path, soundfont: str, problems: dict[str, None]) -
         piece = read_piece(path)
         with collecting(problems):
             draw_piano_roll(path, piece)
-        write_wav(path, piece.notes, soundfont)
+        sound = play(piece.notes, soundfont, has_room)
+        write_wav(path, sound)
+        write_compressed(path, sound)
     else:
         raise UserError(
             f"{path} is neither .mid, .midi, .kar nor .csv: pass pieces or training logs"
@@ -425,15 +462,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="folder, .mid or .csv")
     parser.add_argument(
-        "--soundfont", metavar="FILE", help="another .sf2 or .sf3 that plays the .wav files"
+        "--soundfont", metavar="FILE", help="another .sf2 or .sf3 that plays the sound files"
     )
+    parser.add_argument("--dry", action="store_true", help="no room around the piano")
     args = parser.parse_args(argv)
     if args.soundfont and not any(path.suffix.lower() in SUFFIXES for path in args.files):
-        parser.error("--soundfont plays single pieces into .wav files: name the .mid files")
+        parser.error("--soundfont plays single pieces into sound files: name the .mid files")
     problems: dict[str, None] = {}
     for path in args.files or [Path(__file__).parent]:
         with collecting(problems):
-            make_heard_and_seen(path, args.soundfont or str(PIANO), problems)
+            make_heard_and_seen(path, args.soundfont or str(PIANO), not args.dry, problems)
     sys.stderr.writelines(f"{problem}\n" for problem in problems)
     return 2 if problems else 0
 

@@ -39,6 +39,7 @@ def words(*numbers, name=b""):
 def soundfont(tmp_path):
     """A soundfont of two presets: 4 is an endless sine, 441 Hz on A4, and 5 is an octave higher."""
     pytest.importorskip("tinysoundfont")
+    pytest.importorskip("soundfile")
     tone = 20_000 * np.sin(2 * np.pi * np.arange(4410) / 100)
     sine = np.round(tone).astype("<i2").tobytes() + bytes(92)
     presets = words(4, 0, 0, *[0] * 6, name=b"sine") + words(5, 0, 1, *[0] * 6, name=b"high")
@@ -80,9 +81,11 @@ def change(path, texts=(), **lists):
     return path
 
 
-def run(*arguments, soundfont=None):
+def run(*arguments, soundfont=None, room=False):
     """The exit code of listen.py."""
     options = ["--soundfont", soundfont] if soundfont else []
+    if not room:
+        options.append("--dry")
     return listen.main([str(argument) for argument in [*arguments, *options]])
 
 
@@ -169,6 +172,7 @@ def test_piece_sounds_the_same_after_another_one(tmp_path, soundfont, monkeypatc
 
 def test_shipped_piano_plays_every_octave_in_tune_and_falls_silent(tmp_path):
     pytest.importorskip("tinysoundfont")
+    pytest.importorskip("soundfile")
     keys = range(21, 109, 12)  # the A of every octave
     path = write_midi(tmp_path / "a.mid", [[(6 * i, 2, key, 100) for i, key in enumerate(keys)]])
     run(path)
@@ -187,6 +191,7 @@ def test_shipped_piano_plays_every_octave_in_tune_and_falls_silent(tmp_path):
 
 def test_ten_loud_notes_at_once_are_not_clipped(tmp_path):
     pytest.importorskip("tinysoundfont")
+    pytest.importorskip("soundfile")
     run(write_midi(tmp_path / "a.mid", [[(0, 2, key, 127) for key in range(48, 68, 2)]]))
     sound = np.abs(hear(tmp_path / "a.wav"))
     assert sound.max() == 32_000 and (sound > 31_990).sum() < 10
@@ -277,6 +282,7 @@ def test_unusable_file_is_one_sentence_and_the_next_is_done(
 ):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tinysoundfont")
+    pytest.importorskip("soundfile")
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content:
@@ -292,6 +298,7 @@ def test_unusable_file_is_one_sentence_and_the_next_is_done(
     [
         ("matplotlib", "pip install matplotlib"),
         ("tinysoundfont", "pip install --no-deps tinysoundfont"),
+        ("soundfile", "pip install soundfile"),
         ("sine.sf2", "pass another --soundfont"),
     ],
 )
@@ -308,8 +315,38 @@ def test_missing_library_or_soundfont_is_a_sentence(
     assert run(*files, soundfont=soundfont) == 2
     err = capsys.readouterr().err
     assert missing in err and err.endswith(f"{cure}\n") and err.count("\n") == 1
-    made = ".wav" if missing == "matplotlib" else ".png"
-    assert {path.suffix for path in tmp_path.glob("[ab].*")} == {".mid", made}
+    made = {".png", ".wav", ".ogg", ".mp3"}
+    lost = {"matplotlib": {".png"}, "soundfile": {".ogg", ".mp3"}}
+    made -= lost.get(missing, {".wav", ".ogg", ".mp3"})
+    assert {path.suffix for path in tmp_path.glob("[ab].*")} == {".mid", *made}
+
+
+def test_compressed_sound_is_that_of_the_wav_and_small(tmp_path, soundfont):
+    soundfile = pytest.importorskip("soundfile")
+    assert run(write_midi(tmp_path / "a.mid", A4_THEN_A5), soundfont=soundfont) == 0
+    sound = hear(tmp_path / "a.wav").mean(1) / 2**15
+    for suffix in ("ogg", "mp3"):
+        compressed, rate = soundfile.read(tmp_path / f"a.{suffix}")
+        assert rate == 44_100 and compressed.ndim == 1
+        assert abs(len(compressed) - len(sound)) < 4000
+        both = [np.abs(np.fft.rfft(x, 2**19))[:100_000] for x in (sound, compressed)]
+        assert np.corrcoef(*both)[0, 1] > 0.95
+        assert (tmp_path / f"a.{suffix}").stat().st_size < len(sound) / 44_100 * 10_000
+
+
+def test_room_rings_on_after_the_notes_and_can_be_left_out(tmp_path, soundfont):
+    path = write_midi(tmp_path / "a.mid", A4_THEN_A5)
+    loud = []
+    for room in (False, True):
+        assert run(path, soundfont=soundfont, room=room) == 0
+        sound = hear(tmp_path / "a.wav")
+        assert np.abs(sound).max() > 30_000
+        loud.append(
+            [np.sqrt((sound[a : a + 4410] ** 2).mean()) for a in (44_100, 2 * 44_100 + 2000)]
+        )
+    (dry_note, dry_silence), (note, silence) = loud
+    assert note > dry_note / 2
+    assert silence > 20 * dry_silence + 1 and silence < note / 10
 
 
 def test_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, capsys):
@@ -318,12 +355,15 @@ def test_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     pytest.importorskip("tinysoundfont")
+    pytest.importorskip("soundfile")
     monkeypatch.setattr(pytest.importorskip("matplotlib.figure").Figure, "savefig", fill_disk)
     (tmp_path / "a.png").write_bytes(b"old")
     assert run(write_midi(tmp_path / "a.mid", A4_THEN_A5)) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes() == b"old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mid", "a.png", "a.wav"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"a.{suffix}" for suffix in ("mid", "mp3", "ogg", "png", "wav")
+    ]
 
 
 class Page(HTMLParser):
@@ -358,7 +398,13 @@ class Page(HTMLParser):
 
 
 def test_page_of_a_folder_shows_every_piece_with_figures_chords_and_settings(tmp_path, monkeypatch):
-    for library in ("matplotlib", "matplotlib.figure", "tinysoundfont", "tinysoundfont.midi"):
+    for library in (
+        "matplotlib",
+        "matplotlib.figure",
+        "soundfile",
+        "tinysoundfont",
+        "tinysoundfont.midi",
+    ):
         monkeypatch.setitem(sys.modules, library, None)  # a page needs none of them
     path = write_midi(tmp_path / "b.mid", [[(0, 1, 69, 100), (4, 2, 34, 37)]])
     settings = {"seed": 0, "temperature": 0.9, "prompt": "", "top_k": 0, "key": "A minor"}
@@ -477,6 +523,7 @@ def test_missing_piano_and_a_soundfont_without_pieces_are_a_sentence(tmp_path, m
 def test_page_sounds_as_the_wav_does(tmp_path):
     node = shutil.which("node") or pytest.skip("Node.js is not installed")
     pytest.importorskip("tinysoundfont")
+    pytest.importorskip("soundfile")
     notes = [(i, 1 + i % 2, 24 + 7 * i, 20 + 8 * i) for i in range(12)]
     path = write_midi(tmp_path / "a.mid", [notes, [(14, 4, 48, 90), (14, 4, 55, 90)]])
     assert run(path, tmp_path) == 0
