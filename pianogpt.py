@@ -98,6 +98,7 @@ from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 unfinished: set[Path] = set()  # files that are deleted if a signal ends the program
 main_process = 0  # the process that handles signals; a worker that has just begun is a copy of it
@@ -1340,6 +1341,8 @@ def parse_bars(text: str, bars: int) -> list[tuple[int, int]]:
             raise UserError(f'--rewrite: cannot read "{part}": write 9-12, or 3-4,9')
         first = int(match[1])
         last = int(match[2] or first)
+        if last < first:
+            raise UserError(f"--rewrite {text}: write the first bar before the last one")
         if not 1 <= first <= last <= bars:
             raise UserError(f"--rewrite {text}: write bars from 1 to {bars}, which the prompt has")
         if stretches and first <= stretches[-1][1]:
@@ -2242,7 +2245,6 @@ HANDS_APART = 5  # middle keys are at least so far from each other
 TOO_CLOSE = 1000  # effort of less
 LEFT_HOME = 54  # the usual place of the left hand
 LEFT_AWAY = 0.03  # effort of each semitone away from it
-SAME_ONSET = 1 / 16  # quarter notes from a note of a file to the same one on the grid
 KEPT_OF_WINDOW = 1 / 3  # when a window is full, its last third begins the next
 
 
@@ -2914,21 +2916,32 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     return plays_left
 
 
-def two_hands(score: Score, prompt: Prompt | None) -> list[Track]:
-    """The notes of a one-track score as two tracks; the prompt keeps the hands of its file."""
+def hands_of_file(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray:
+    """The hands of notes as the prompt's file has them, (N,): as split_hands takes them.
+
+    A note of the file is the same one if it has the same key and, in quarter notes, nearly the same
+    time: tokens round it to the grid.
+    """
+    known = np.full(len(notes["time"]), -1)
+    by_key = defaultdict(list)
+    for quarter, pitch, is_left in sorted(prompt.hands):
+        by_key[pitch].append((quarter, is_left))
+    for pitch, of_file in by_key.items():
+        quarters, is_left = np.array(of_file).T
+        [mine] = np.nonzero((notes["pitch"] == pitch) & (notes["time"] < prompt.end))
+        time = notes["time"][mine] / tpq
+        nearest = np.searchsorted((quarters[:-1] + quarters[1:]) / 2, time)
+        is_same = np.abs(quarters[nearest] - time) <= 0.51 / grid
+        known[mine[is_same]] = is_left[nearest[is_same]]
+    return known
+
+
+def two_hands(score: Score, prompt: Prompt | None, grid: int) -> list[Track]:
+    """The notes of a one-track score as two tracks, those of a prompt as its file has them."""
     notes = score.tracks[0].notes.numpy()
     known = np.full(len(notes["time"]), -1)
-    turns = [m.time for m in score.markers if m.text in (PROMPT_ENDS, PROMPT_GOES_ON)]
-    # After an even number of turns the prompt goes on; some of its notes are a little early.
-    early = score.tpq // 48
-    is_old = np.searchsorted(turns, notes["time"] + early, side="right") % 2 == 0
-    if turns and prompt.hands:
-        quarter, pitch, is_left = np.array(prompt.hands).T
-        for n in np.flatnonzero(is_old):
-            distance = np.abs(quarter - notes["time"][n] / score.tpq)
-            distance[pitch != notes["pitch"][n]] = math.inf
-            if distance.min() < SAME_ONSET:
-                known[n] = is_left[distance.argmin()]
+    if prompt:
+        known = hands_of_file(notes, prompt, score.tpq, grid)
     plays_left = split_hands(notes, known, score.tpq)
     tracks = []
     for name, mine in (("right hand", ~plays_left), ("left hand", plays_left)):
@@ -3046,11 +3059,13 @@ def make_sample(
     if not whole.note_num():
         return None
     score = whole
+    in_score = prompt
     if sample.rewrite:
         score = fill_score(ids, prompt, vocab, sample.rewrite)
     elif sample.continuation_only:
         ids = np.append(vocab.bos_id, new_ids)
         score = vocab.decode(ids, prompt.tempos[-1].qpm)
+        in_score = None
     elif prompt:
         restore_prompt(score, prompt, vocab, new_ids)
         score.markers.append(TextMeta(prompt.end, PROMPT_ENDS))
@@ -3065,7 +3080,7 @@ def make_sample(
         # The whole is in another key than the prompt says, and not in G flat for F sharp.
         signature.time = prompt.end
         score.key_signatures.append(signature)
-    score.tracks = two_hands(score, prompt)
+    score.tracks = two_hands(score, in_score, vocab.grid)
     for quarter, symbol in vocab.chord_changes(ids):
         score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
     is_cut = ids[-1] != vocab.eos_id
@@ -3910,15 +3925,10 @@ def print_block(values: dict) -> None:
 
 
 def name_styles(pieces: list[Piece]) -> None:
-    """Set the style of each piece to the name of its first folder; one named train is none.
-
-    Raises UserError if there are no such folders.
-    """
+    """Set the style of each piece to the name of its first folder; one named train is none."""
     for piece in pieces:
         folders = [part for part in Path(piece.path).parts[:-1] if part not in SPLITS]
-        piece.style = folders[0] if folders else ""
-    if not any(piece.style for piece in pieces):
-        raise UserError("--style-from-folder: no file lies in a folder of a style: make some")
+        piece.style = normalize("NFC", folders[0]) if folders else ""
 
 
 def list_styles(pieces: list[Piece], known: list[str]) -> list[str]:
@@ -3958,6 +3968,9 @@ def prepare_data(
     if not training:
         raise UserError(f"no piece under {folder} is left to train on: all are held out")
     styles = list_styles(training, checkpoint.styles if checkpoint else [])
+    if settings.data.style_from_folder and not styles:
+        raise UserError("--style-from-folder: no file lies in a folder of a style: make some")
+    find_style(settings.sample.style, styles)  # finds a mistake before the training
     T = settings.model.block_size
     windows = cut_all_windows(make_corpus(held_out, styles), T, T, vocab, LONGEST_VALIDATION)
     intervals = b"".join(pitch_intervals(piece.ids, vocab) for piece in training)
@@ -4321,6 +4334,7 @@ def write_sample(
 
 def find_style(name: str, styles: list[str]) -> int:
     """The number of a style of a model, 0 for none. Raises UserError if it has no such style."""
+    name = normalize("NFC", name)
     if not name:
         return 0
     if not styles:
@@ -4626,6 +4640,9 @@ def parse(argv: list[str] | None) -> dict:
     modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be done at once")
+    for name in ("prompt", "rewrite", "style"):
+        if given.get(name) == "":
+            raise UserError(f"{flag(name)} is empty: write a value after it, or omit it")
     for name in ("bars", "continuation_only"):
         if name in given and "rewrite" in given:
             raise UserError(f"--rewrite keeps the length of the prompt: omit {flag(name)}")

@@ -1097,6 +1097,8 @@ def times_of_files(folder):
             "the prompt alone is 8 bars: ask for a longer piece",
         ),
         ("--generate --rewrite 3", "--rewrite does nothing without --prompt"),
+        ("--generate --prompt midi/piece00.mid --rewrite ''", "--rewrite is empty: write a value"),
+        ("--generate --style '' --guidance 2", "--style is empty: write a value after it, or omit"),
         ("--generate --guidance 2", "--guidance does nothing without --style"),
         (f"{REWRITE} --bars 9", "--rewrite keeps the length of the prompt: omit --bars"),
         (f"{REWRITE} --continuation-only", "omit --continuation-only"),
@@ -1414,6 +1416,12 @@ def test_styles_are_learned_asked_for_kept_and_joined_by_new_ones(folder, here, 
     assert of_styles[3].any()
     assert pianogpt("--midi-dir midi --checkpoint a --steps 6") == 0
     assert load("a").styles == tuned.styles, "also with music that has none"
+
+
+def test_style_that_the_music_has_not_is_said_before_training(folder, here, capsys):
+    assert train("--generate --style Bach") == 2
+    assert "this model knows no styles: train one with --style-from-fold" in capsys.readouterr().err
+    assert not MODEL.exists()
 
 
 def test_prompt_itself_does_not_count_as_known_nor_do_pieces_that_are_held_out(trained, capsys):

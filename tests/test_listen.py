@@ -208,6 +208,22 @@ def test_picture_shows_notes_at_their_time_and_pitch_and_the_prompt_in_orange(tm
         assert abs(rows.mean() - (82 - pitch) / (82 - 59) * len(picture)) <= 2  # from 82 down to 59
 
 
+def test_rewritten_bars_are_blue_between_those_of_the_prompt(tmp_path):
+    path = write_midi(tmp_path / "a.mid", [[(4 * n, 3, 60, 90) for n in range(4)]])
+    turns = [(4, "end of prompt"), (8, "prompt goes on"), (12, "end of prompt")]
+    change(path, turns)
+    run(path)
+    picture, orange, blue = see(tmp_path / "a.png")
+    middles = [round((4 * n + 1.5) / 15 * picture.shape[1]) for n in range(4)]
+    assert [orange[:, at].any() for at in middles] == [True, False, True, False]
+    assert [blue[:, at].any() for at in middles] == [False, True, False, True]
+    run(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    kinds = re.findall(r'class="(note(?: prompt)?)" opacity[^>]* d="([^"]*)"', page)
+    starts = {kind: re.findall(r"M(\d+) ", path) for kind, path in kinds}
+    assert starts == {"note prompt": ["0", "4000"], "note": ["2000", "6000"]}
+
+
 def test_without_a_prompt_everything_is_blue_and_louder_is_darker(tmp_path):
     path = write_midi(tmp_path / "a.mid", [[(0, 4, 60, 30), (4, 4, 60, 120)]])
     run(change(path, [(4, "the end of prompts")]))  # another text

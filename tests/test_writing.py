@@ -537,6 +537,17 @@ def test_hands_of_a_prompt_are_its_own(tmp_path, model, vocab):
         assert score.note_num() > 24
 
 
+def test_hands_are_found_again_on_any_grid(vocab):
+    """Rounding moves a note by up to half a position; another note of its key may be near."""
+    hands = [(0.0, 60, True), (0.12, 62, True), (0.5, 62, False), (3.0, 62, True), (1.0, 99, True)]
+    prompt = pg.Prompt(None, None, 4 * 480, [], [], [], {}, hands)
+    times = np.array([0, 120, 240, 1440, 1500, 2400])
+    notes = {"time": times, "pitch": np.array([60, 62, 62, 62, 62, 62])}
+    assert pg.hands_of_file(notes, prompt, 480, 4).tolist() == [1, -1, 0, 1, 1, -1]
+    assert pg.hands_of_file(notes, prompt, 480, 2).tolist() == [1, 1, 0, 1, 1, -1]
+    assert pg.hands_of_file(notes, prompt, 480, 24).tolist() == [1, -1, 0, 1, -1, -1]
+
+
 def test_three_tracks_or_one_are_no_hands(tmp_path):
     for tracks, expected in ((scale(), 80), (scale()[:1], 0), ([*scale(), scale(1)[0]], 0)):
         path = write_midi(tmp_path / "a.mid", tracks)
