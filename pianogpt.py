@@ -2681,23 +2681,32 @@ class GapWriting(Writing):
         after = slice(gap.end, None)
         self.count_notes(State(*(column[after] for column in self.trace)), gap.ids[after])
 
-    def new_window(self) -> Window:
-        """What is around the gap, in equal shares, FILL, and what is written of the gap.
+    def share_window(self, begin: int) -> tuple[int, int, int]:
+        """How many tokens of a new window are before the gap, after it, and written of it.
 
-        Where one side is short, the other has more. When the window is full, finished bars of the
-        gap become part of what is before it; the beginning of a bar of more than a quarter of the
-        window is left out.
+        begin: the place of the first one that is written. What is before and after has equal
+        shares; where one side is short, the other has more.
         """
         T = self.model.sizes.block_size
         gap = self.gap
-        ids = np.concatenate(self.ids)
-        begin = gap.begin if self.window is None else np.flatnonzero(ids == self.vocab.bar_id)[-1]
-        written = min(len(ids) - begin, T // 4)
+        written = min(len(self.ids) - begin, T // 4)
         # Leave room for about as many tokens as the old bars had.
         to_write = min(max(gap.end - gap.begin, T // 4), T // 2)
-        around = T - 1 - written - to_write
+        around = T - 1 - written - to_write  # without FILL
         after = min(len(gap.ids) - gap.end, max(around // 2, around - begin))
         before = min(begin, around - after)
+        return before, after, written
+
+    def new_window(self) -> Window:
+        """What is around the gap, FILL, and what is written of the gap.
+
+        When the window is full, finished bars of the gap become part of what is before it. The
+        beginning of a bar of more than a quarter of the window is left out.
+        """
+        gap = self.gap
+        ids = np.concatenate(self.ids)
+        begin = gap.begin if self.window is None else np.flatnonzero(ids == self.vocab.bar_id)[-1]
+        before, after, written = self.share_window(begin)
         self.window_start = begin - before
 
         # (3, N) each: ids, times, pitches
@@ -2882,8 +2891,10 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     right = np.arange(44, 100, 2)  # (R,)
     of_left = reach(notes["pitch"], left)  # (N, L)
     of_right = reach(notes["pitch"], right)  # (N, R)
-    of_left[known == 0] = math.inf
-    of_right[known == 1] = math.inf
+    is_right = known == 0
+    is_left = known == 1
+    of_left[is_right] = math.inf
+    of_right[is_left] = math.inf
     usual = np.where(right - left[:, None] < HANDS_APART, TOO_CLOSE, 0)  # (L, R)
     usual = usual + LEFT_AWAY * np.abs(left - LEFT_HOME)[:, None]
     move_left = HAND_MOVE * np.abs(left[:, None] - left)  # (L from, L to)
