@@ -234,8 +234,10 @@ def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(her
         capsys.readouterr()
         assert report.main([*flags.split(), "--device", "cpu", "--cache-dir", "no"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        values = dict(line.split(": ") for line in lines[-8:])
+        values = dict(line.split(": ") for line in lines[-10:])
         assert list(values) == [
+            "told_apart",
+            "told_apart_floor",
             "longest_known_run",
             "held_out_longest_known_run",
             "frechet",
@@ -283,7 +285,7 @@ def test_styles_are_told_apart_by_what_they_are(here, capsys):
     flags = "--styles high,low --num-samples 4 --bars 4 --cache-dir no --seed 1"
     assert report.main(flags.split()) == 0
     values = dict(re.findall(r"^(\w+): (\S+)$", capsys.readouterr().out, re.M))
-    assert float(values["classifier_accuracy_by_work"]) > 0.9
+    assert float(values["classifier_accuracy"]) > 0.9
     for name, other in (("high", "low"), ("low", "high")):
         assert int(values[f"{name}_held_out"]) >= 4
         assert 0 < float(values[f"{name}_floor"]) < float(values[f"{name}_distance"]) <= 1
@@ -291,6 +293,27 @@ def test_styles_are_told_apart_by_what_they_are(here, capsys):
         assert 0 <= float(values[f"{name}_told"]) <= 1
     told = report.tell_styles(np.eye(6), np.arange(6) % 3, np.eye(6))
     assert told.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_what_differs_is_told_apart_and_what_does_not_is_not():
+    rng = np.random.default_rng(0)
+
+    def draw(n, shift):
+        features = rng.standard_normal((n, 6)) + shift
+        return [
+            report.Excerpt(i // 2, {"a": row[:4], "b": row[4:]}, {})
+            for i, row in enumerate(features)
+        ]
+
+    real = draw(200, 0.0)
+    same, floor = report.tell_real_from_written(draw(200, 0.0), real)
+    other, _ = report.tell_real_from_written(draw(200, 2.0), real)
+    assert 0.35 < same < 0.65 and 0.35 < floor < 0.65
+    assert other > 0.95
+    copies = np.repeat(rng.standard_normal((50, 6)), 2, axis=0)
+    halves = np.arange(100) // 2 % 2
+    told = report.told_rightly(copies, halves, np.arange(100) // 2)
+    assert told < 0.65, "the other copy of a work tells nothing"
 
 
 def test_losses_of_gaps_are_those_of_the_model(vocab):
