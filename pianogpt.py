@@ -52,7 +52,7 @@ Part I (sections 1 to 6) is the idea. Part II (sections 7 to 10) is the machiner
 To change ...                          look at ...
     a default, a flag                  1  Settings: every flag is a field there
     how a file is read                 2  parse_midi, make_piano
-    how music becomes tokens           3  read_piece, which calls all steps in order
+    how music becomes tokens           3  read_piece, tokenize, which call all steps in order
     what a token means, a new token    3  Tokenizer, Vocabulary
     the size or the layers             4  PianoGPT, Block
     what is learned from               5  Batches, cut_windows
@@ -1274,20 +1274,29 @@ def cut_silence(ids: np.ndarray, vocab: Vocabulary, longest: float) -> tuple[np.
     return np.concatenate(kept), 1 + len(bars) - len(kept)
 
 
-def read_piece(data: bytes, vocab: Vocabulary, silence: float = LONGEST_SILENCE) -> Piece:
-    """The bytes of a MIDI file as a piece without a path. Raises UserError if it has no music.
+def read_piece(data: bytes, vocab: Vocabulary) -> Piece:
+    """The bytes of a MIDI file as a piece without a path. Raises UserError if it has no music."""
+    piano, changes = make_piano(parse_midi(data))
+    return tokenize(piano, changes, vocab)
+
+
+def tokenize(
+    piano: Score, changes: dict[str, int], vocab: Vocabulary, silence: float = LONGEST_SILENCE
+) -> Piece:
+    """A one-track score as a piece without a path; changes: see make_piano. Raises UserError.
 
     silence: quarter notes of empty bars in a row; more are cut.
     """
-    piano, changes = make_piano(parse_midi(data))
     quantized = vocab.quantize(piano)
     merged = piano.note_num() - quantized.note_num()
     merged -= changes["notes outside the piano's range dropped"]
     ids, bars_cut = cut_silence(vocab.encode(quantized), vocab, silence)
     ids = np.append(ids, np.int16(vocab.eos_id))
     state = vocab.trace(ids)
-    changes["repeated notes in one grid position merged"] = merged
-    changes["bars of long silences cut"] = bars_cut
+    changes = changes | {
+        "repeated notes in one grid position merged": merged,
+        "bars of long silences cut": bars_cut,
+    }
     return Piece(
         ids=ids,
         time=state.time.astype(np.int32),
@@ -4251,8 +4260,9 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     """The prompt up to a bar line, where sounding notes end. Raises UserError."""
     path = Path(sample.prompt)
     try:
-        data = read_bytes(path)
-        piece = read_piece(data, vocab, silence=LONGEST_PIECE)
+        midi = parse_midi(read_bytes(path))
+        piano, changes = make_piano(midi)
+        piece = tokenize(piano, changes, vocab, silence=LONGEST_PIECE)
     except UserError as e:
         raise UserError(f"{path} cannot be continued ({e}): pass another --prompt") from None
     ids = piece.ids[:-1]  # without EOS
@@ -4274,8 +4284,6 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
     ids = np.append(ids, silent_bar * missing).astype(np.int16)
 
-    midi = parse_midi(data)
-    piano, _ = make_piano(midi)
     times = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exactly
     ticks = times * midi.tpq if sample.rewrite else TPQ
     scale = ticks / midi.tpq
