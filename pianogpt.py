@@ -222,11 +222,16 @@ class SampleSettings:
     """The music that is written."""
 
     num_samples: int = setting(3, "pieces to write", 1, 100_000)
-    prompt: str = setting("", "MIDI file to continue")
+    prompt: str = setting("", "MIDI file to continue, or to rewrite in part")
     prompt_bars: int = setting(0, "bars of the prompt to use; 0: all of it", 0)
     continuation_only: bool = setting(False, "leave the prompt out of the file")
+    rewrite: str = setting("", "bars of the prompt to write anew; all others stay: 9-12 or 3-4,9")
     bars: int = setting(0, "bars of the whole piece; 0: it ends itself after 8 to 24 new bars", 0)
     chords: str = setting("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
+    style: str = setting("", "style to write in, of those that the model has learned")
+    guidance: float = setting(
+        1.0, "how far to lean towards --style; 1: as learned; else it takes twice the time", 0, 9
+    )
     division: int = setting(
         0, "notes begin on N-ths of a beat; 0: as in the prompt, or anywhere without one", 0, 48
     )
@@ -245,11 +250,6 @@ class SampleSettings:
     )
     min_p: float = setting(
         0.0, "draw from tokens at least this likely, relative to the likeliest; 0: from all", 0, 1
-    )
-    rewrite: str = setting("", "bars of the prompt to write anew, all others stay: 9-12 or 3-4,9")
-    style: str = setting("", "style to write in, of those that the model has learned")
-    guidance: float = setting(
-        1.0, "how far to lean towards --style; 1: as learned; else it takes twice the time", 0, 9
     )
     samples_dir: str = setting("samples", "folder for the new files; nothing is overwritten")
 
