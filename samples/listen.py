@@ -250,7 +250,11 @@ def write_compressed(midi: Path, sound) -> None:
     for suffix, form, kind in ((".ogg", "OGG", "VORBIS"), (".mp3", "MP3", "MPEG_LAYER_III")):
         with replacing(midi.with_suffix(suffix)) as path:
             try:
-                soundfile.write(path, mono, RATE, kind, format=form, compression_level=0.8)
+                with soundfile.SoundFile(
+                    path, "w", RATE, 1, kind, format=form, compression_level=0.8
+                ) as file:
+                    for begin in range(0, len(mono), RATE):  # all at once crashes Vorbis
+                        file.write(mono[begin : begin + RATE])
             except soundfile.LibsndfileError as error:
                 raise UserError(f"{path} cannot be written ({error.error_string})") from None
 

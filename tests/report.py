@@ -488,6 +488,10 @@ def measure_styles(
                 for p in pieces
                 if p.style == name
             ]
+            if len({work for work, _ in theirs}) < 4:
+                raise pg.UserError(
+                    f"fewer than 4 works of {name} are new to the model: name others"
+                )
             real[name] = describe(theirs, f"held out {name}", vocab, known)
     x = vectors([e for name in names for e in real[name]])
     y = np.repeat(np.arange(len(names)), [len(real[name]) for name in names])
@@ -512,11 +516,14 @@ def measure_styles(
 def is_new(piece: pg.Piece, learned: bytes, passages: np.ndarray, vocab: pg.Vocabulary) -> bool:
     """Whether a piece shares no passage with the music that a model learned.
 
-    learned: its melodic intervals; passages: their hashes.
+    learned: its melodic intervals; passages: their hashes, sorted.
     """
     intervals = pg.pitch_intervals(piece.ids, vocab)
     hashes = pg.hash_passages(np.frombuffer(intervals, np.uint8))
-    return intervals not in learned and not np.isin(hashes[hashes > 0], passages).any()
+    hashes = hashes[hashes > 0]
+    nearest = np.searchsorted(passages, hashes).clip(0, len(passages) - 1)
+    is_known = passages[nearest] == hashes
+    return not is_known.any() and intervals not in learned
 
 
 def read_new_pieces(
@@ -531,7 +538,7 @@ def read_new_pieces(
     if settings.data.style_from_folder:
         pg.name_styles(pieces)
     learned = checkpoint.intervals()
-    passages = pg.hash_passages(np.frombuffer(learned, np.uint8))
+    passages = np.unique(pg.hash_passages(np.frombuffer(learned, np.uint8)))
     pieces = [piece for piece in pieces if is_new(piece, learned, passages, vocab)]
     works = [piece.work for piece in pieces]
     if len(set(works)) < 4:

@@ -350,6 +350,15 @@ def test_compressed_sound_is_that_of_the_wav_and_small(tmp_path, soundfont):
         assert (tmp_path / f"a.{suffix}").stat().st_size < len(sound) / 44_100 * 10_000
 
 
+def test_long_sound_is_compressed(tmp_path):
+    """Vorbis crashes if it gets a minute at once."""
+    soundfile = pytest.importorskip("soundfile")
+    sound = np.random.default_rng(0).integers(-9000, 9000, (90 * 44_100, 2)).astype("<i2")
+    listen.write_compressed(tmp_path / "a.mid", sound)
+    for suffix in ("ogg", "mp3"):
+        assert soundfile.info(tmp_path / f"a.{suffix}").duration == pytest.approx(90, abs=0.2)
+
+
 def test_room_rings_on_after_the_notes_and_can_be_left_out(tmp_path, soundfont):
     path = write_midi(tmp_path / "a.mid", A4_THEN_A5)
     loud = []
