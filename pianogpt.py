@@ -3875,7 +3875,7 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
 
 # ---- 9. Runs: train, generate, evaluate, export
 
-SEARCHED_NOTES = 5_000_000  # for the longest known run; a piece takes two seconds
+SEARCHED_NOTES = 6_000_000  # for the longest known run; a piece takes two seconds
 FEW_FILES = 20  # of which --init-from holds none out
 # The defaults with --init-from: few small steps, at a low rate, keep what was learned.
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 2.4e-5, "eval_every": 25}
