@@ -3062,11 +3062,10 @@ def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, rewrite:
         return ids[1:]  # without BOS
     if not rewrite:
         return ids[len(prompt.ids) :]
-    starts, _ = vocab.bar_lines(ids)
-    starts = np.append(starts, len(ids) - 1)
     parts = []
-    for first, last in parse_bars(rewrite, len(starts) - 1):
-        parts.append(ids[starts[first - 1] : starts[last]])
+    for first, last in parse_bars(rewrite, int((ids == vocab.bar_id).sum())):
+        gap = find_gap(ids, first, last, vocab)
+        parts.append(ids[gap.begin : gap.end])
     return np.concatenate(parts)
 
 

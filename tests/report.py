@@ -369,16 +369,15 @@ def compare(
     return {name: np.mean(rounds, 0) for name, rounds in found.items()}, np.mean(gaussian, 0)
 
 
-def root_mean_square(apart: np.ndarray) -> np.ndarray:
+def root_mean_square(apart: np.ndarray) -> list[float]:
     """One distance and one floor of those of all features, (features, 2)."""
-    return np.sqrt((apart**2).mean(0))
+    return np.sqrt((apart**2).mean(0)).tolist()
 
 
-def distance_of(samples: list[Excerpt], held_out: list[Excerpt]) -> tuple[float, float]:
+def distance_of(samples: list[Excerpt], held_out: list[Excerpt]) -> list[float]:
     """The distance of samples from held-out music over all features, and its floor."""
     found, _ = compare(samples, held_out)
-    distance, floor = root_mean_square(np.array([values[:, 0] for values in found.values()]))
-    return float(distance), float(floor)
+    return root_mean_square(np.array([values[:, 0] for values in found.values()]))
 
 
 def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
@@ -406,8 +405,8 @@ def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
             "frechet_floor": float(gaussian[1]),
             "features": len(apart),
             "features_at_floor": int((apart[:, 0] <= 1.5 * apart[:, 1]).sum()),
-            "distance": float(distance),
-            "floor": float(floor),
+            "distance": distance,
+            "floor": floor,
         }
     )
 
@@ -501,14 +500,15 @@ def measure_styles(
         told = tell_styles(x, y, vectors(written[name]))
         none = tell_styles(x, y, vectors(written[""]))
         other = names[number - 1]
+        distance, floor = distance_of(written[name], real[name])
         found |= {
             f"{name}_held_out": len(real[name]),
             f"{name}_told": float((told == number).mean()),
             f"{name}_told_without_style": float((none == number).mean()),
-            f"{name}_distance": distance_of(written[name], real[name])[0],
+            f"{name}_distance": distance,
             f"{name}_distance_without_style": distance_of(written[""], real[name])[0],
             f"{name}_distance_of_{other}": distance_of(written[other], real[name])[0],
-            f"{name}_floor": distance_of(written[name], real[name])[1],
+            f"{name}_floor": floor,
         }
     pg.print_block(found)
 
