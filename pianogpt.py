@@ -1438,7 +1438,7 @@ AT_ONCE = 64  # at most so many pieces are written at once, to save memory
 MANY_PIECES = 8  # from so many at once on, a second thread and a cache in bfloat16 pay
 PAD = 0  # id of the PAD token, which stands where there is no token
 IGNORE = -100  # a target that is not scored
-WRITTEN_OUT = 256  # tokens of the longest window whose attention is written out, see attend
+QUERY_ROWS = 256  # queries whose attention is worked out together, see attend
 LOSS_ROWS = 256  # tokens whose logits fit into the processor's cache; all at once take longer
 # The logit of what cannot be. Not -inf: a softmax over nothing else would be undefined.
 ILLEGAL = -1e9
@@ -1541,19 +1541,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, (B, nh, T, hs), to S keys and values (B, nh, S, hs); T is S or 1.
 
     Uses PyTorch's own attention, except when learning in bfloat16 on a CPU, where its gradient
-    takes three times as long as in float32. There a short window is written out, and a longer one
-    is computed in float32.
+    takes three times as long as in float32. There attention is written out, for QUERY_ROWS
+    queries at a time, so that the first ones need no scores for keys that only later ones see.
     """
     T, hs = q.shape[-2:]
     learns_in_half = torch.is_grad_enabled() and q.dtype == torch.bfloat16
     if not (learns_in_half and q.device.type == "cpu"):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-    if T > WRITTEN_OUT:
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     q3, k3, v3 = (x.reshape(-1, T, hs) for x in (q, k, v))  # (B nh, T, hs)
-    future = torch.full((T, T), ILLEGAL, dtype=q.dtype).triu(1).expand(len(q3), T, T)
-    scores = torch.baddbmm(future, q3, k3.mT, alpha=hs**-0.5)  # (B nh, T, T)
-    return (scores.softmax(-1) @ v3).view(q.shape)
+    parts = []
+    for begin in range(0, T, QUERY_ROWS):
+        end = min(begin + QUERY_ROWS, T)
+        future = torch.full((end - begin, end), ILLEGAL, dtype=q.dtype).triu(1 + begin)
+        scores = torch.baddbmm(
+            future.expand(len(q3), -1, -1), q3[:, begin:end], k3[:, :end].mT, alpha=hs**-0.5
+        )  # (B nh, end - begin, end)
+        parts.append(scores.softmax(-1) @ v3[:, :end])
+    return torch.cat(parts, dim=1).view(q.shape)
 
 
 class Block(nn.Module):

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
 import pianogpt as pg  # noqa: E402
 
 TPQ = 480  # ticks per quarter note of the files written here
-TINY = shlex.split("--n-layer 2 --n-head 2 --n-embd 32 --block-size 64 --batch-size 4 --device cpu")
+TINY = shlex.split("--n-layer 1 --n-head 2 --n-embd 32 --block-size 64 --batch-size 4 --device cpu")
 FORKS = multiprocessing.get_context("forkserver")  # its processes do not import torch again
 PRELOADED = [
     "miditok",

@@ -257,7 +257,7 @@ def test_bfloat16_loss_and_gradient_are_near_those_of_float32(model):
         assert (p.grad - gradients[name]).norm() < 0.03 * gradients[name].norm(), name
 
 
-@pytest.mark.parametrize("T", [1, 7, pg.WRITTEN_OUT, pg.WRITTEN_OUT + 5])
+@pytest.mark.parametrize("T", [1, 7, pg.QUERY_ROWS, 2 * pg.QUERY_ROWS + 5])
 def test_attention_written_out_is_that_of_pytorch(T):
     q, k, v = torch.randn(3, 2, 4, T, 16).bfloat16().requires_grad_()
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
