@@ -1612,9 +1612,7 @@ class PianoGPT(nn.Module):
         C = sizes.n_embd
         V = vocab_size
         self.embedding = nn.Embedding(V, C, padding_idx=PAD)
-        self.recent = nn.Parameter(
-            torch.zeros(RECENT, C)
-        )  # weights of the tokens before, oldest first
+        self.recent = nn.Parameter(torch.zeros(RECENT, C))  # weights of tokens before, oldest first
         self.memory = nn.Linear(V, C, bias=False)
         self.style = nn.Embedding(1 + styles, C, padding_idx=0)
         self.norm_0 = nn.LayerNorm(C, elementwise_affine=False)
@@ -2881,6 +2879,8 @@ class Prompt:
     key_signatures: list[KeySignature]
     changes: dict[str, int]  # what tokens cannot say: how often
     hands: list[tuple[float, int, bool]]  # see find_hands
+    # the bars that are written anew, (first, last) from 1 on; none: the music is continued
+    rewritten: list[tuple[int, int]] = field(default_factory=list)
 
 
 def reach(keys: np.ndarray, middles: np.ndarray) -> np.ndarray:
@@ -3029,7 +3029,7 @@ def half_position(state: State, bar: int, grid: int) -> float:
     return 4 / unit / grid / 2
 
 
-def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary, rewrite: str) -> Score:
+def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
     """The prompt's own notes, and in its gaps those of a piece, ids (T,), that was rewritten."""
     score = prompt.piano.copy()
     ticks = score.tpq
@@ -3037,7 +3037,7 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary, rewrite: str)
     notes = score.tracks[0].notes.numpy()
     _, lines = vocab.bar_lines(ids)
     state = vocab.trace(ids)
-    for first, last in parse_bars(rewrite, len(lines) - 1):
+    for first, last in prompt.rewritten:
         begin = round(lines[first - 1] * ticks)
         end = round(lines[last] * ticks)
         # A note less than half a grid position before a bar line belongs to the next bar.
@@ -3060,14 +3060,14 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary, rewrite: str)
     return score
 
 
-def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, rewrite: str) -> np.ndarray:
+def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary) -> np.ndarray:
     """What the model wrote of a piece, ids (T,)."""
     if not prompt:
         return ids[1:]  # without BOS
-    if not rewrite:
+    if not prompt.rewritten:
         return ids[len(prompt.ids) :]
     parts = []
-    for first, last in parse_bars(rewrite, int((ids == vocab.bar_id).sum())):
+    for first, last in prompt.rewritten:
         gap = find_gap(ids, first, last, vocab)
         parts.append(ids[gap.begin : gap.end])
     return np.concatenate(parts)
@@ -3077,14 +3077,14 @@ def make_sample(
     ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, sample: SampleSettings
 ) -> Sample | None:
     """A piece of generate(), decoded; None if it has no notes."""
-    new_ids = new_part(ids, prompt, vocab, sample.rewrite)
+    new_ids = new_part(ids, prompt, vocab)
     whole = vocab.decode(ids)
     if not whole.note_num():
         return None
     score = whole
     in_score = prompt
     if sample.rewrite:
-        score = fill_score(ids, prompt, vocab, sample.rewrite)
+        score = fill_score(ids, prompt, vocab)
     elif sample.continuation_only:
         ids = np.append(vocab.bos_id, new_ids)
         score = vocab.decode(ids, prompt.tempos[-1].qpm)
@@ -4273,8 +4273,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     bars = sample.prompt_bars or len(starts)
     if bars > len(starts):
         raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
-    if sample.rewrite:
-        parse_bars(sample.rewrite, bars)  # finds a mistake in it
+    rewritten = parse_bars(sample.rewrite, bars) if sample.rewrite else []
     if 0 < sample.bars <= bars:
         raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
     end = starts[bars] if bars < len(starts) else len(ids)
@@ -4303,6 +4302,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         signs_before(end, midi.key_signatures(), KeySignature, scale),
         piece.changes,
         find_hands(midi),
+        rewritten,
     )
 
 
@@ -4760,8 +4760,6 @@ def computing_errors() -> Iterator[None]:
     """Within it what cannot be computed on this machine is a UserError that says what to do."""
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException:
-        raise UserError("torch.compile does not work here: pass --no-compile") from None
     except (MemoryError, RuntimeError) as e:
         # A GPU has an error of its own for this; a CPU has only its text.
         is_full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
@@ -4770,6 +4768,9 @@ def computing_errors() -> Iterator[None]:
                 "there is not enough memory: pass --accumulate N, or smaller sizes; to write, pass "
                 "a smaller --num-samples"
             ) from None
+        # Named only here, because torch._dynamo takes two seconds to load.
+        if isinstance(e, torch._dynamo.exc.TorchDynamoException):
+            raise UserError("torch.compile does not work here: pass --no-compile") from None
         raise
 
 

@@ -528,6 +528,11 @@ def test_long_message_is_cut(capsys):
     assert len(capsys.readouterr().err) < 600
 
 
+def test_mistake_is_said_before_the_compiler_is_loaded(monkeypatch):
+    monkeypatch.setattr(torch, "_dynamo", None)  # takes two seconds
+    assert pianogpt("--n-layers 3") == 2
+
+
 def test_version_names_the_libraries(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         pianogpt("--version")

@@ -354,7 +354,7 @@ def test_piece_whose_notes_were_all_rewritten_away_is_none():
     ids = np.array([VOCAB.bos_id, *silent, *silent, VOCAB.eos_id])
     settings = pg.SampleSettings(rewrite="1")
     piano = Score(TPQ)
-    prompt = pg.Prompt(piano, ids[:-1], 8 * TPQ, [], [], [], {}, [])
+    prompt = pg.Prompt(piano, ids[:-1], 8 * TPQ, [], [], [], {}, [], rewritten=[(1, 1)])
     assert pg.make_sample(ids, prompt, VOCAB, settings) is None
 
 
