@@ -253,6 +253,41 @@ def embed_as_before(old, idx, share):
     return torch.layer_norm(x, x.shape[-1:])
 
 
+def test_checkpoint_without_gaps_and_styles_is_converted_and_computes_the_same(
+    checkpoint, vocab, here, monkeypatch
+):
+    """Of format 12: its vocabulary has no FILL, which is the last word, and it has no styles."""
+    sizes = checkpoint.settings["model"]
+    values = {k: v for k, v in values_of(checkpoint).items() if k != "styles"}
+    values["vocabulary"] = vocab.words[: vocab.fill_id]
+    tensors = {"intervals": checkpoint.tensors["intervals"]}
+    for name, weight in checkpoint.weights("best").items():
+        if name == "memory.weight":
+            weight = weight[:, : vocab.fill_id]
+        elif name in ("embedding.weight", "head.weight"):
+            weight = weight[: vocab.fill_id]
+        if name != "style.weight":
+            tensors[f"best/{name}"] = weight.clone()
+    monkeypatch.setattr(pg, "FORMAT", "pianogpt 12")
+    forge(Path("old"), values, tensors)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert_refused(Path("old"), "python tests/convert.py old old-new.safetensors")
+    monkeypatch.setattr(sys, "argv", ["convert.py", "old", "new"])
+    runpy.run_path(str(ROOT / "tests" / "convert.py"), run_name="__main__")
+    new = pg.load_checkpoint(Path("new"))
+    assert new.settings["model"] == sizes
+    assert new.vocabulary == vocab.words
+    for name, weight in new.weights("best").items():
+        old = tensors.get(f"best/{name}")
+        if name == "style.weight":
+            assert not weight.any()
+        elif name == "memory.weight":
+            assert torch.equal(weight[:, : vocab.fill_id], old)
+        else:
+            assert torch.equal(weight[: len(old)], old), name
+
+
 def test_checkpoint_of_the_older_version_is_converted_and_writes_music(
     checkpoint, settings, vocab, here, monkeypatch, capsys
 ):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TPQ, pg, scale, write_midi
+from conftest import TPQ, notes_of, pg, scale, write_midi
 from symusic import Note, Score, Tempo, TimeSignature, Track
 from test_music import assert_grammar
 from torch.nn import functional as F
@@ -287,6 +287,23 @@ def test_all_bars_but_the_gaps_stay_note_for_note(name, tmp_path):
     assert results[0] != results[1]
 
 
+def test_kept_notes_stay_in_their_hands(tmp_path):
+    """The hands cross in bars of 6/8."""
+    low = [(n / 2, 0.5, 40 + n % 5, 70) for n in range(48)]
+    high = [(n / 2, 0.5, 80 + n % 7, 70) for n in range(48)]
+    high[20:] = [(n / 2, 0.5, 30 + n % 7, 70) for n in range(20, 48)]
+    path = save(tmp_path / "a.mid", [high, low], metres=[(0, 6, 8)])
+    _, made = rewrite(path, "2,5-6")
+    for _, sample in made:
+        for track, hand in zip(sample.score.tracks, (high, low), strict=True):
+            score = Score(sample.score.tpq)
+            score.tracks.append(track)
+            bars = [0, 2, 3, 6, 7]  # kept
+            kept = [note for note in hand if int(note[0] // 3) in bars]
+            ours = [note[0] for note in notes_of(score) if int(note[0] // 3) in bars]
+            assert ours == [start for start, *_ in kept]
+
+
 def test_new_ids_are_those_of_the_gaps(tmp_path):
     path = save(tmp_path / "a.mid", scale())
     prompt, [(ids, sample), _] = rewrite(path, "2,5-6")
@@ -475,11 +492,14 @@ def test_style_is_heard_in_a_gap_too(tmp_path):
     prompt = pg.read_prompt(settings, VOCAB)
     model = make_model(styles=2)
     found = []
-    for style in (0, 1, 2, 1):
+    for style, guidance in ((0, 1.0), (1, 1.0), (2, 1.0), (1, 1.0), (1, 3.0), (1, 0.0)):
+        settings.guidance = guidance
         [(_, ids)] = pg.generate(model, VOCAB, settings, 1, prompt.ids, style=style)
         found.append(ids.tolist())
     assert found[1] == found[3]
     assert found[0] != found[1] != found[2] != found[0]
+    assert found[4] != found[1], "guidance leans further"
+    assert found[5] == found[0], "guidance 0 is no style"
 
 
 def test_first_folder_names_the_style():
