@@ -410,6 +410,8 @@ def make_article(name: str, piece: Piece) -> str:
     for key, value in piece.origin.items():
         if key == "key":
             facts.append(str(value))
+        elif key == "style" and value:
+            facts.append(f"in the style of {value}")
         elif value or key == "seed":  # what is off needs no mention, but seed 0 does
             made.append(f"{key.replace('_', ' ')} {value}")
     return f"""<article data-seconds="{piece.end}"><h2>{escape(name)}</h2>

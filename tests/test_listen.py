@@ -433,6 +433,7 @@ def test_page_of_a_folder_shows_every_piece_with_figures_chords_and_settings(tmp
         monkeypatch.setitem(sys.modules, library, None)  # a page needs none of them
     path = write_midi(tmp_path / "b.mid", [[(0, 1, 69, 100), (4, 2, 34, 37)]])
     settings = {"seed": 0, "temperature": 0.9, "prompt": "", "top_k": 0, "key": "A minor"}
+    settings["style"] = "J&B"
     change(path, [(0, f"PianoGPT {json.dumps(settings)}"), (2, "F#m7b5")])
     change(write_midi(tmp_path / "a.MID", A4_THEN_A5), [(8, "end of prompt")])
     monkeypatch.setattr(
@@ -442,7 +443,10 @@ def test_page_of_a_folder_shows_every_piece_with_figures_chords_and_settings(tmp
     page = Page(tmp_path / "index.html")
     assert page.texts["h2"] == ["a", "b"]
     assert [tag for tag, _ in page.tags].count("audio") == 2
-    assert "2 notes · 3.0 seconds · 0.7 notes/s · 2 bars · Bb1 to A4 · A minor" in page.texts["p"]
+    assert (
+        "2 notes · 3.0 seconds · 0.7 notes/s · 2 bars · Bb1 to A4 · A minor · in the style of J&B"
+        in page.texts["p"]
+    )
     assert "seed 0, temperature 0.9" in page.texts["p"] and "not in it" in page.texts["p"]
     labels = page.texts["text"]
     assert labels.count("F#m7b5") == 1 and labels.count("1") == 2, "bar 1 of each"
