@@ -3119,7 +3119,7 @@ SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
 SAME_DIFFERENT = 8  # of them at least, so that scales and trills do not count
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 HASH_PART = 2**20  # intervals that are hashed at once, to save memory
-COMPARED_PARTS = 16  # of all passages, one after another, to save memory
+COMPARED_BITS = 4  # all passages are compared in 2^4 parts, one after another, to save memory
 NO_HASH = np.uint64(2**64 - 1)  # above that of every passage
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 FILE_SECONDS = 120  # a file of a million notes takes 20
@@ -3524,9 +3524,10 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     for n, piece in enumerate(pieces):
         works.join(n, first_of.setdefault(piece.work, n))  # as split_pieces has put them together
         works.join(n, first_of.setdefault(piece.ids.tobytes(), n))  # copies, however short
-    # Some of all passages at a time, to save memory
-    for low, high in itertools.pairwise(np.linspace(0, 2.0**64, COMPARED_PARTS + 1)):
-        places = np.flatnonzero((hashes > low) & (hashes < high))
+    # Some of all passages at a time, to save memory: those whose hashes begin with the same bits
+    part_of = (hashes >> np.uint64(64 - COMPARED_BITS)).astype(np.uint8)
+    for part in range(2**COMPARED_BITS):
+        places = np.flatnonzero((part_of == part) & (hashes != 0))
         for pair in pairs_that_share(places, hashes, intervals, piece_of, works.numpy()):
             works.join(*pair)
 
