@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
 #   "torch>=2.9,<2.14",
 #   "miditok>=3.1.0,<3.2",
@@ -24,9 +24,9 @@ In:   a folder of MIDI files. Each is read as one piano: drums are dropped, all 
 Out:  pianogpt.safetensors (the model), pianogpt.safetensors.csv (its log), samples/*.mid
 
 How it works: a tokenizer (REMI, from MidiTok) turns music into tokens, a Transformer learns to
-predict the next token, and drawing one token after another writes new music. The model sees
-three numbers for each token: its id, the time at which it stands, and a pitch (and how often each
-id came in the 1,024 tokens before those that it sees). One bar:
+predict the next token, and drawing one token after another writes new music. For each token the
+model sees its id, the time at which it stands, and a pitch; it also sees how often each id came
+in the 1,024 tokens before its window. One bar:
 
     token               id  time  pitch
     BOS                  1     0     60   a piece begins: in a silent bar of 4/4, on middle C
@@ -201,14 +201,16 @@ def setting(default, text: str, low=None, high=10**9, off=False, resumable=False
 class ProgramSettings:
     """What to do, and where."""
 
-    generate: bool = setting(False, "write music (train first if no pianogpt.safetensors is here)")
+    generate: bool = setting(
+        False, "write music; trains first if there is no checkpoint and none is named"
+    )
     evaluate: str = setting("", "folder of MIDI files to measure the model on")
-    export: str = setting("", "file to write the best weights to, in 16 bits, to share")
-    about: str = setting("", "note to export with the weights: training music, license")
+    export: str = setting("", "write the best weights to this file, in 16 bits, to share")
+    about: str = setting("", "note to export with the weights, such as training music, license")
     checkpoint: str = setting("pianogpt.safetensors", "file that holds the model")
     midi_dir: str = setting("my_midis", "folder of MIDI files to train on, at any depth")
     cache_dir: str = setting(".pianogpt-cache", "folder for tokenized files; empty: no cache")
-    init_from: str = setting("", "trained model to start from: its sizes and tokens, your music")
+    init_from: str = setting("", "trained model to start from, by 300 small steps on your music")
     fresh: bool = setting(False, "start over; an existing checkpoint is renamed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...; auto: cuda or cpu")
     float32: bool = setting(False, "train in float32 even where bfloat16 is faster")
@@ -225,15 +227,17 @@ class SampleSettings:
     prompt: str = setting("", "MIDI file to continue, or to rewrite in part")
     prompt_bars: int = setting(0, "bars of the prompt to use; 0: all of it", 0)
     continuation_only: bool = setting(False, "leave the prompt out of the file")
-    rewrite: str = setting("", "bars of the prompt to write anew; all others stay: 9-12 or 3-4,9")
-    bars: int = setting(0, "bars of the whole piece; 0: it ends itself after 8 to 24 new bars", 0)
+    rewrite: str = setting("", "bars of the prompt to write anew, as 9-12 or 3-4,9; others stay")
+    bars: int = setting(
+        0, "bars of the piece with its prompt; 0: it ends after 8 to 24 new bars", 0
+    )
     chords: str = setting("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
-    style: str = setting("", "style to write in, of those that the model has learned")
+    style: str = setting("", "style to write in; the line styles: names those that a model knows")
     guidance: float = setting(
-        1.0, "how far to lean towards --style; 1: as learned; else it takes twice the time", 0, 9
+        1.0, "how strongly to follow --style; 1: as learned; else it takes twice the time", 0, 9
     )
     division: int = setting(
-        0, "notes begin on N-ths of a beat; 0: as in the prompt, or anywhere without one", 0, 48
+        0, "notes begin on N-ths of a beat (4: 16ths); 0: as in the prompt, or anywhere", 0, 48
     )
     tempo: float = setting(0.0, "quarter notes per minute; 0: the model decides", 4, 1000, off=True)
     temperature: float = setting(
@@ -259,12 +263,12 @@ class DataSettings:
     """The training music."""
 
     val_percent: float = setting(10.0, "percent of the works held out for validation", 0, 99)
-    piece_is_folder: bool = setting(False, "all files of one folder are one work")
+    piece_is_folder: bool = setting(False, "treat all files of a folder as one work")
     transpose: int = setting(5, "transpose training music by up to N semitones", 0, 24)
     style_from_folder: bool = setting(
         False, "the first folder below --midi-dir names the style of its files"
     )
-    gap_percent: float = setting(25.0, "percent of the windows that teach --rewrite", 0, 100)
+    gap_percent: float = setting(25.0, "percent of training windows that teach --rewrite", 0, 100)
 
 
 @dataclass
@@ -291,10 +295,10 @@ class TrainSettings:
 
     steps: int = setting(900, "optimizer steps in total", 1, resumable=True)
     batch_size: int = setting(16, "sequences per step", 1, 100_000)
-    lr: float = setting(3e-4, "peak learning rate, see make_optimizer", 0, 1, resumable=True)
+    lr: float = setting(3e-4, "peak learning rate; make_optimizer scales it", 0, 1, resumable=True)
     warmup: int = setting(200, "steps over which the learning rate rises", 0, resumable=True)
     weight_decay: float = setting(1.0, "weight decay of blocks and head; 0: off", 0)
-    eval_every: int = setting(250, "steps between validations", 1, resumable=True)
+    eval_every: int = setting(250, "steps between validation losses", 1, resumable=True)
     save_every: int = setting(0, "steps between saves; 0: every two minutes", 0, resumable=True)
     accumulate: int = setting(1, "split each batch into N parts to save memory", 1, resumable=True)
     seed: int = setting(0, "random seed; --generate draws one if none is given", 0, 2**31 - 1)

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["symusic>=0.6.0,<0.7", "numpy>=2.0,<3"]
 # ///
 """Make music heard and seen: a page of all pieces in a folder, sound and a picture of single ones.
