@@ -927,13 +927,13 @@ def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
         came_from[beat] = np.where(stays, np.arange(len(total)), best)
         total = np.maximum(total, total[best] - CHANGE_COST) + fit
     path = [int(total.argmax())]
-    for row in came_from[:0:-1]:
+    for row in came_from[:0:-1]:  # from the last beat back to the second
         path.append(row[path[-1]])
     return np.array(path[::-1])
 
 
-# The token after which a model writes what belongs into a gap of the music. It stands in windows
-# alone, see move_gaps and GapWriting; no piece has it, and the grammar does not know it.
+# After this token a model writes what belongs into a gap of the music. Only the windows that a
+# model reads hold it, see move_gaps and GapWriting: no piece does, and no rule allows it.
 FILL = "Fill_None"
 
 
@@ -1162,7 +1162,7 @@ class Vocabulary:
         """
         legal = self.may_follow.take(state.kind, axis=0)
         at = self.later_positions
-        if legal[:, self.later_ids.start].any():
+        if legal[:, self.later_ids.start].any():  # a Position may come at all
             is_later = (at > state.position[:, None]) & (at < state.bar_length[:, None])
             legal[:, self.later_ids] &= is_later
         # After a note, which ends with its Duration, comes a higher one at the same moment.
@@ -1452,11 +1452,11 @@ class Window(NamedTuple):
     """What the model reads: B stretches of music of T tokens, and what came before them."""
 
     idx: Tensor  # (B, T) ids, int64; PAD after the end of a piece
-    time: Tensor  # (B, T) grid positions since the window began, and TOKEN_BEATS beats a token
+    time: Tensor  # (B, T) grid positions since the window began; TOKEN_BEATS is in it
     pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root, float32
     recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
     before: Tensor  # (B, V) how often each id came in the MEMORY tokens before the window / MEMORY
-    style: Tensor  # (B,) number of the style; 0: none is given
+    style: Tensor  # (B,) number of the style: 1 is the first of Checkpoint.styles, 0 none
     targets: Tensor | None = None  # (B, T) the ids that follow; IGNORE where none is scored
 
     def rows(self, part: slice) -> Window:
@@ -1800,24 +1800,25 @@ def cut_windows(
 
 
 def draw_gaps(ids: Tensor, chance: float, rng: np.random.Generator, vocab: Vocabulary) -> Tensor:
-    """For each window, ids (B, T), where a gap begins and ends, (B, 2); 0, 0 if it has none.
+    """Where a gap begins and ends in each window, ids (B, T): places (B, 2); 0, 0: no gap.
 
-    chance: that a window has one. It lies between any two of the bar lines in the window, for which
-    the end of a piece counts too. A window with fewer has none.
+    A gap goes from one bar line to a later one, all pairs being equally likely; the end of a piece
+    counts as a bar line. chance: of a gap, in windows with two bar lines or more.
     """
-    u = torch.from_numpy(rng.random((3, len(ids)), np.float32)).to(ids.device)  # 0 to 1
+    draws = torch.from_numpy(rng.random((3, len(ids)), np.float32))  # 0 to 1
+    first_draw, second_draw, gap_draw = draws.to(ids.device)
     is_line = (ids == vocab.bar_id) | (ids == vocab.eos_id)
     is_line[:, [0, -1]] = False  # something comes before the gap, and something after it
     lines = is_line.sum(1)
-    # Two different ones of the lines, each pair as likely
-    one = (u[0] * lines).long()
-    two = (u[1] * (lines - 1)).long()
-    two += two >= one  # so that it is another one
+    # The numbers of two different lines
+    one = (first_draw * lines).long()
+    two = (second_draw * (lines - 1)).long()
+    two += two >= one  # skip the first one
     pair = torch.stack([one, two], dim=1).sort(dim=1).values  # (B, 2)
     number = is_line.cumsum(1) - 1  # of each line
     is_chosen = is_line[:, None] & (number[:, None] == pair[:, :, None])  # (B, 2, T)
     gaps = is_chosen.int().argmax(dim=2)
-    has_gap = (lines >= 2) & (u[2] < chance)
+    has_gap = (lines >= 2) & (gap_draw < chance)
     return gaps * has_gap[:, None]
 
 
@@ -1831,22 +1832,23 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
 
     Each token keeps its time, its pitch and its target, which is what follows it in the music: c
     learns d, so nothing learns to jump from c to f. FILL has the time and the pitch of the gap's
-    first token, and that token as its target. The last token gives way to FILL.
+    first token, and that token as its target. The last token (h) gives way to FILL.
     """
     T = window.idx.size(1)
     begin = gaps[:, :1]
     end = gaps[:, 1:]
     place = torch.arange(T, device=gaps.device).expand(len(gaps), -1)
-    is_after = place >= end
-    in_gap = (place >= begin) & ~is_after
-    # In this order: 0 before the gap, 1 after it, 2 FILL, 3 the gap, 4 padding, 5 what gives way
-    rank = is_after.long().masked_fill(in_gap, 3).masked_fill(window.idx == PAD, 4)
-    rank[:, -1] = 5
+    rank = torch.zeros_like(window.idx)  # 0: before the gap
+    rank[place >= end] = 1  # after it; then comes FILL, which has rank 2
+    rank[(place >= begin) & (place < end)] = 3  # the gap
+    rank[window.idx == PAD] = 4
+    rank[:, -1] = 5  # gives way to FILL
     with_fill = torch.cat([rank, torch.full_like(begin, 2)], dim=1)  # FILL has the place T
     order = with_fill.argsort(dim=1, stable=True)[:, :T]
     order = torch.where(end > begin, order, place)  # without a gap as it was
 
     def move(values: Tensor, of_fill: Tensor) -> Tensor:
+        """Values (B, T), and that of FILL (B, 1), in the new order."""
         return torch.cat([values, of_fill], dim=1).gather(1, order)
 
     return window._replace(
@@ -1871,8 +1873,8 @@ class Batches:
         train = self.settings.train
         T = self.settings.model.block_size
         # Multiples of the golden ratio fill 0 to 1 evenly, so that all music is read equally often
-        # at any time. The seed moves the starting point, and shuffles groups of eight windows, 64
-        # groups at a time.
+        # at any time. The seed moves the starting point, and shuffles groups of OPENING_EVERY
+        # windows, SHUFFLED groups at a time.
         number = np.arange(i * train.batch_size, (i + 1) * train.batch_size)
         group, of_group = np.divmod(number, OPENING_EVERY)
         first = group[0] // SHUFFLED
@@ -2257,10 +2259,11 @@ HAND_REACH = 4.5  # from a hand's middle key; beyond it the effort grows faster
 HAND_SLOPE = 0.1  # effort of each semitone
 HAND_MOVE = 0.7  # effort of each semitone that a hand moves, if there is no time for it
 HANDS_APART = 5  # middle keys are at least so far from each other
-TOO_CLOSE = 1000  # effort of less
+TOO_CLOSE = 1000  # effort if they are nearer than that
 LEFT_HOME = 54  # the usual place of the left hand
 LEFT_AWAY = 0.03  # effort of each semitone away from it
-KEPT_OF_WINDOW = 1 / 3  # when a window is full, its last third begins the next
+OPENING_OF_WINDOW = 2 / 3  # of the first window may be prompt; the rest is room to write
+KEPT_OF_WINDOW = 1 / 3  # of a full window begins the next one
 
 
 def divide_beat(division: int, grid: int) -> np.ndarray:
@@ -2294,8 +2297,8 @@ class Gap:
     begin: int  # place in ids of its first token
     end: int  # place of the first token after it
     metres: np.ndarray  # (bars,) ids of the TimeSig tokens of its bars
-    # (keys,) until when each key rings from before the gap, as State.time; if the beat unit changes
-    # meanwhile, only nearly, and fit_between has the last word
+    # (keys,) the time, as State.time, until which a note from before the gap holds each key. It is
+    # approximate if the beat unit changes on the way; fit_between corrects the final score.
     held: np.ndarray
 
     @property
@@ -2310,7 +2313,7 @@ def find_gap(ids: np.ndarray, first: int, last: int, vocab: Vocabulary) -> Gap:
     bars = np.append(np.flatnonzero(ids == vocab.bar_id), len(ids) - 1)  # and EOS
     begin = bars[first - 1]
     held = np.zeros(len(vocab.key_pitches))
-    [ends] = np.nonzero(state.kind[:begin] == Kind.DURATION)
+    ends = np.flatnonzero(state.kind[:begin] == Kind.DURATION)
     lengths = vocab.lengths[ids[ends] - vocab.duration_ids.start]
     np.maximum.at(held, state.pitch[ends] - LOWEST_KEY, state.time[ends] + lengths)
     metres = ids[bars[first - 1 : last] + 1]
@@ -2372,8 +2375,8 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
     """Every Position becomes the nearest one on the grid that was asked for.
 
     A model trained on live performances, which follow no grid, drops a prompt's grid within a bar.
-    This rule comes before the grammar, which forbids the present moment and the next bar line: what
-    is rounded to these gives way to another note, or to the bar.
+    This rule comes before the grammar: a Position that is rounded to the present moment or to the
+    next bar line is illegal then, and its probability goes to all that is legal.
     """
     vocab = request.vocab
     if not len(request.positions):
@@ -2381,7 +2384,7 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
     positions = logits[:, vocab.position_ids]  # a view, (B, positions)
     beats = np.arange(0, positions.shape[1], vocab.grid)
     on_grid = (beats[:, None] + request.positions).flatten()
-    # From halfway to the next one on, a position belongs to that.
+    # A position from halfway to the next one on belongs to that one.
     first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
@@ -2410,16 +2413,15 @@ def within_gap(logits: np.ndarray, state: State, request: Request) -> np.ndarray
     if gap is None:
         return logits
     vocab = request.vocab
-    if gap.is_end:  # where the piece would end, the last bar of the gap is complete
+    if gap.is_end:  # the model may end the piece; that is written as the Bar that ends the gap
+        in_last = state.bar == gap.last
         end_or_bar = np.logaddexp(logits[:, vocab.bar_id], logits[:, vocab.eos_id])
-        logits[:, vocab.bar_id] = np.where(
-            state.bar == gap.last, end_or_bar, logits[:, vocab.bar_id]
-        )
+        logits[in_last, vocab.bar_id] = end_or_bar[in_last]
     logits[:, vocab.eos_id] = ILLEGAL
     logits[:, vocab.tempo_ids] = ILLEGAL
     rings_on = gap.held > state.time[:, None]  # (B, keys)
     logits[:, vocab.pitch_ids][rings_on] = ILLEGAL
-    [begins] = np.nonzero((state.kind == Kind.BAR) & (state.bar <= gap.last))
+    begins = np.flatnonzero((state.kind == Kind.BAR) & (state.bar <= gap.last))
     logits[begins] = ILLEGAL
     logits[begins, gap.metres[state.bar[begins] - gap.first]] = 0
     return logits
@@ -2446,7 +2448,7 @@ def wanted_chords(logits: np.ndarray, state: State, request: Request) -> np.ndar
     become likelier.
     """
     wanted = due_chords(state, request)
-    [rows] = np.nonzero(wanted)
+    rows = np.flatnonzero(wanted)
     if not len(rows):
         return logits
     vocab = request.vocab
@@ -2607,8 +2609,9 @@ class Writing:
 
     def count_notes(self, trace: State, ids: np.ndarray) -> None:
         """Add the notes of music that all pieces share, ids (T,), to self.sounding."""
-        for moment in zip(trace.kind, trace.pitch, ids, strict=True):
-            self.count_note(*(np.repeat(value, len(self.sounding)) for value in moment))
+        ends = trace.kind == Kind.DURATION
+        lengths = self.vocab.lengths[ids[ends] - self.vocab.duration_ids.start]
+        self.sounding += np.bincount(trace.pitch[ends] % 12, lengths, 12)
 
     def append(self, ids: np.ndarray) -> None:
         """Add a token to each piece."""
@@ -2619,8 +2622,8 @@ class Writing:
         self.pitches.append(self.state.pitch)
 
     def count_note(self, kind: np.ndarray, pitch: np.ndarray, ids: np.ndarray) -> None:
-        """Add the notes that end with these Duration tokens to self.sounding."""
-        [rows] = np.nonzero(kind == Kind.DURATION)
+        """Add the notes that end with those of these ids, (B,), that are Duration tokens."""
+        rows = np.flatnonzero(kind == Kind.DURATION)
         if len(rows):
             lengths = self.vocab.lengths[ids[rows] - self.vocab.duration_ids.start]
             self.sounding[rows, pitch[rows] % 12] += lengths
@@ -2632,7 +2635,7 @@ class Writing:
 
     def new_window(self) -> Window:
         """The last tokens of each piece: at first up to two thirds of a window, then a third."""
-        share = 1 - KEPT_OF_WINDOW if self.window is None else KEPT_OF_WINDOW
+        share = OPENING_OF_WINDOW if self.window is None else KEPT_OF_WINDOW
         length = int(self.model.sizes.block_size * share)
         self.window_start = max(0, len(self.ids) - length)
         first = max(0, self.window_start - MEMORY)
@@ -2720,7 +2723,9 @@ class GapWriting(Writing):
         """
         gap = self.gap
         ids = np.concatenate(self.ids)
-        begin = gap.begin if self.window is None else np.flatnonzero(ids == self.vocab.bar_id)[-1]
+        bars = np.flatnonzero(ids == self.vocab.bar_id)
+        begin = bars[-1]  # of the bar that is being written
+        old_begin = np.flatnonzero(gap.ids == self.vocab.bar_id)[len(bars) - 1]
         before, after, written = self.share_window(begin)
         self.window_start = begin - before
 
@@ -2729,20 +2734,20 @@ class GapWriting(Writing):
         of_piece = np.stack([gap.ids, self.trace.time, self.trace.pitch])
         fill = so_far[:, begin].copy()
         fill[0] = self.vocab.fill_id
-        parts = [
-            (so_far, np.arange(self.window_start, begin)),
-            (of_piece, np.arange(gap.end, gap.end + after)),
-            (fill[:, None], np.zeros(1, int)),
-            (so_far, np.arange(len(ids) - written, len(ids))),
-        ]
-        columns = np.concatenate([part[:, places] for part, places in parts], axis=1)
-        idx, time, pitch = torch.from_numpy(columns)[:, None]
-        # Each token has the order of its place in the music, as move_gaps leaves it.
-        places = np.concatenate([places for _, places in parts])
-        places[before + after] = begin  # of FILL
+        before_it = np.arange(self.window_start, begin)
+        after_it = np.arange(gap.end, gap.end + after)  # places in the old piece
+        newest = np.arange(len(ids) - written, len(ids))
+        columns = np.concatenate(
+            [so_far[:, before_it], of_piece[:, after_it], fill[:, None], so_far[:, newest]], axis=1
+        )
+        idx, time, pitch = torch.from_numpy(columns)[:, None]  # (1, N) each
+        # Each token has the order of its place in the music, as move_gaps leaves it, as if the bars
+        # that are still to be written had as many tokens as the old ones.
+        places = np.concatenate([before_it, after_it + (begin - old_begin), [begin], newest])
         order = TOKEN_BEATS * self.vocab.grid * torch.from_numpy(places - self.window_start)
         # All that the window leaves out is counted, on both sides, to stay in key.
-        rest = np.append(ids[: self.window_start], gap.ids[gap.end + after :])
+        left_out = [ids[: self.window_start], ids[begin : newest[0]], gap.ids[gap.end + after :]]
+        rest = np.concatenate(left_out)
         counts = np.bincount(rest, minlength=len(self.vocab.words)) / max(MEMORY, len(rest))
         recent = np.append(np.full(RECENT, PAD), ids[: self.window_start])[-RECENT:]
         window = Window(
@@ -2833,9 +2838,9 @@ def fill_gaps(
     ids = np.append(ids, vocab.eos_id)
     for first, last in parse_bars(request.sample.rewrite, int((ids == vocab.bar_id).sum())):
         gap = find_gap(ids, first, last, vocab)
-        request = replace(request, gap=gap, old_bars=first - 1)
+        of_gap = replace(request, gap=gap, old_bars=first - 1)
         writing = GapWriting(model, vocab, gap, style, request.sample.guidance)
-        for _, written in write_together(writing, request, rng, stopped):
+        for _, written in write_together(writing, of_gap, rng, stopped):  # one; none if stopped
             ids = np.append(written, ids[gap.end :])
     return ids
 
@@ -2843,7 +2848,10 @@ def fill_gaps(
 def write_together(
     writing: Writing, request: Request, rng: np.random.Generator, stopped: Callable[[], bool]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Write B pieces token by token; yield (number from 1, ids) of each when it ends."""
+    """Write B pieces token by token; yield (number from 1, ids) of each when it ends.
+
+    Keeps request.tonics up to date.
+    """
     request.tonics = writing.tonic_chords()
     B = len(request.tonics)
     is_running = np.full(B, True)
@@ -2872,7 +2880,8 @@ def write_together(
 class Prompt:
     """The music to continue, or to rewrite in part, and what its file says about it.
 
-    Times are in ticks: TPQ per quarter note; with --rewrite the file's own, times a whole number.
+    Times are in ticks: TPQ per quarter note; with --rewrite a multiple of the file's own ticks, so
+    that kept notes stay exact.
     """
 
     piano: Score  # as the file has it, at these ticks
@@ -2900,9 +2909,9 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     tpq: ticks per quarter note
 
     Each hand has a place, its middle key, and plays the keys that are nearer to it than to the
-    other hand. Of all ways of the two hands over the keyboard, that of the least effort is taken,
-    by dynamic programming (Viterbi). It is an effort to reach for keys and to hold them; to move,
-    the more the less time there is; and for the left hand to leave its usual place.
+    other hand. The two hands take the way over the keyboard of least effort, which is found by
+    dynamic programming (Viterbi). Effort is: to reach for keys and to hold them; to move, the more
+    in the less time; and for the left hand to leave its usual place.
     """
     left = np.arange(28, 76, 2)  # middle keys that the left hand may have, (L,)
     right = np.arange(44, 100, 2)  # (R,)
@@ -2912,8 +2921,8 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     is_left = known == 1
     of_left[is_right] = math.inf
     of_right[is_left] = math.inf
-    usual = np.where(right - left[:, None] < HANDS_APART, TOO_CLOSE, 0)  # (L, R)
-    usual = usual + LEFT_AWAY * np.abs(left - LEFT_HOME)[:, None]
+    places = np.where(right - left[:, None] < HANDS_APART, TOO_CLOSE, 0)  # effort of each, (L, R)
+    places = places + LEFT_AWAY * np.abs(left - LEFT_HOME)[:, None]
     move_left = HAND_MOVE * np.abs(left[:, None] - left)  # (L from, L to)
     move_right = HAND_MOVE * np.abs(right[:, None] - right)
 
@@ -2922,7 +2931,7 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     hurry = 1 / (1 + np.diff(onsets, prepend=onsets[0]) / tpq)
     ends = notes["time"] + notes["duration"]
     down = np.empty(0, int)  # the notes that sound
-    total = np.zeros(usual.shape)  # the effort of the best way to each pair of places
+    total = np.zeros(places.shape)  # the effort of the best way to each pair of places
     came_from = []  # for each onset, the places before it, (L, R) indices of each hand
     for n, new in enumerate(struck):
         down = np.append(down[ends[down] > onsets[n]], new)
@@ -2930,12 +2939,14 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
         moved_left = total[:, None] + hurry[n] * move_left[:, :, None]  # (L from, L to, R)
         total = moved_left.min(axis=0)
         moved_right = total[:, :, None] + hurry[n] * move_right  # (L, R from, R to)
-        total = moved_right.min(axis=1) + effort.sum(axis=0) + usual
+        total = moved_right.min(axis=1) + effort.sum(axis=0) + places
         came = (moved_left.argmin(axis=0), moved_right.argmin(axis=1))
         came_from.append([place.astype(np.int8) for place in came])
+
+    # Back along the best way. The left hand moved first, so now it moves last.
     plays_left = np.zeros(len(ends), bool)
     at_left, at_right = np.unravel_index(total.argmin(), total.shape)
-    for n in range(len(onsets) - 1, -1, -1):  # back; the left hand moved first, so now last
+    for n in reversed(range(len(onsets))):
         new = struck[n]
         plays_left[new] = of_left[new, at_left] < of_right[new, at_right]
         left_from, right_from = came_from[n]
@@ -2956,7 +2967,7 @@ def hands_of_file(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarr
         by_key[pitch].append((quarter, is_left))
     for pitch, of_file in by_key.items():
         quarters, is_left = np.array(of_file).T
-        [mine] = np.nonzero((notes["pitch"] == pitch) & (notes["time"] < prompt.end))
+        mine = np.flatnonzero((notes["pitch"] == pitch) & (notes["time"] < prompt.end))
         time = notes["time"][mine] / tpq
         nearest = np.searchsorted((quarters[:-1] + quarters[1:]) / 2, time)
         is_same = np.abs(quarters[nearest] - time) <= 0.51 / grid
@@ -3009,8 +3020,8 @@ def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.
 def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
     """New notes that fit between kept ones of the same key; all times in ticks.
 
-    A new note ends where the key is struck again. One whose key is held is left out, but if it is
-    lifted within `late` ticks, which are a difference of rounding, the note begins then.
+    A new note ends where its key is struck again. It is left out if a kept note holds its key; but
+    if that one ends within `late` ticks, a rounding error, the new note begins there.
     """
     fitting = []
     for n in range(len(new["time"])):
@@ -3034,7 +3045,7 @@ def half_position(state: State, bar: int, grid: int) -> float:
 
 
 def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
-    """The prompt's own notes, and in its gaps those of a piece, ids (T,), that was rewritten."""
+    """The prompt's score with its rewritten bars replaced by those of a piece, ids (T,)."""
     score = prompt.piano.copy()
     ticks = score.tpq
     written = vocab.decode(ids).resample(ticks, min_dur=1).tracks[0].notes.numpy()
@@ -3045,17 +3056,18 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
         begin = round(lines[first - 1] * ticks)
         end = round(lines[last] * ticks)
         # A note less than half a grid position before a bar line belongs to the next bar.
-        before_gap = half_position(state, max(1, first - 1), vocab.grid) * ticks
-        in_gap = half_position(state, last, vocab.grid) * ticks
-        is_old = (notes["time"] < begin - before_gap) | (notes["time"] >= end - in_gap)
+        half_before = half_position(state, max(1, first - 1), vocab.grid) * ticks
+        half_inside = half_position(state, last, vocab.grid) * ticks
+        is_old = (notes["time"] < begin - half_before) | (notes["time"] >= end - half_inside)
         notes = select(notes, is_old)
         is_new = (written["time"] >= begin) & (written["time"] < end)
         new = select(written, is_new)
         new["duration"] = np.minimum(new["duration"], end - new["time"])
-        new = fit_between(new, notes, late=round(2 * in_gap))
+        new = fit_between(new, notes, late=round(2 * half_inside))  # a whole grid position
         notes = {column: np.append(notes[column], new[column]) for column in notes}
         score.markers.append(TextMeta(begin, PROMPT_ENDS))
-        score.markers.append(TextMeta(end, PROMPT_GOES_ON))
+        if last < len(lines) - 1:
+            score.markers.append(TextMeta(end, PROMPT_GOES_ON))
     notes = select(notes, np.lexsort((notes["pitch"], notes["time"])))
     score.tracks[0].notes = Note.from_numpy(**notes)
     score.tempos = list(prompt.tempos)
@@ -3086,13 +3098,13 @@ def make_sample(
     if not whole.note_num():
         return None
     score = whole
-    in_score = prompt
+    kept_prompt = prompt  # None if its notes are left out
     if sample.rewrite:
         score = fill_score(ids, prompt, vocab)
     elif sample.continuation_only:
         ids = np.append(vocab.bos_id, new_ids)
         score = vocab.decode(ids, prompt.tempos[-1].qpm)
-        in_score = None
+        kept_prompt = None
     elif prompt:
         restore_prompt(score, prompt, vocab, new_ids)
         score.markers.append(TextMeta(prompt.end, PROMPT_ENDS))
@@ -3107,7 +3119,7 @@ def make_sample(
         # The whole is in another key than the prompt says, and not in G flat for F sharp.
         signature.time = prompt.end
         score.key_signatures.append(signature)
-    score.tracks = two_hands(score, in_score, vocab.grid)
+    score.tracks = two_hands(score, kept_prompt, vocab.grid)
     for quarter, symbol in vocab.chord_changes(ids):
         score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
     is_cut = ids[-1] != vocab.eos_id
@@ -4264,6 +4276,14 @@ def signs_before(end: int, signs: dict[int, tuple], make: Callable, scale: float
     return made
 
 
+def cut_notes(track: Track, end: int, early: float) -> None:
+    """End the notes of a track at a bar line; drop those after it or up to `early` ticks before."""
+    notes = track.notes.numpy()
+    notes = select(notes, notes["time"] < end - early)
+    notes["duration"] = np.minimum(notes["duration"], end - notes["time"])
+    track.notes = Note.from_numpy(**notes)
+
+
 def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     """The prompt up to a bar line, where sounding notes end. Raises UserError."""
     path = Path(sample.prompt)
@@ -4286,7 +4306,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     if not score.note_num():
         raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
     ids = vocab.encode(vocab.quantize(score))
-    [signatures] = np.nonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
+    signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
     silent_bar = [vocab.bar_id, ids[signatures[-1]]]
     missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
     ids = np.append(ids, silent_bar * missing).astype(np.int16)
@@ -4296,7 +4316,9 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     scale = ticks / midi.tpq
     end = round(lines[bars] * ticks)
     piano = piano.resample(ticks, min_dur=1)
-    piano.tracks[0].notes = piano.tracks[0].notes.filter(lambda note: note.time < end)
+    if bars < len(starts):
+        early = half_position(vocab.trace(ids), bars, vocab.grid) * ticks
+        cut_notes(piano.tracks[0], end, early)
     tempos = {tick: (tempo,) for tick, tempo in midi.tempos().items()}
     return Prompt(
         piano,

@@ -187,6 +187,37 @@ def test_long_gap_in_a_long_piece_reads_both_sides_and_counts_the_rest(tmp_path)
     assert (whole == VOCAB.bar_id).sum() == 24
 
 
+@torch.inference_mode()
+def test_what_follows_a_gap_stays_in_its_place_however_many_notes_are_new(tmp_path):
+    """The old bars have one note each, the new ones as many as an untrained model writes."""
+    path = write_midi(tmp_path / "sparse.mid", [[(4 * n, 4, 50 + n, 80) for n in range(16)]])
+    ids = pg.read_piece(path.read_bytes(), VOCAB).ids
+    model = make_model(block_size=64)
+    gap = pg.find_gap(ids, 4, 14, VOCAB)
+    writing = pg.GapWriting(model, VOCAB, gap)
+    settings = pg.SampleSettings(rewrite="4-14")
+    request = pg.Request(VOCAB, settings, np.empty((0, 12)), 3, np.empty(0, int), gap=gap)
+    windows = []
+    new_window = writing.new_window
+
+    def remember():
+        windows.append((writing.state.bar.item(), new_window()))
+        return windows[-1][1]
+
+    writing.new_window = remember
+    list(pg.write_together(writing, request, np.random.default_rng(0), stopped=lambda: False))
+    assert len({bar for bar, _ in windows}) > 5
+    bars = np.flatnonzero(ids == VOCAB.bar_id)
+    for bar, window in windows:
+        fill = window.idx[0].tolist().index(VOCAB.fill_id)
+        [after, *_] = (window.time[0, :fill] > window.time[0, fill]).nonzero()[0]
+        tokens = bars[15 - 1] - bars[bar - 1]
+        expected = 96 * (15 - bar) + pg.TOKEN_BEATS * 24 * tokens
+        assert window.time[0, after] - window.time[0, fill] == pytest.approx(expected, abs=0.01)
+        left_out = len(ids) - bars[14] - (fill - after)  # after the gap
+        assert round(window.before.sum().item() * pg.MEMORY) >= left_out
+
+
 # ---- Whole pieces
 
 
@@ -282,7 +313,10 @@ def test_all_bars_but_the_gaps_stay_note_for_note(name, tmp_path):
         assert np.allclose(VOCAB.bar_lines(ids)[1], lines)
         tempos = [[(t.time / of.tpq, round(t.qpm, 3)) for t in of.tempos] for of in (score, piano)]
         assert tempos[0] == tempos[1]
-        assert {t.text for t in score.markers} >= {"end of prompt", "prompt goes on"}
+        goes_on = stretches[-1][1] < len(lines) - 1
+        texts = [t.text for t in score.markers if "prompt" in t.text]
+        expected = ["end of prompt", "prompt goes on"] * len(stretches)
+        assert [t for t in texts if "PianoGPT" not in t] == expected[: None if goes_on else -1]
         assert sample.bars == len(lines) - 1 and not sample.is_cut
     assert results[0] != results[1]
 
@@ -364,6 +398,20 @@ def test_note_that_is_played_a_little_early_belongs_to_the_next_bar(metre, early
         assert times[80] == round(2 * bar * TPQ) - early - 2
         assert times.get(85) != round(2 * bar * TPQ) - early + 1
         assert times[90] == round(3 * bar * TPQ) - early + 1
+
+
+def test_cut_prompt_keeps_no_note_of_the_bars_that_are_left_out(tmp_path):
+    """Neither what is played a little early, nor what rings on."""
+    notes = [(n, 1, 60 + n % 12, 80) for n in range(30)]
+    notes += [(30, 6, 40, 80), (32 - 5 / TPQ, 1, 90, 80)]
+    path = save(tmp_path / "a.mid", [notes, [(40, 4, 50, 80)]])
+    settings = pg.SampleSettings(prompt=str(path), rewrite="3", prompt_bars=8, num_samples=1)
+    prompt = pg.read_prompt(settings, VOCAB)
+    [(_, ids)] = pg.generate(make_model(), VOCAB, settings, 1, prompt.ids)
+    kept = notes_of(pg.make_sample(ids, prompt, VOCAB, settings).score)
+    assert max(end for _, end, _ in kept) == 32
+    assert (30, 32, 40) in kept
+    assert 90 not in {pitch for start, _, pitch in kept if start > 31}
 
 
 def test_piece_whose_notes_were_all_rewritten_away_is_none():
