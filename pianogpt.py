@@ -692,7 +692,7 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
     }, ignored
 
 
-def find_hands(midi: MidiFile) -> list[tuple[float, int, bool]]:
+def hands_of_tracks(midi: MidiFile) -> list[tuple[float, int, bool]]:
     """(quarter note, pitch, whether the left hand plays it) of each note of a file of two hands.
 
     These are two tracks, or two channels of one; that of the lower mean pitch is the left hand. If
@@ -1438,7 +1438,6 @@ def find_key(score: Score) -> tuple[KeySignature, str]:
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
 RECENT = 3  # a note is three tokens, so each token is told the three before it
 MEMORY = 1024  # tokens before the window that are counted, to stay in key
-AT_ONCE = 64  # at most so many pieces are written at once, to save memory
 MANY_PIECES = 8  # from so many at once on, a second thread and a cache in bfloat16 pay
 PAD = 0  # id of the PAD token, which stands where there is no token
 IGNORE = -100  # a target that is not scored
@@ -1610,7 +1609,7 @@ class Block(nn.Module):
 class PianoGPT(nn.Module):
     """The Transformer: a Window in, logits of the next id out."""
 
-    def __init__(self, sizes: ModelSettings, vocab_size: int, grid: int, styles: int = 0):
+    def __init__(self, sizes: ModelSettings, vocab_size: int, grid: int, n_styles: int = 0):
         super().__init__()
         self.sizes = sizes
         C = sizes.n_embd
@@ -1618,7 +1617,7 @@ class PianoGPT(nn.Module):
         self.embedding = nn.Embedding(V, C, padding_idx=PAD)
         self.recent = nn.Parameter(torch.zeros(RECENT, C))  # weights of tokens before, oldest first
         self.memory = nn.Linear(V, C, bias=False)
-        self.style = nn.Embedding(1 + styles, C, padding_idx=0)
+        self.style = nn.Embedding(1 + n_styles, C, padding_idx=0)
         self.norm_0 = nn.LayerNorm(C, elementwise_affine=False)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.n_layer))
         self.norm = nn.LayerNorm(C, bias=False)
@@ -1880,7 +1879,7 @@ class Batches:
         first = group[0] // SHUFFLED
         order = []
         for part in range(first, group[-1] // SHUFFLED + 1):
-            rng = np.random.default_rng((train.seed, part, 1))  # not the one of shifts
+            rng = np.random.default_rng((train.seed, part, 1))  # 1: not (seed, i), see below
             order.append(part * SHUFFLED + rng.permutation(SHUFFLED))
         group = np.concatenate(order)[group - first * SHUFFLED]
         shuffled = group * OPENING_EVERY + of_group
@@ -1960,7 +1959,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     """Matrices with the singular vectors of these, and singular values between 0.7 and 1.2.
 
     A Newton-Schulz iteration with the coefficients of Jordan et al.: each round maps a singular
-    value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, and five bring all from 0.01 to 1 near 1.
+    value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, and five rounds bring all from 0.01 to 1 near 1.
 
     For a matrix X with the Gram matrix G = X X^T, a round is X <- P X with P = gram_polynomial(G).
     The matrices have the same shorter side C, so that their Gram matrices form one stack
@@ -2262,6 +2261,7 @@ HANDS_APART = 5  # middle keys are at least so far from each other
 TOO_CLOSE = 1000  # effort if they are nearer than that
 LEFT_HOME = 54  # the usual place of the left hand
 LEFT_AWAY = 0.03  # effort of each semitone away from it
+AT_ONCE = 64  # at most so many pieces are written at once, to save memory
 OPENING_OF_WINDOW = 2 / 3  # of the first window may be prompt; the rest is room to write
 KEPT_OF_WINDOW = 1 / 3  # of a full window begins the next one
 
@@ -2356,8 +2356,8 @@ class Request:
 
 # Each rule takes the logits of the next ids (B, V), the state of the music and the request, and
 # returns the logits as they should be; it may change them in place. RULES lists them in order.
-# They are numpy arrays, as the state is: on so few numbers a torch operation costs several times
-# as much, and the rules took a third of the time to write one piece.
+# Logits and state are numpy arrays. On so few numbers a torch operation costs several times as
+# much: with torch, the rules took a third of the time of writing one piece.
 
 
 def log_sum_exp(logits: np.ndarray) -> np.ndarray:
@@ -2777,6 +2777,21 @@ def few_threads(pieces: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def make_request(
+    sample: SampleSettings, vocab: Vocabulary, prompt_ids: np.ndarray | None
+) -> Request:
+    """What the settings and the prompt, ids (T,), ask of the music."""
+    old_bars = 0
+    positions = np.empty(0, int)
+    if prompt_ids is not None:
+        old_bars = int((prompt_ids == vocab.bar_id).sum())
+        positions = find_grid(prompt_ids, vocab)
+    if sample.division:
+        positions = divide_beat(min(sample.division, vocab.grid), vocab.grid)
+    chords, _ = parse_chords(sample.chords)
+    return Request(vocab, sample, chords + vocab.chord_ids.start, old_bars, positions)
+
+
 @torch.inference_mode()
 def generate(
     model: PianoGPT,
@@ -2793,20 +2808,7 @@ def generate(
     anew. style: its number. At temperature 0 there is only one piece, because all would be the
     same.
     """
-    positions = np.empty(0, int)
-    if sample.division:
-        positions = divide_beat(min(sample.division, vocab.grid), vocab.grid)
-    if prompt_ids is None:
-        opening = np.array([vocab.bos_id])
-        old_bars = 0
-    else:
-        opening = np.append(prompt_ids, vocab.bar_id)  # the continuation begins with a bar line
-        old_bars = int((prompt_ids == vocab.bar_id).sum())
-        if not sample.division:
-            positions = find_grid(prompt_ids, vocab)
-    chords, _ = parse_chords(sample.chords)
-    chords += vocab.chord_ids.start
-    request = Request(vocab, sample, chords, old_bars, positions)
+    request = make_request(sample, vocab, prompt_ids)
     pieces = 1 if sample.temperature == 0 else sample.num_samples
     rng = np.random.default_rng(seed)
     if sample.rewrite:
@@ -2816,6 +2818,9 @@ def generate(
                 return
             yield number, ids
         return
+    opening = np.array([vocab.bos_id])
+    if prompt_ids is not None:
+        opening = np.append(prompt_ids, vocab.bar_id)  # the continuation begins with a bar line
     for first in range(0, pieces, AT_ONCE):
         if stopped():
             return
@@ -2891,7 +2896,7 @@ class Prompt:
     time_signatures: list[TimeSignature]  # at least one
     key_signatures: list[KeySignature]
     changes: dict[str, int]  # what tokens cannot say: how often
-    hands: list[tuple[float, int, bool]]  # see find_hands
+    hands: list[tuple[float, int, bool]]  # see hands_of_tracks
     # the bars that are written anew, (first, last) from 1 on; none: the music is continued
     rewritten: list[tuple[int, int]] = field(default_factory=list)
 
@@ -2955,7 +2960,7 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     return plays_left
 
 
-def hands_of_file(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray:
+def match_hands(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray:
     """The hands of notes as the prompt's file has them, (N,): as split_hands takes them.
 
     A note of the file is the same one if it has the same key and, in quarter notes, nearly the same
@@ -2975,12 +2980,12 @@ def hands_of_file(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarr
     return known
 
 
-def two_hands(score: Score, prompt: Prompt | None, grid: int) -> list[Track]:
+def two_tracks(score: Score, prompt: Prompt | None, grid: int) -> list[Track]:
     """The notes of a one-track score as two tracks, those of a prompt as its file has them."""
     notes = score.tracks[0].notes.numpy()
     known = np.full(len(notes["time"]), -1)
     if prompt:
-        known = hands_of_file(notes, prompt, score.tpq, grid)
+        known = match_hands(notes, prompt, score.tpq, grid)
     plays_left = split_hands(notes, known, score.tpq)
     tracks = []
     for name, mine in (("right hand", ~plays_left), ("left hand", plays_left)):
@@ -3119,7 +3124,7 @@ def make_sample(
         # The whole is in another key than the prompt says, and not in G flat for F sharp.
         signature.time = prompt.end
         score.key_signatures.append(signature)
-    score.tracks = two_hands(score, kept_prompt, vocab.grid)
+    score.tracks = two_tracks(score, kept_prompt, vocab.grid)
     for quarter, symbol in vocab.chord_changes(ids):
         score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
     is_cut = ids[-1] != vocab.eos_id
@@ -4067,11 +4072,11 @@ def make_trainer(
     vocab: Vocabulary,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
-    styles: int = 0,
+    n_styles: int = 0,
 ) -> Trainer:
     """A new trainer for a new run, or for one that a checkpoint continues.
 
-    styles: how many the model has
+    n_styles: how many the model has
     """
     used = {}
     done = 0
@@ -4087,7 +4092,7 @@ def make_trainer(
     if used and used["device"] != here:
         say(f"this is a {here}, not a {used['device']}: the run goes on, but not bit for bit")
     torch.manual_seed(settings.train.seed)
-    model = PianoGPT(settings.model, len(vocab.words), vocab.grid, styles).to(device)
+    model = PianoGPT(settings.model, len(vocab.words), vocab.grid, n_styles).to(device)
     return Trainer(model, settings.train, bfloat16 and has_fast_bfloat16(device), compiled)
 
 
@@ -4328,7 +4333,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         signs_before(end, {0: (4, 4)} | midi.time_signatures(), TimeSignature, scale),
         signs_before(end, midi.key_signatures(), KeySignature, scale),
         piece.changes,
-        find_hands(midi),
+        hands_of_tracks(midi),
         rewritten,
     )
 

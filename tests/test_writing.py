@@ -543,15 +543,15 @@ def test_hands_are_found_again_on_any_grid(vocab):
     prompt = pg.Prompt(None, None, 4 * 480, [], [], [], {}, hands)
     times = np.array([0, 120, 240, 1440, 1500, 2400])
     notes = {"time": times, "pitch": np.array([60, 62, 62, 62, 62, 62])}
-    assert pg.hands_of_file(notes, prompt, 480, 4).tolist() == [1, -1, 0, 1, 1, -1]
-    assert pg.hands_of_file(notes, prompt, 480, 2).tolist() == [1, 1, 0, 1, 1, -1]
-    assert pg.hands_of_file(notes, prompt, 480, 24).tolist() == [1, -1, 0, 1, -1, -1]
+    assert pg.match_hands(notes, prompt, 480, 4).tolist() == [1, -1, 0, 1, 1, -1]
+    assert pg.match_hands(notes, prompt, 480, 2).tolist() == [1, 1, 0, 1, 1, -1]
+    assert pg.match_hands(notes, prompt, 480, 24).tolist() == [1, -1, 0, 1, -1, -1]
 
 
 def test_three_tracks_or_one_are_no_hands(tmp_path):
     for tracks, expected in ((scale(), 80), (scale()[:1], 0), ([*scale(), scale(1)[0]], 0)):
         path = write_midi(tmp_path / "a.mid", tracks)
-        hands = pg.find_hands(pg.parse_midi(path.read_bytes()))
+        hands = pg.hands_of_tracks(pg.parse_midi(path.read_bytes()))
         assert len(hands) == expected
         assert {is_left for _, pitch, is_left in hands if pitch < 50} <= {True}
 
