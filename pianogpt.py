@@ -2228,7 +2228,7 @@ class Trainer:
                 is_due = self.step % self.settings.save_every == 0
             else:
                 is_due = clock - saved > SAVE_SECONDS
-            if is_due:
+            if is_due and self.step < self.settings.steps:  # the last step is saved afterwards
                 self.check(batch)
                 save()
                 saved = clock
@@ -3043,10 +3043,18 @@ def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
     return select(new, np.array(fitting, int))
 
 
-def half_position(state: State, bar: int, grid: int) -> float:
-    """Half a grid position of a bar, from 1 on, in quarter notes; state: of all tokens, (T,)."""
+def early_notes(piano: Score, state: State, bar: int, grid: int) -> float:
+    """How early a note may be, in quarter notes, to belong to the bar after this one, from 1 on.
+
+    Half a grid position. MidiTok rounds twice if the piece has a finer beat unit than the bar: to
+    positions of that unit first. state: of all tokens, (T,).
+    """
     unit = state.beat_unit[state.bar == bar][-1]  # after its time signature
-    return 4 / unit / grid / 2
+    finest = max([4, *(signature.denominator for signature in piano.time_signatures)])
+    half = 4 / unit / grid / 2
+    if finest > unit:
+        half += 4 / finest / grid / 2
+    return half
 
 
 def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
@@ -3060,15 +3068,14 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
     for first, last in prompt.rewritten:
         begin = round(lines[first - 1] * ticks)
         end = round(lines[last] * ticks)
-        # A note less than half a grid position before a bar line belongs to the next bar.
-        half_before = half_position(state, max(1, first - 1), vocab.grid) * ticks
-        half_inside = half_position(state, last, vocab.grid) * ticks
-        is_old = (notes["time"] < begin - half_before) | (notes["time"] >= end - half_inside)
+        early_before = early_notes(prompt.piano, state, max(1, first - 1), vocab.grid) * ticks
+        early_inside = early_notes(prompt.piano, state, last, vocab.grid) * ticks
+        is_old = (notes["time"] < begin - early_before) | (notes["time"] >= end - early_inside)
         notes = select(notes, is_old)
         is_new = (written["time"] >= begin) & (written["time"] < end)
         new = select(written, is_new)
         new["duration"] = np.minimum(new["duration"], end - new["time"])
-        new = fit_between(new, notes, late=round(2 * half_inside))  # a whole grid position
+        new = fit_between(new, notes, late=round(2 * early_inside))  # a whole grid position
         notes = {column: np.append(notes[column], new[column]) for column in notes}
         score.markers.append(TextMeta(begin, PROMPT_ENDS))
         if last < len(lines) - 1:
@@ -3311,6 +3318,11 @@ WORKER_PROBLEMS = {
 }
 
 
+def worker_problem(error: Exception) -> str:
+    """The entry of WORKER_PROBLEMS for an error, which may be of a class below."""
+    return next(text for kind, text in WORKER_PROBLEMS.items() if isinstance(error, kind))
+
+
 def start_pool(workers: int, vocab: Vocabulary) -> ProcessPool:
     """Worker processes that know a vocabulary."""
     # fork starts a worker in no time, but is not safe on macOS, and Windows has none.
@@ -3332,7 +3344,7 @@ def read_in_workers(paths: list[Path], vocab: Vocabulary) -> Iterator[tuple[Path
                     piece, content = next(results)
                     yield path, piece, content
                 except tuple(WORKER_PROBLEMS) as e:
-                    yield path, Piece(problem=WORKER_PROBLEMS[type(e)]), ""
+                    yield path, Piece(problem=worker_problem(e)), ""
         finally:
             pool.stop()  # also when the caller stops early
 
@@ -3672,10 +3684,11 @@ class Checkpoint:
         intervals = self.intervals().split(bytes([PIECE_END]))
         return list(zip(self.pieces, intervals, strict=False))  # after the last one nothing follows
 
-    def add_piece(self, name: str, intervals: bytes) -> None:
-        """Add what it learned from."""
-        self.pieces.append(name)
-        self.tensors["intervals"] = as_tensor(self.intervals() + intervals + bytes([PIECE_END]))
+    def add_pieces(self, pieces: list[tuple[str, bytes]]) -> None:
+        """Add (name, melodic intervals) of what it learned from, too."""
+        self.pieces += [name for name, _ in pieces]
+        of_pieces = [intervals + bytes([PIECE_END]) for _, intervals in pieces]
+        self.tensors["intervals"] = as_tensor(b"".join([self.intervals(), *of_pieces]))
 
     @property
     def can_train(self) -> bool:
@@ -3784,13 +3797,30 @@ def new_model(checkpoint: Checkpoint) -> PianoGPT:
     return PianoGPT(settings.model, V, settings.tokens.grid, len(checkpoint.styles))
 
 
+def check_sizes(checkpoint: Checkpoint, sizes: ModelSettings) -> None:
+    """Raise an error if a model of these sizes would be much larger than its weights in the file.
+
+    So that a stranger's file cannot take more memory than it has bytes. (A model on the "meta"
+    device takes none, but two seconds to load what that needs.)
+    """
+    C = sizes.n_embd
+    expected = {"style.weight": (1 + len(checkpoint.styles), C)}
+    for name in ("embedding.weight", "head.weight"):
+        expected[name] = (len(checkpoint.vocabulary), C)
+    for n in range(sizes.n_layer):
+        expected[f"blocks.{n}.qkv.weight"] = (3 * C, C)
+    weights = checkpoint.weights("best")
+    for name, shape in expected.items():
+        if name not in weights or weights[name].shape != shape:
+            raise ValueError("its best weights do not fit its settings")
+
+
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Raise an error if the parts of a checkpoint do not fit each other."""
     settings = stored_settings(checkpoint)
     check_settings(settings)
-    with torch.device("meta"):  # takes no memory
-        model = new_model(checkpoint)
-    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    check_sizes(checkpoint, settings.model)
+    expected = {name: weight.shape for name, weight in new_model(checkpoint).state_dict().items()}
     groups = ["best", "weights", "average"] if checkpoint.can_train else ["best"]
     for group in groups:
         found = {name: weight.shape for name, weight in checkpoint.weights(group).items()}
@@ -3881,7 +3911,7 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
     taken = {old.stem for old in folder.iterdir()}
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
-        if path.stem not in taken:
+        if path.stem not in taken and not Path(f"{path}.csv").exists():  # a log that was left
             try:
                 path.touch(exist_ok=False)  # now no other run gets it
                 break
@@ -4057,14 +4087,18 @@ def compiler_works() -> bool:
     return True
 
 
+def repays_compiling(settings: Settings, steps: int) -> bool:
+    """Whether so many steps take longer than compiling saves."""
+    model = settings.model
+    tokens = settings.train.batch_size * model.block_size
+    return steps * tokens * model.n_layer * model.n_embd >= COMPILING_PAYS
+
+
 def choose_compiling(settings: Settings, device: torch.device, steps: int) -> bool:
     """Whether to compile the blocks: as --compile says, else on a CPU if `steps` repay it."""
     if settings.program.compile is not None:
         return settings.program.compile
-    model = settings.model
-    width = model.n_layer * model.n_embd
-    work = steps * settings.train.batch_size * model.block_size * width
-    return device.type == "cpu" and work >= COMPILING_PAYS and compiler_works()
+    return device.type == "cpu" and repays_compiling(settings, steps) and compiler_works()
 
 
 def make_trainer(
@@ -4169,9 +4203,7 @@ def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint)
         return
     # Also what it learned from elsewhere, or from files that are gone.
     known = {intervals for _, intervals in learned.list_pieces()}
-    for name, intervals in checkpoint.list_pieces():
-        if intervals not in known:
-            learned.add_piece(name, intervals)
+    learned.add_pieces([piece for piece in checkpoint.list_pieces() if piece[1] not in known])
     for row in trainer.history:  # losses on other held-out music do not compare
         row.pop("val_loss", None)
         row.pop("val_nats_per_note", None)
@@ -4196,7 +4228,8 @@ def describe_model(trainer: Trainer, settings: Settings) -> str:
     if trainer.compiled:
         words.append("compiled")
     elif settings.program.compile is None and trainer.device.type == "cpu":
-        words.append("not compiled for so few steps")
+        is_short = not repays_compiling(settings, settings.train.steps - trainer.step)
+        words.append("not compiled for so few steps" if is_short else "not compiled")
     words[-1] += f" on {trainer.device}"
     if PROCESSES > 1:
         words[-1] += f" in {PROCESSES} processes"
@@ -4218,7 +4251,7 @@ def save_run(path: Path, learned: Checkpoint, trainer: Trainer, is_last: bool) -
     except OSError as e:
         if is_last and e.filename != f"{path}.csv":
             raise
-        say(f"cannot save {e.filename} ({e.strerror}): training goes on")
+        say(f"cannot save {e.filename} ({e.strerror}){'' if is_last else ': training goes on'}")
 
 
 def train_model(
@@ -4322,7 +4355,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     end = round(lines[bars] * ticks)
     piano = piano.resample(ticks, min_dur=1)
     if bars < len(starts):
-        early = half_position(vocab.trace(ids), bars, vocab.grid) * ticks
+        early = early_notes(piano, vocab.trace(ids), bars, vocab.grid) * ticks
         cut_notes(piano.tracks[0], end, early)
     tempos = {tick: (tempo,) for tick, tempo in midi.tempos().items()}
     return Prompt(
@@ -4349,9 +4382,8 @@ def find_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         try:
             prompt = pool.schedule(read_prompt_in_worker, [sample], timeout=FILE_SECONDS).result()
         except tuple(WORKER_PROBLEMS) as e:
-            problem = WORKER_PROBLEMS[type(e)]
             raise UserError(
-                f"{sample.prompt} cannot be continued ({problem}): pass another --prompt"
+                f"{sample.prompt} cannot be continued ({worker_problem(e)}): pass another --prompt"
             ) from None
         finally:
             pool.stop()
@@ -4415,8 +4447,10 @@ def write_music(
     if "seed" not in given:
         seed = int(np.random.default_rng().integers(10**6))
         say(f"seed: {seed}; with this --seed the pieces come again")
-    if settings.sample.temperature == 0 and settings.sample.num_samples > 1:
+    asked = settings.sample.num_samples
+    if settings.sample.temperature == 0 and asked > 1:
         say("temperature 0: all pieces would be the same, so there is one")
+        asked = 1
     origin = asdict(settings.sample) | {"prompt": Path(settings.sample.prompt).name}
     origin["chords"] = origin["chords"][:LONGEST_MESSAGE]
     del origin["samples_dir"]
@@ -4434,7 +4468,7 @@ def write_music(
             write_sample(sample, settings.sample, origin | {"piece": number}, checkpoint, vocab)
             written += 1
     if caught:
-        say(f"stopped: {written} of {settings.sample.num_samples} pieces were finished")
+        say(f"stopped: {written} of {asked} pieces were finished")
         return 128 + caught[0]
     if not written:
         raise UserError("no piece has notes: train longer")
@@ -4509,7 +4543,8 @@ def compare_music(
     )
     old_steps = checkpoint.settings["train"].get("steps", TrainSettings.steps)
     trains_further = training and given.get("steps", 0) > old_steps
-    if folder != learned and not (is_named and trains_further):
+    is_other = Path(folder).resolve() != Path(learned).resolve()
+    if is_other and not (is_named and trains_further):
         raise UserError(f"{text}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
     say(f"{text}: {'training goes on' if training else 'more --steps or --fresh would use these'}")
 
@@ -4601,7 +4636,12 @@ def look_at_folder(
         is_the_same = str(folder) == checkpoint.folder and folder.is_dir()
         if "midi_dir" not in given and not is_the_same:
             return {}
-    files = find_files(folder)
+    try:
+        files = find_files(folder)
+    except UserError:
+        if training or "midi_dir" in given:
+            raise
+        return {}  # the music is gone by now
     if knows_files:
         compare_music(program, given, checkpoint, training, files)
     return files
@@ -4635,8 +4675,8 @@ def train_and_write(
             return code
     elif not settings.program.generate:
         say(
-            f"{settings.program.checkpoint} is finished: pass a larger --steps to train on, or "
-            "--fresh to start over"
+            f"{settings.program.checkpoint} has made its {count(checkpoint.step, 'step')}: pass a "
+            "larger --steps to train on, or --fresh to start over"
         )
     if settings.program.generate and RANK == 0:
         return write_music(settings, given, vocab, device, prompt)
@@ -4694,8 +4734,8 @@ def parse(argv: list[str] | None) -> dict:
     modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be done at once")
-    for name in ("prompt", "rewrite", "style"):
-        if given.get(name) == "":
+    for name, value in given.items():
+        if value == "" and name not in ("about", "cache_dir", "chords"):
             raise UserError(f"{flag(name)} is empty: write a value after it, or omit it")
     for name in ("bars", "continuation_only"):
         if name in given and "rewrite" in given:
@@ -4715,9 +4755,10 @@ def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) ->
             value = given.get(f.name, saved.get(f.name, f.default))
             may_change = f.metadata["resumable"] if training else f.name in ("steps", "seed")
             if f.name in saved and value != saved[f.name] and not may_change:
-                raise UserError(
-                    f"the checkpoint has {flag(f.name)} {saved[f.name]}: omit it or pass --fresh"
-                )
+                advice = "omit it or pass --fresh"
+                if "init_from" in given and checkpoint.step == 0:
+                    advice = "omit it, as the sizes are those of --init-from"
+                raise UserError(f"the checkpoint has {flag(f.name)} {saved[f.name]}: {advice}")
             setattr(group, f.name, value)
     check_settings(settings)
     return settings
@@ -4825,7 +4866,9 @@ def main(argv: list[str] | None = None) -> int:
         problem = f"{problem[: LONGEST_MESSAGE // 2]} ... {problem[-LONGEST_MESSAGE // 2 :]}"
     say(f"pianogpt: {problem}", "stderr")
     if RANK != 0:
-        time.sleep(2)  # else torchrun ends rank 0 before it has said what is wrong
+        # Rank 0 has time to say this itself; then torchrun ends all ranks, and it is said once.
+        time.sleep(2)
+        print(f"pianogpt: on rank {RANK}: {problem}", file=sys.stderr)
     return code
 
 

@@ -528,9 +528,26 @@ def test_long_message_is_cut(capsys):
     assert len(capsys.readouterr().err) < 600
 
 
-def test_mistake_is_said_before_the_compiler_is_loaded(monkeypatch):
-    monkeypatch.setattr(torch, "_dynamo", None)  # takes two seconds
+def test_mistakes_and_loading_a_model_do_not_wait_for_the_compiler_to_load():
+    code = f"""
+import sys, pathlib
+import pianogpt as pg
+assert pg.main(["--n-layers", "3"]) == 2
+pg.load_checkpoint(pathlib.Path({str(SHIPPED)!r}))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert done.returncode == 0, "torch._dynamo takes two seconds"
+
+
+def test_mistake_that_only_another_rank_has_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(pg, "RANK", 1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert pianogpt("--n-layers 3") == 2
+    assert (
+        capsys.readouterr().err
+        == "pianogpt: on rank 1: there is no flag --n-layers: --help lists all\n"
+    )
 
 
 def test_version_names_the_libraries(capsys):
@@ -889,9 +906,53 @@ def test_generating_leaves_an_unfinished_run_as_it_is_unless_steps_are_given(
 def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsys):
     before = MODEL.read_bytes()
     assert pianogpt("") == 0
-    advice = f"{MODEL} is finished: pass a larger --steps to train on, or --fresh to start over"
+    advice = f"{MODEL} has made its 30 steps: pass a larger --steps to train on, or --fresh to"
     assert advice in capsys.readouterr().out
     assert MODEL.read_bytes() == before
+
+
+def test_music_that_is_gone_or_named_in_another_way_does_not_stop_the_model(trained, capsys):
+    write_midi(Path("midi/new.mid"), scale(99))
+    assert len(generate("--bars 1 --midi-dir ./midi/")) == 3
+    assert "in ./midi/ 1 file new or changed" in capsys.readouterr().out
+    for path in Path("midi").iterdir():
+        path.unlink()
+    assert len(generate("--bars 1")) == 3
+
+
+def test_each_state_is_saved_once(folder, here, monkeypatch):
+    steps = []
+    save_run = pg.save_run
+
+    def remember(path, learned, trainer, is_last):
+        steps.append(trainer.step)
+        save_run(path, learned, trainer, is_last)
+
+    monkeypatch.setattr(pg, "save_run", remember)
+    assert train("--save-every 10") == 0
+    assert steps == [10, 20, 30]
+
+
+def test_old_log_is_kept_though_its_checkpoint_is_gone(trained):
+    Path("pianogpt-old-001.safetensors.csv").write_text("old")
+    assert train("--fresh --steps 3") == 0
+    assert Path("pianogpt-old-001.safetensors.csv").read_text() == "old"
+    assert Path("pianogpt-old-002.safetensors").exists()
+
+
+def test_reason_for_not_compiling_is_said_only_if_it_is_one(trained, monkeypatch):
+    monkeypatch.setattr(pg, "compiler_works", lambda: False)
+    settings = pg.Settings()
+    trainer = pg.make_trainer(settings, pg.Vocabulary(settings.tokens), torch.device("cpu"))
+    assert ", not compiled on cpu" in pg.describe_model(trainer, settings)
+    settings.train.steps = 100
+    assert ", not compiled for so few steps on cpu" in pg.describe_model(trainer, settings)
+
+
+def test_prompt_that_takes_too_much_memory_is_said(trained, monkeypatch, capsys):
+    monkeypatch.setattr(pg, "read_prompt", lambda *args: np.empty(1 << 45))  # in the worker
+    assert pianogpt("--generate --prompt midi/piece00.mid") == 2
+    assert "midi/piece00.mid cannot be continued (not enough memory)" in capsys.readouterr().err
 
 
 def test_larger_steps_train_a_finished_model_further_and_changed_music_is_said(trained, capsys):
@@ -1051,7 +1112,10 @@ def times_of_files(folder):
             f"{MODEL} did not start from shifted: pass another --checkpoint",
         ),
         (f"{NEW} --init-from none", "there is no checkpoint none"),
-        (f"{NEW} --init-from {MODEL} --n-embd 64", "the checkpoint has --n-embd 32: omit it"),
+        (
+            f"{NEW} --init-from {MODEL} --n-embd 64",
+            "the checkpoint has --n-embd 32: omit it, as the sizes are those of --init-from",
+        ),
         ("--generate --lr 1", "the checkpoint has --lr 0.0003: omit it"),
         ("--generate --n-embd 64", "the checkpoint has --n-embd 32: omit it"),
         ("--evaluate midi --batch-size 8", "the checkpoint has --batch-size 4: omit it"),
@@ -1103,6 +1167,9 @@ def times_of_files(folder):
         ("--generate --rewrite 3", "--rewrite does nothing without --prompt"),
         ("--generate --prompt midi/piece00.mid --rewrite ''", "--rewrite is empty: write a value"),
         ("--generate --style '' --guidance 2", "--style is empty: write a value after it, or omit"),
+        ("--evaluate ''", "--evaluate is empty"),
+        ("--init-from ''", "--init-from is empty"),
+        ("--checkpoint ''", "--checkpoint is empty"),
         ("--generate --guidance 2", "--guidance does nothing without --style"),
         (f"{REWRITE} --bars 9", "--rewrite keeps the length of the prompt: omit --bars"),
         (f"{REWRITE} --continuation-only", "omit --continuation-only"),

@@ -400,6 +400,19 @@ def test_note_that_is_played_a_little_early_belongs_to_the_next_bar(metre, early
         assert times[90] == round(3 * bar * TPQ) - early + 1
 
 
+def test_early_note_stays_with_its_bar_where_beat_units_differ(tmp_path):
+    """MidiTok rounds it first to the positions of the finer beats, here those of 6/8."""
+    notes = [(n, 1, 60 + n % 12, 80) for n in range(20)]
+    for early in (9, 13, 16):
+        at = 8 - early / TPQ
+        music = [[*notes, (at, 1, 90, 80)]]
+        path = save(tmp_path / "a.mid", music, metres=[(0, 4, 4), (16, 6, 8)])
+        prompt, [(_, sample), _] = rewrite(path, "2")
+        in_bar_3 = VOCAB.trace(prompt.ids).bar[prompt.ids == VOCAB.id_of["Pitch_90"]] == 3
+        kept = (round(at, 3), 90) in [(start, pitch) for start, _, pitch in notes_of(sample.score)]
+        assert kept == in_bar_3 == (early < 15)
+
+
 def test_cut_prompt_keeps_no_note_of_the_bars_that_are_left_out(tmp_path):
     """Neither what is played a little early, nor what rings on."""
     notes = [(n, 1, 60 + n % 12, 80) for n in range(30)]
