@@ -3049,7 +3049,8 @@ def early_notes(piano: Score, state: State, bar: int, grid: int) -> float:
     Half a grid position. MidiTok rounds twice if the piece has a finer beat unit than the bar: to
     positions of that unit first. state: of all tokens, (T,).
     """
-    unit = state.beat_unit[state.bar == bar][-1]  # after its time signature
+    last_token = np.flatnonzero(state.bar == bar)[-1]
+    unit = state.beat_unit[last_token]
     finest = max([4, *(signature.denominator for signature in piano.time_signatures)])
     half = 4 / unit / grid / 2
     if finest > unit:
@@ -3231,7 +3232,7 @@ def find_files(folder: Path) -> dict[Path, str]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders + names:
+        for name in folders + names:  # a folder called x.mid is skipped by name
             if Path(name).suffix.lower() in MIDI_SUFFIXES and not name.startswith("."):
                 found.append(Path(root, name))
     if not found:
@@ -3288,12 +3289,10 @@ worker_vocab: Vocabulary | None = None  # of a worker process
 
 
 def start_worker(vocab: Vocabulary) -> None:
-    """Give a worker process its vocabulary and its limits; it ends on Ctrl-C."""
+    """Give a worker process its vocabulary and its limit of memory."""
     global worker_vocab
     worker_vocab = vocab
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's way to end
     if sys.platform == "linux":
         import resource
 
@@ -3400,6 +3399,7 @@ def read_folder(
     files = files or find_files(folder)
     cache = cache_folder(cache_dir, vocab) if cache_dir else None
     known = load_pieces(cache) if cache else {}
+    # Copies, as two files may have one content
     pieces = {path: replace(known[content]) for path, content in files.items() if content in known}
     new = [path for path in files if path not in pieces]
     unsaved = {}
@@ -3460,18 +3460,18 @@ def read_music(
 def count_different(intervals: np.ndarray) -> np.ndarray:
     """For each place, how many different intervals are among the SAME_MUSIC from there on, (N,).
 
-    Each is counted where it stands first in a passage. So interval number n counts in the passages
-    that begin after the last one of its kind, and not after n.
+    Each kind is counted where it first stands in a passage. So interval n counts in the passages
+    that begin after the previous one of its kind, and at n at the latest.
     """
     N = len(intervals)
     by_kind = np.argsort(intervals, kind="stable")
     before = by_kind[:-1]
     after = by_kind[1:]
     is_same = intervals[before] == intervals[after]
-    last_of_kind = np.full(N, -1)
-    last_of_kind[after[is_same]] = before[is_same]
+    previous = np.full(N, -1)
+    previous[after[is_same]] = before[is_same]
     number = np.arange(N)
-    first_passage = np.maximum(last_of_kind + 1, number - SAME_MUSIC + 1).clip(0)
+    first_passage = np.maximum(previous + 1, number - SAME_MUSIC + 1)
     more = np.bincount(first_passage, minlength=N + 1)
     less = np.bincount(number + 1, minlength=N + 1)
     return (more - less).cumsum()[:N]
@@ -3494,7 +3494,7 @@ def hash_passages(intervals: np.ndarray) -> np.ndarray:
 
 
 class Groups:
-    """The numbers 0 to N - 1 in groups that grow together; a group is known by one of its own."""
+    """The numbers 0 to N - 1 in groups that can be joined (union-find); one of each is its name."""
 
     def __init__(self, N: int):
         self.same = list(range(N))  # for each number another of its group, or itself
@@ -3532,8 +3532,9 @@ def pairs_that_share(
     one, two = works[piece_of[both]]
     _, first = np.unique(one * len(works) + two, return_index=True)
     both = both[:, first[one[first] != two[first]]]
-    one, two = intervals[both[:, :, None] + np.arange(SAME_MUSIC)]  # (pairs, SAME_MUSIC) each
-    is_equal = (one == two).all(axis=1)  # equal hashes may be chance
+    # (pairs, SAME_MUSIC) each
+    passage, other = intervals[both[:, :, None] + np.arange(SAME_MUSIC)]
+    is_equal = (passage == other).all(axis=1)  # equal hashes may be chance
     return piece_of[both[:, is_equal]].T.tolist()
 
 
@@ -3641,14 +3642,8 @@ FORMAT = "pianogpt 13"
 OLDER_FORMATS = ("pianogpt 11", "pianogpt 12")
 STORED_GROUPS = ("data", "tokens", "model", "train")  # groups of settings in a checkpoint
 LOG_COLUMNS = ("step", "seconds", "train_loss", "val_loss", "val_nats_per_note")
-PROGRESS_KEYS = {
-    "step",
-    "begin",
-    "seconds",
-    "history",
-    "losses",
-    "optimizer",
-}  # see trainer_progress
+# Of a trainer that has not begun, see trainer_progress
+NO_PROGRESS = {"step": 0, "begin": 0, "seconds": 0.0, "history": [], "losses": [], "optimizer": ""}
 
 
 @dataclass
@@ -3710,10 +3705,15 @@ def as_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, and beside it the whole training log."""
+def save_model(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint."""
     values = {k: v for k, v in vars(checkpoint).items() if k != "tensors"}
     save_tensors(path, FORMAT, values, checkpoint.tensors)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, and beside it the whole training log."""
+    save_model(path, checkpoint)
     lines = [",".join(LOG_COLUMNS)]
     for row in checkpoint.progress["history"]:
         lines.append(",".join(str(row.get(column, "")) for column in LOG_COLUMNS))
@@ -3723,7 +3723,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def is_older(path: Path) -> bool:
     """Whether a file is a checkpoint of an older version."""
     with open(path, "rb") as file:
-        if file.read(4) == b"PK\3\4":
+        if file.read(4) == b"PK\3\4":  # a zip file, as torch.save makes
             return True
     with suppress(Exception), safetensors.safe_open(path, "pt") as file:
         return (file.metadata() or {}).get("format") in OLDER_FORMATS
@@ -3743,15 +3743,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         values, mapped = load_tensors(path, FORMAT)
-        tensors = {name: tensor.clone() for name, tensor in mapped.items()}  # the file may change
+        tensors = {}
+        for name, tensor in mapped.items():
+            dtype = (
+                torch.float32 if name.startswith("best/") else tensor.dtype
+            )  # exported in 16 bits
+            tensors[name] = tensor.to(dtype, copy=True)  # the file may change
         checkpoint = Checkpoint(**values, tensors=tensors)
         check_checkpoint(checkpoint)
     except Exception as e:
         reason = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({reason})") from None
-    for name in list(tensors):
-        if name.startswith("best/"):
-            tensors[name] = tensors[name].float()  # exported ones have 16 bits
     return checkpoint
 
 
@@ -3772,7 +3774,8 @@ def check_values(checkpoint: Checkpoint) -> None:
     names = ("files", "pieces", "held_out", "styles", "vocabulary")
     lists = [getattr(checkpoint, name) for name in names]
     progress = checkpoint.progress
-    if progress.keys() != PROGRESS_KEYS or not all(isinstance(names, list) for names in lists):
+    is_whole = progress.keys() == NO_PROGRESS.keys()
+    if not is_whole or not all(isinstance(values, list) for values in lists):
         raise ValueError("it is incomplete")
     kinds = {name: type(value) for name, value in checkpoint.machine.items()}
     if kinds and kinds != {"bfloat16": bool, "compiled": bool, "device": str}:
@@ -3861,7 +3864,7 @@ def start_from(path: Path) -> Checkpoint:
             tensors[f"{group}/{name}"] = weight
     return replace(
         base,
-        about=f"started from {path.name}; {base.about}",
+        about="; ".join(filter(None, [f"started from {path.name}", base.about])),
         settings={
             "tokens": base.settings["tokens"],
             "model": base.settings["model"],
@@ -3870,14 +3873,7 @@ def start_from(path: Path) -> Checkpoint:
         files=[],
         held_out=[],
         machine={},
-        progress={
-            "step": 0,
-            "begin": 0,
-            "seconds": 0.0,
-            "history": [],
-            "losses": [],
-            "optimizer": "",
-        },
+        progress=copy.deepcopy(NO_PROGRESS),
         tensors=tensors,
     )
 
@@ -3906,17 +3902,20 @@ def hold_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
-    """Write data to folder/stem-001.suffix, or the first number that no file has; the path."""
+def reserve(folder: Path, stem: str, suffix: str) -> Path:
+    """An empty file, folder/stem-001.suffix or the first number that no file has; its path."""
     taken = {old.stem for old in folder.iterdir()}
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
         if path.stem not in taken and not Path(f"{path}.csv").exists():  # a log that was left
-            try:
+            with suppress(FileExistsError):
                 path.touch(exist_ok=False)  # now no other run gets it
-                break
-            except FileExistsError:
-                continue
+                return path
+
+
+def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
+    """Write data to folder/stem-001.suffix, or the first number that no file has; the path."""
+    path = reserve(folder, stem, suffix)
     unfinished.add(path)
     try:
         write_atomically(path, data)
@@ -4000,7 +3999,7 @@ def print_block(values: dict) -> None:
 
 
 def name_styles(pieces: list[Piece]) -> None:
-    """Set the style of each piece to the name of its first folder; one named train is none."""
+    """Set the style of each piece: the name of its first folder, below train and the like."""
     for piece in pieces:
         folders = [part for part in Path(piece.path).parts[:-1] if part not in SPLITS]
         piece.style = normalize("NFC", folders[0]) if folders else ""
@@ -4039,7 +4038,7 @@ def prepare_data(
     shares = ", ".join(f"{works[split]} {split}" for split in SPLITS)
     say(f"split: {count(works.total(), 'work')} ({shares})")
     training = [piece for piece in pieces if piece.split == "train"]
-    held_out = [piece for piece in pieces if piece.split == "validation"]
+    validation = [piece for piece in pieces if piece.split == "validation"]
     if not training:
         raise UserError(f"no piece under {folder} is left to train on: all are held out")
     styles = list_styles(training, checkpoint.styles if checkpoint else [])
@@ -4047,7 +4046,7 @@ def prepare_data(
         raise UserError("--style-from-folder: no file lies in a folder of a style: make some")
     find_style(settings.sample.style, styles)  # finds a mistake before the training
     T = settings.model.block_size
-    windows = cut_all_windows(make_corpus(held_out, styles), T, T, vocab, LONGEST_VALIDATION)
+    windows = cut_all_windows(make_corpus(validation, styles), T, T, vocab, LONGEST_VALIDATION)
     intervals = b"".join(pitch_intervals(piece.ids, vocab) for piece in training)
     learned = Checkpoint(
         about="",
@@ -4088,7 +4087,7 @@ def compiler_works() -> bool:
 
 
 def repays_compiling(settings: Settings, steps: int) -> bool:
-    """Whether so many steps take longer than compiling saves."""
+    """Whether compiling saves more time over so many steps than it takes."""
     model = settings.model
     tokens = settings.train.batch_size * model.block_size
     return steps * tokens * model.n_layer * model.n_embd >= COMPILING_PAYS
@@ -4213,8 +4212,8 @@ def set_aside(path: Path) -> None:
     """Rename a checkpoint, if it is there, and its log to a name that is free."""
     if not path.exists():
         return
-    old = write_new(path.parent, f"{path.stem}-old", path.suffix, path.read_bytes())
-    path.unlink()
+    old = reserve(path.parent, f"{path.stem}-old", path.suffix)
+    os.replace(path, old)
     log = Path(f"{path}.csv")
     if log.exists():
         log.rename(f"{old}.csv")
@@ -4481,8 +4480,9 @@ def evaluate_folder(
     """Print the loss of a checkpoint on a folder; 0."""
     model = load_model(checkpoint, device)
     pieces = read_music(Path(settings.program.evaluate), vocab, settings.program.cache_dir)
-    learned = checkpoint.intervals()
-    known = sum(pitch_intervals(piece.ids, vocab) in learned for piece in pieces)
+    learned = {intervals for _, intervals in checkpoint.list_pieces()}
+    # Pieces whose music it learned, in any key and rhythm
+    known = sum(pitch_intervals(piece.ids, vocab)[:-1] in learned for piece in pieces)
     T = settings.model.block_size
     loss = 0.0
     tokens = 0
@@ -4514,8 +4514,7 @@ def export_model(path: Path, checkpoint: Checkpoint, about: str) -> int:
         if not tensors[f"best/{name}"].isfinite().all():
             raise UserError("a weight is too large for 16 bits: train with a smaller --lr")
     about = about or checkpoint.about
-    exported = replace(checkpoint, about=about, files=[], held_out=[], tensors=tensors)
-    save_checkpoint(path, exported)
+    save_model(path, replace(checkpoint, about=about, files=[], held_out=[], tensors=tensors))
     say(f"exported: {path}, {path.stat().st_size / 2**20:.1f} MB")
     return 0
 
@@ -4566,17 +4565,19 @@ def open_checkpoint(
     must_exist = "checkpoint" in given and "midi_dir" not in given
     may_train = program.fresh or "steps" in given
     only_write = program.generate and not may_train and (path.exists() or must_exist)
-    if program.evaluate or program.export or only_write:
-        return load_checkpoint(path), False
-    stack.enter_context(hold_lock(path))
-    if program.fresh or not path.exists():
-        return (start_from(Path(program.init_from)) if program.init_from else None), True
+    only_read = program.evaluate or program.export or only_write
+    if not only_read:
+        stack.enter_context(hold_lock(path))
+        if program.fresh or not path.exists():
+            return (start_from(Path(program.init_from)) if program.init_from else None), True
     checkpoint = load_checkpoint(path)
     started = f"started from {Path(program.init_from).name}; "
-    if program.init_from and not checkpoint.about.startswith(started):
+    if program.init_from and not f"{checkpoint.about}; ".startswith(started):
         raise UserError(
             f"{path} did not start from {program.init_from}: pass another --checkpoint, or --fresh"
         )
+    if only_read:
+        return checkpoint, False
     if not checkpoint.can_train:
         raise UserError(
             f"{path} was exported: pass --init-from {path} and another --checkpoint to train it"
@@ -4685,6 +4686,9 @@ def train_and_write(
 
 # ---- 10. Command line: flags to settings, the device, errors to one sentence
 
+LONGEST_WAIT = timedelta(days=1)  # of the other processes while the first one reads a folder
+LONGEST_MESSAGE = 500  # characters; a file name in it may have 5,000
+
 
 def make_parser() -> argparse.ArgumentParser:
     """A flag for each setting; those not given are absent from the result."""
@@ -4760,7 +4764,6 @@ def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) ->
                     advice = "omit it, as the sizes are those of --init-from"
                 raise UserError(f"the checkpoint has {flag(f.name)} {saved[f.name]}: {advice}")
             setattr(group, f.name, value)
-    check_settings(settings)
     return settings
 
 
@@ -4787,11 +4790,10 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     given = parse(argv)
     program = make_settings(given, None, training=False).program
     path = Path(program.checkpoint)
+    with suppress(OSError, RuntimeError):
+        path = path.resolve() if path.is_symlink() else path  # a link stays, and shares the lock
     if path.is_symlink():
-        try:
-            path = path.resolve(strict=path.exists())  # a link stays a link, and shares the lock
-        except (OSError, RuntimeError):
-            raise UserError(f"{path} is a link that leads nowhere: name a file") from None
+        raise UserError(f"{path} is a link that leads nowhere: name a file")
     device = choose_device(program.device)
     if PROCESSES > 1:
         if "MASTER_ADDR" not in os.environ:
@@ -4800,6 +4802,7 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, program, stack))
     settings = make_settings(given, checkpoint, training)
+    check_settings(settings)
     settings.program.checkpoint = str(path)
     vocab = Vocabulary(settings.tokens)
     if checkpoint and checkpoint.vocabulary != vocab.words:
@@ -4813,10 +4816,6 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     if program.evaluate:
         return evaluate_folder(settings, checkpoint, vocab, device)
     return train_and_write(settings, given, checkpoint, training, vocab, device)
-
-
-LONGEST_WAIT = timedelta(days=1)  # of the other processes while the first one reads a folder
-LONGEST_MESSAGE = 500  # characters; a file may have 5,000 in its name, a number as many digits
 
 
 def open_streams() -> None:
@@ -4854,10 +4853,8 @@ def main(argv: list[str] | None = None) -> int:
         with ExitStack() as stack, computing_errors():
             return run_command(argv, stack)
     except (UserError, argparse.ArgumentError) as e:
-        code = 2
         problem = str(e)
     except OSError as e:
-        code = 2
         problem = f"{e.filename or 'a file'} cannot be used: {e.strerror or e}"
     finally:
         if dist.is_initialized():
@@ -4869,7 +4866,7 @@ def main(argv: list[str] | None = None) -> int:
         # Rank 0 has time to say this itself; then torchrun ends all ranks, and it is said once.
         time.sleep(2)
         print(f"pianogpt: on rank {RANK}: {problem}", file=sys.stderr)
-    return code
+    return 2
 
 
 if __name__ == "__main__":

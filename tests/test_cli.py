@@ -1136,8 +1136,8 @@ def times_of_files(folder):
         ("--device tpu9", "there is no device tpu9 here: pass --device auto, or cpu"),
         # numbers
         ("--steps -5", "--steps is -5 but must be from 1 to 1,000,000,000"),
-        ("--weight-decay nan", "--weight-decay is nan but must be from 0 to"),
-        ("--n-embd 100 --n-head 3", "--n-embd must be a multiple of 2 x --n-head"),
+        (f"{NEW} --weight-decay nan", "--weight-decay is nan but must be from 0 to"),
+        (f"{NEW} --n-embd 100 --n-head 3", "--n-embd must be a multiple of 2 x --n-head"),
         ("--generate --tempo 3.5", "--tempo is 3.5 but must be 0 or from 4 to 1,000"),
         ("--generate --temperature -1", "--temperature is -1.0 but must be 0 or from 0.01 to 10"),
         (
@@ -1495,6 +1495,22 @@ def test_style_that_the_music_has_not_is_said_before_training(folder, here, caps
     assert not MODEL.exists()
 
 
+def test_known_pieces_are_whole_pieces_of_the_training_music(trained, capsys):
+    [[right, left], shown] = scale(0), Path("shown")
+    write_midi(shown / "same.mid", [right, left])
+    write_midi(shown / "one note.mid", [right[:1]])
+    write_midi(shown / "its end.mid", [right[-6:]])
+    held_out = {path.name for path in Path("midi").iterdir()} - set(load().pieces)
+    assert "piece00.mid" not in held_out
+    assert pianogpt(f"--evaluate shown --checkpoint {MODEL}") == 0
+    assert "pieces: 3\nknown: 1\n" in capsys.readouterr().out
+
+
+def test_sizes_may_be_named_again_one_by_one(folder, here):
+    assert train("--n-embd 36 --n-head 3 --steps 2") == 0
+    assert pianogpt("--midi-dir midi --steps 3 --n-embd 36") == 0
+
+
 def test_prompt_itself_does_not_count_as_known_nor_do_pieces_that_are_held_out(trained, capsys):
     known = load().pieces
     assert len(known) == 10, "of twelve"
@@ -1533,7 +1549,9 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
 
 
 def test_exported_model_is_small_says_its_source_and_writes_as_before(trained, capsys):
+    Path("small.csv").write_text("of somebody else")
     assert pianogpt("--export small --about 'scales, public domain'") == 0
+    assert Path("small.csv").read_text() == "of somebody else"
     numbers = sum(weight.numel() for weight in load().weights("best").values())
     assert Path("small").stat().st_size < 2.5 * numbers, "16 bits, and only the best weights"
     losses = []
@@ -1573,6 +1591,13 @@ def test_run_that_starts_from_an_exported_model_knows_what_that_learned_and_can_
         assert pianogpt(f"{line} b") == 128 + signal.SIGTERM
     assert pianogpt(f"{line} b") == 0
     assert_same_run("a", "b")
+
+    assert pianogpt(f"--midi-dir mine --init-from a --steps 1 --checkpoint {MODEL} --fresh") == 0
+    assert load().about == "started from a; started from small; scales, public domain"
+    assert pianogpt(f"--generate --bars 1 --init-from a --checkpoint {MODEL}") == 0
+    assert pianogpt(f"--generate --bars 1 --init-from small --checkpoint {MODEL}") == 2, (
+        "not from it"
+    )
 
 
 # ---- What README and the files around the script say
