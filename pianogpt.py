@@ -4321,6 +4321,24 @@ def cut_notes(track: Track, end: int, early: float) -> None:
     track.notes = Note.from_numpy(**notes)
 
 
+def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
+    """The first bars of a piece, ids (T,) without EOS; empty if they hold no notes.
+
+    They are decoded and encoded again, so that notes end where the music is cut.
+    """
+    starts, _ = vocab.bar_lines(ids)
+    if bars < len(starts):
+        ids = ids[: starts[bars]]
+    score = vocab.decode(ids)
+    if not score.note_num():
+        return np.empty(0, np.int16)
+    ids = vocab.encode(vocab.quantize(score))
+    signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
+    silent_bar = [vocab.bar_id, ids[signatures[-1]]]
+    missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
+    return np.append(ids, silent_bar * missing).astype(np.int16)
+
+
 def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     """The prompt up to a bar line, where sounding notes end. Raises UserError."""
     path = Path(sample.prompt)
@@ -4330,43 +4348,37 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         piece = tokenize(piano, changes, vocab, silence=LONGEST_PIECE)
     except UserError as e:
         raise UserError(f"{path} cannot be continued ({e}): pass another --prompt") from None
-    ids = piece.ids[:-1]  # without EOS
-    starts, lines = vocab.bar_lines(ids)
+    starts, lines = vocab.bar_lines(piece.ids[:-1])  # without EOS
     bars = sample.prompt_bars or len(starts)
     if bars > len(starts):
         raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
     rewritten = parse_bars(sample.rewrite, bars) if sample.rewrite else []
     if 0 < sample.bars <= bars:
         raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
-    end = starts[bars] if bars < len(starts) else len(ids)
-    score = vocab.decode(ids[:end])
-    if not score.note_num():
+    ids = first_bars(piece.ids[:-1], bars, vocab)
+    if not len(ids):
         raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
-    ids = vocab.encode(vocab.quantize(score))
-    signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
-    silent_bar = [vocab.bar_id, ids[signatures[-1]]]
-    missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
-    ids = np.append(ids, silent_bar * missing).astype(np.int16)
 
-    times = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exactly
-    ticks = times * midi.tpq if sample.rewrite else TPQ
+    factor = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exactly
+    ticks = factor * midi.tpq if sample.rewrite else TPQ
     scale = ticks / midi.tpq
     end = round(lines[bars] * ticks)
     piano = piano.resample(ticks, min_dur=1)
     if bars < len(starts):
         early = early_notes(piano, vocab.trace(ids), bars, vocab.grid) * ticks
         cut_notes(piano.tracks[0], end, early)
-    tempos = {tick: (tempo,) for tick, tempo in midi.tempos().items()}
+    tempos = {0: (120.0,)} | {tick: (tempo,) for tick, tempo in midi.tempos().items()}
+    metres = {0: (4, 4)} | midi.time_signatures()
     return Prompt(
-        piano,
-        ids,
-        end,
-        signs_before(end, {0: (120.0,)} | tempos, Tempo, scale),
-        signs_before(end, {0: (4, 4)} | midi.time_signatures(), TimeSignature, scale),
-        signs_before(end, midi.key_signatures(), KeySignature, scale),
-        piece.changes,
-        hands_of_tracks(midi),
-        rewritten,
+        piano=piano,
+        ids=ids,
+        end=end,
+        tempos=signs_before(end, tempos, Tempo, scale),
+        time_signatures=signs_before(end, metres, TimeSignature, scale),
+        key_signatures=signs_before(end, midi.key_signatures(), KeySignature, scale),
+        changes=piece.changes,
+        hands=hands_of_tracks(midi),
+        rewritten=rewritten,
     )
 
 
