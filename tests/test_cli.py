@@ -749,6 +749,12 @@ def workers_of(pid):
     return [int(child) for child in children.read_text().split()]
 
 
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return int(caught[1], 16) >> (number - 1) & 1
+
+
 def is_running(pid):
     """Whether a process is there, and not only its exit code."""
     with contextlib.suppress(OSError):
@@ -764,7 +770,8 @@ def test_signal_ends_in_one_line_while_modules_load_and_while_workers_read(here)
     line = f"--evaluate midi --cache-dir '' --checkpoint '{SHIPPED}'"
     early = start_script(line, "early")
     late = start_script(line, "late")
-    time.sleep(0.5)
+    while not catches(early.pid, signal.SIGTERM):  # as the script does first
+        time.sleep(0.01)
     os.kill(early.pid, signal.SIGINT)
     while late.poll() is None and not workers_of(late.pid):
         time.sleep(0.01)

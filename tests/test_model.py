@@ -19,7 +19,7 @@ V = len(VOCAB.words)
 def model():
     """A small model; nothing in it is near zero, so that logits differ."""
     torch.manual_seed(0)
-    model = pg.PianoGPT(SIZES, V, VOCAB.grid, styles=2)
+    model = pg.PianoGPT(SIZES, V, VOCAB.grid, n_styles=2)
     nn.init.normal_(model.embedding.weight[1:].data)
     nn.init.normal_(model.style.weight[1:].data)
     nn.init.normal_(model.head.weight)
@@ -62,7 +62,7 @@ def part_of(window, first, last):
 
 def test_first_loss_is_near_ln_v():
     torch.manual_seed(0)
-    loss = pg.PianoGPT(SIZES, V, VOCAB.grid, styles=2)(scored(random_window(8)))
+    loss = pg.PianoGPT(SIZES, V, VOCAB.grid, n_styles=2)(scored(random_window(8)))
     assert loss.item() / (8 * 96) == pytest.approx(math.log(V), abs=0.05)
 
 
