@@ -27,6 +27,7 @@ FORKS = multiprocessing.get_context("forkserver")  # its processes do not import
 PRELOADED = [
     "miditok",
     "pebble",
+    "pianogpt",
     "pytest",
     "safetensors.torch",
     "torch._dynamo",

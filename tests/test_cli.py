@@ -134,6 +134,14 @@ def mistaken(trained_once, tmp_path_factory):
 
 
 @pytest.fixture
+def folder(trained_once, tmp_path):
+    """The same folder with MIDI in a place of its own, and the cache that knows its files."""
+    for name in ("midi", ".pianogpt-cache"):
+        shutil.copytree(trained_once / name, tmp_path / name)
+    return tmp_path / "midi"
+
+
+@pytest.fixture
 def trained(trained_once, here):
     """A current folder with MIDI and a checkpoint trained for 30 steps."""
     shutil.copytree(trained_once, here, dirs_exist_ok=True)
@@ -147,7 +155,7 @@ def test_trains_with_a_bar_on_a_terminal_generates_and_its_loss_falls(
     folder, here, monkeypatch, capsys
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert train("--lr 1e-3 --steps 60 --generate --bars 2") == 0
+    assert train("--lr 1e-3 --generate --bars 2") == 0
     out, err = capsys.readouterr()
     bars = re.split("[\r\n]", err)
     assert any(bar.startswith("training: 100%") for bar in bars)
@@ -157,13 +165,13 @@ def test_trains_with_a_bar_on_a_terminal_generates_and_its_loss_falls(
     values = dict(re.findall(r"^(\w+): (.+)$", out, re.M))
     keys = "step seconds train_loss val_loss val_nats_per_note best_step checkpoint"
     assert list(values) == ["music", "split", "model", *keys.split(), "sample"]
-    assert values["step"] == "60"
+    assert values["step"] == "30"
     assert values["checkpoint"] == str(MODEL)
     history = load().progress["history"]
     losses = [row["val_loss"] for row in history]
     assert losses[-1] < losses[0] < 6
     assert values["val_loss"] == f"{min(losses):.4f}"
-    event = r"^step (\d+) of 60: training loss ([\d.]+), validation loss ([\d.]+), \d+ seconds$"
+    event = r"^step (\d+) of 30: training loss ([\d.]+), validation loss ([\d.]+), \d+ seconds$"
     rows = []
     for row in history:
         rows.append((str(row["step"]), f"{row['train_loss']:.4f}", f"{row['val_loss']:.4f}"))
@@ -181,7 +189,7 @@ def test_block_at_the_end_has_the_loss_of_the_weights_that_write(folder, here, m
         return evaluate(model, windows) + 3 * windows.targets.numel() * len(weights_at)
 
     monkeypatch.setattr(pg, "evaluate", rise_each_time)
-    assert train() == 0
+    assert train("--steps 20") == 0
     first, *_, last = load().progress["history"]
     block = dict(re.findall(r"^(\w+): ([\d.]+)$", capsys.readouterr().out, re.M))
     assert first["val_loss"] < last["val_loss"]
@@ -278,15 +286,16 @@ def test_run_goes_from_one_process_to_two_machines_and_back_and_computes_the_sam
     trained, monkeypatch
 ):
     """Only the first of the two has the music and the checkpoint."""
-    assert train("--eval-every 1 --checkpoint one") == 0
+    steps = "--steps 16 --eval-every 1"
+    assert train(f"{steps} --checkpoint one") == 0
     Path("rank0").mkdir()
     Path("rank1").mkdir()
     with monkeypatch.context() as patch:
         patch.chdir("rank0")
         shutil.copytree("../midi", "midi")
-        assert interrupt_at_ten(monkeypatch, "--eval-every 1 --checkpoint two") == 130
+        assert interrupt_at_ten(monkeypatch, f"{steps} --checkpoint two") == 130
         assert step_of("two") == 10
-    line = f"{SHORT} --eval-every 1 --checkpoint two --accumulate 8"
+    line = f"{SHORT} {steps} --checkpoint two --accumulate 8"
     run = start(run_on_two_ranks, trained, "train", line)
     mistake = start(run_on_two_ranks, trained, "mistake", f"{SHORT} --midi-dir nowhere")
     run.join(120)
@@ -299,11 +308,11 @@ def test_run_goes_from_one_process_to_two_machines_and_back_and_computes_the_sam
         one, two = (
             [row[key] for row in load(path).progress["history"]] for path in ("one", "rank0/two")
         )
-        assert len(one) == 30
+        assert len(one) == 16
         assert one == pytest.approx(two, abs=1e-3)
     monkeypatch.chdir("rank0")
-    assert pianogpt("--midi-dir midi --checkpoint two --steps 35") == 0
-    assert step_of("two") == 35
+    assert pianogpt("--midi-dir midi --checkpoint two --steps 18") == 0
+    assert step_of("two") == 18
 
     error = Path("../mistake.err").read_text()
     assert mistake.exitcode not in (0, None)
@@ -465,9 +474,9 @@ def test_weight_that_16_bits_cannot_hold_is_not_exported(trained, capsys):
 
 
 def test_finished_run_that_gets_more_steps_rises_to_its_rate_again(trained):
-    assert pianogpt("--midi-dir midi --steps 60") == 0
+    assert pianogpt("--midi-dir midi --steps 32") == 0
     progress = load().progress
-    assert (progress["step"], progress["begin"]) == (60, 30)
+    assert (progress["step"], progress["begin"]) == (32, 30)
     settings = pg.TrainSettings(steps=60, warmup=5)
     rates = [pg.learning_rate(step, settings, begin=30) for step in range(30, 60)]
     assert rates[0] == 0.2 and max(rates) == 1 and rates[-1] < 0.05
@@ -488,13 +497,13 @@ def test_cache_that_cannot_be_written_is_said_once_and_the_run_goes_on(
     assert capsys.readouterr().out.count("no cache: file/") == 1
     monkeypatch.setattr(pg, "save_pieces", full_disk)
     monkeypatch.setattr(pg, "CACHE_SECONDS", 0)
-    assert train("--steps 3 --checkpoint b") == 0
+    assert train("--steps 3 --checkpoint b --cache-dir new") == 0
     assert capsys.readouterr().out.count("(No space left on device)") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited there only")
 def test_limit_on_memory_of_the_whole_program_is_kept_by_its_workers(folder, here):
-    process = start(run_apart, here, "out", f"{SHORT} --steps 1", 0, 3)
+    process = start(run_apart, here, "out", f"{SHORT} --steps 1 --cache-dir ''", 0, 3)
     process.join(60)
     assert process.exitcode == 0, Path("out.err").read_text()
     assert "music: 12 files" in Path("out").read_text()
@@ -594,16 +603,16 @@ def test_full_disk_is_said_and_training_continues_to_the_end(folder, here, monke
     write, times = pg.write_atomically, itertools.count(1)
 
     def write_sometimes(path, data):
-        if path == MODEL and next(times) in (1, 2, 5):  # at steps 7, 14 and 30
+        if path == MODEL and next(times) in (1, 2, 5):  # at steps 2, 4 and 9
             raise OSError(28, "No space left on device", str(path))
         write(path, data)
 
     monkeypatch.setattr(pg, "write_atomically", write_sometimes)
-    assert train("--save-every 7") == 2
+    assert train("--steps 9 --save-every 2") == 2
     out, err = capsys.readouterr()
     assert out.count(f"cannot save {MODEL} (No space left on device): training goes on") == 2
     assert err == f"pianogpt: {MODEL} cannot be used: No space left on device\n"
-    assert step_of() == 28
+    assert step_of() == 8
 
 
 def test_output_that_nobody_can_take_does_not_stop_training(folder, here, monkeypatch):
@@ -655,7 +664,7 @@ def test_run_that_fails_leaves_the_last_checkpoint_as_it_was_and_no_lock(trained
 
 def test_model_that_does_not_fit_into_memory_is_said(folder, here):
     """For real: the process may take no more than two gigabytes beyond what it has."""
-    line = "--midi-dir midi --device cpu --n-layer 1 --n-head 1 --n-embd 32768"
+    line = "--midi-dir midi --device cpu --n-layer 1 --n-head 1 --n-embd 16384 --steps 1"
     process = start(run_apart, here, "out", line, 0, 2)
     process.join(60)
     assert process.exitcode == 2
@@ -712,14 +721,14 @@ def test_loss_that_is_no_number_says_what_helps_and_a_smaller_rate_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(pg.Trainer, "add_gradients", break_at_seven)
-        assert train() == 2
+        assert train("--steps 12") == 2
         advice = "the loss became nan after 7 steps: pass a smaller --lr\n"
         assert advice in capsys.readouterr().err
         assert not MODEL.exists()
-        assert train("--save-every 5") == 2
+        assert train("--steps 12 --save-every 5") == 2
         assert step_of() == 5, "what was good is not replaced"
-    assert train("--save-every 5 --lr 1e-4") == 0
-    assert step_of() == 30
+    assert train("--steps 12 --save-every 5 --lr 1e-4") == 0
+    assert step_of() == 12
     assert load().settings["train"]["lr"] == 1e-4
 
 
@@ -905,9 +914,9 @@ def test_generating_leaves_an_unfinished_run_as_it_is_unless_steps_are_given(
     assert len(generate("--bars 1")) == 3
     assert step_of() == 10
     assert f"written by: {MODEL}, step 10 of 30, trained on midi\n" in capsys.readouterr().out
-    for steps in (20, 15):
+    for steps in (12, 11):
         assert len(generate(f"--bars 1 --steps {steps} --midi-dir midi")) == 3
-        assert step_of() == 20
+        assert step_of() == 12
 
 
 def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsys):
@@ -936,8 +945,8 @@ def test_each_state_is_saved_once(folder, here, monkeypatch):
         save_run(path, learned, trainer, is_last)
 
     monkeypatch.setattr(pg, "save_run", remember)
-    assert train("--save-every 10") == 0
-    assert steps == [10, 20, 30]
+    assert train("--steps 12 --save-every 4") == 0
+    assert steps == [4, 8, 12]
 
 
 def test_old_log_is_kept_though_its_checkpoint_is_gone(trained):
@@ -986,12 +995,10 @@ def test_works_stay_on_their_side_whatever_comes_into_the_folder(trained, vocab,
     trained_on = set(load().pieces)
     for n in range(30):
         write_midi(Path(f"midi/new{n:02d}.mid"), scale(n, bars=6 + n)[:1])
-    assert pianogpt("--midi-dir midi --steps 40") == 0
+    assert pianogpt("--midi-dir midi --steps 31") == 0
     assert "training goes on" in capsys.readouterr().out
-    pieces = pg.read_folder(Path("midi"), vocab, "")
-    old = {piece.path for piece in pieces if piece.path.startswith("piece")}
-    assert {name for name in load().pieces if name in old} == trained_on
-    settings = pg.Settings(program=pg.ProgramSettings(midi_dir="midi", cache_dir=""))
+    assert {name for name in load().pieces if name.startswith("piece")} == trained_on
+    settings = pg.Settings(program=pg.ProgramSettings(midi_dir="midi"))
     settings.data.val_percent = 90.0
     _, _, learned = pg.prepare_data(settings, vocab, None, load())
     assert trained_on <= set(learned.pieces)
@@ -1050,7 +1057,7 @@ def test_music_of_another_folder_is_used_only_if_both_folder_and_steps_say_so(
         assert sentence in capsys.readouterr().err, line
     assert MODEL.read_bytes() == before
     assert step_of("unfinished") == 10
-    assert pianogpt("--midi-dir my_midis --steps 40") == 0
+    assert pianogpt("--midi-dir my_midis --steps 31") == 0
     assert "2 files new or changed, 12 files gone: training goes on" in capsys.readouterr().out
 
 
@@ -1286,20 +1293,20 @@ def test_same_seed_writes_the_same_bytes_into_new_files_and_no_seed_writes_other
 def test_temperature_0_writes_one_piece_and_says_so_and_others_that_leave_no_choice_write_it(
     trained, capsys
 ):
-    [likeliest] = generate("--temperature 0 --bars 4 --num-samples 3")
+    [likeliest] = generate("--temperature 0 --bars 2 --num-samples 3")
     said = "temperature 0: all pieces would be the same, so there is one"
     assert said in capsys.readouterr().out
     assert likeliest.note_num()
     for line in ("--top-k 1", "--top-p 1e-6", "--min-p 1"):
-        scores = generate(f"--temperature 1 --bars 4 --num-samples 2 {line}")
+        scores = generate(f"--temperature 1 --bars 2 --num-samples 2 {line}")
         assert [notes_of(score) for score in scores] == [notes_of(likeliest)] * 2, line
     assert said not in capsys.readouterr().out
 
 
 def test_length_and_tempo_are_the_ones_that_are_asked_for(trained, capsys):
-    assert len(generate("--bars 7 --num-samples 4")) == 4
-    assert re.findall(r"sample: (\d+) bars", capsys.readouterr().out) == ["7"] * 4
-    slow, fast = (generate(f"--bars 6 --num-samples 1 --tempo {tempo}")[0] for tempo in (60, 120))
+    assert len(generate("--bars 3 --num-samples 4")) == 4
+    assert re.findall(r"sample: (\d+) bars", capsys.readouterr().out) == ["3"] * 4
+    slow, fast = (generate(f"--bars 4 --num-samples 1 --tempo {tempo}")[0] for tempo in (60, 120))
     assert [round(t.qpm) for t in slow.tempos] == [60]
     assert [round(t.qpm) for t in fast.tempos] == [120]
     assert notes_of(slow) == notes_of(fast)
@@ -1406,8 +1413,8 @@ def test_each_sample_says_in_itself_what_made_it_and_where_the_prompt_ends(promp
 
 
 def test_sample_says_its_key_in_three_places_and_its_chords_as_markers(trained, capsys):
-    [score] = generate("--bars 24 --num-samples 1 --chords 'F#m C,G'")
-    key = re.search(r"sample: 24 bars(?: \(cut\))?, ([^,]+),", capsys.readouterr().out)[1]
+    [score] = generate("--bars 8 --num-samples 1 --chords 'F#m C,G'")
+    key = re.search(r"sample: 8 bars(?: \(cut\))?, ([^,]+),", capsys.readouterr().out)[1]
     texts, origin = texts_of(score)
     assert origin["key"] == key
     signatures = [(s.time, s.tonality) for s in score.key_signatures]
@@ -1469,7 +1476,7 @@ def test_styles_are_learned_asked_for_kept_and_joined_by_new_ones(folder, here, 
     weights = load().weights("best")["style.weight"]
     assert not weights[0].any() and weights[1:].any(1).all()
     bach, liszt, guided, none = (
-        [notes_of(score) for score in generate(f"--bars 4 --num-samples 2 {style}")]
+        [notes_of(score) for score in generate(f"--bars 2 --num-samples 2 {style}")]
         for style in ("--style Bach", "--style Liszt", "--style Bach --guidance 3", "")
     )
     assert len({str(pieces) for pieces in (bach, liszt, guided, none)}) == 4
@@ -1478,7 +1485,7 @@ def test_styles_are_learned_asked_for_kept_and_joined_by_new_ones(folder, here, 
     error = "there is no style Ravel in this model: pass one of Bach, Liszt\n"
     assert capsys.readouterr().err.endswith(error)
 
-    assert train("--style-from-folder --steps 60") == 0
+    assert train("--style-from-folder --steps 33") == 0
     assert load().styles == ["Bach", "Liszt"]
     write_midi(Path("mine/Abel/a.mid"), scale(50))
     assert (
@@ -1580,7 +1587,7 @@ def test_run_that_starts_from_an_exported_model_knows_what_that_learned_and_can_
 ):
     assert pianogpt("--export small --about 'scales, public domain'") == 0
     (write_folder(Path("mine")) / "piece00.mid").unlink()
-    line = "--midi-dir mine --init-from small --eval-every 5 --steps 20 --checkpoint"
+    line = "--midi-dir mine --init-from small --eval-every 5 --steps 12 --checkpoint"
     assert pianogpt(f"{line} a") == 0
     checkpoint = load("a")
     first = checkpoint.progress["history"][0]["train_loss"]
@@ -1592,7 +1599,7 @@ def test_run_that_starts_from_an_exported_model_knows_what_that_learned_and_can_
     assert set(before) <= set(checkpoint.pieces), "what was learned before stays known"
     assert len(checkpoint.pieces) == len(set(checkpoint.pieces)), "and is counted once"
     train = pg.make_settings({}, checkpoint, training=True).train
-    assert (train.lr, train.warmup, train.steps, train.batch_size) == (2.4e-5, 50, 20, 16)
+    assert (train.lr, train.warmup, train.steps, train.batch_size) == (2.4e-5, 50, 12, 16)
 
     with signal_at_ten(monkeypatch, signal.SIGTERM):
         assert pianogpt(f"{line} b") == 128 + signal.SIGTERM
@@ -1634,7 +1641,7 @@ def test_every_command_of_readme_and_help_runs_in_their_order_in_one_folder(trai
         if "--generate" in flags:
             flags += " --num-samples 1"
             if "--rewrite" not in flags:
-                flags += " --bars 13"
+                flags += " --bars 13" if "--prompt" in flags else " --bars 2"
         if f"--checkpoint {shipped}" not in flags:
             flags += " ".join(["", *TINY, "--steps 6 --warmup 1"])
         if "--help" not in flags:

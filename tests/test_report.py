@@ -223,7 +223,9 @@ def test_spoiled_music_is_far_from_the_floor(music, vocab, eight_rounds, spoil, 
 
 
 @pytest.mark.filterwarnings("error")
-def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(here, capsys):
+def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(
+    here, capsys, eight_rounds
+):
     Path("midi").mkdir()
     for path in MUSIC[:12]:
         Path("midi", path.name).write_bytes(path.read_bytes())
@@ -261,7 +263,7 @@ def test_gaps_are_measured_beside_a_plain_continuation(here, capsys):
         Path("midi", path.name).write_bytes(path.read_bytes())
     assert pg.main(["--midi-dir", "midi", *TINY, "--steps", "20", "--val-percent", "60"]) == 0
     capsys.readouterr()
-    assert report.main(["--gaps", "--num-samples", "3", "--cache-dir", "no"]) == 0
+    assert report.main(["--gaps", "--num-samples", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     values = {key: float(value) for key, value in (line.split(": ") for line in lines[-10:])}
     assert values["gap_tokens"] > 100 and values["seams"] > 0
@@ -271,7 +273,7 @@ def test_gaps_are_measured_beside_a_plain_continuation(here, capsys):
         assert values[f"{name or 'nats_'}continued"] != values[f"{name or 'nats_'}filled"]
 
 
-def test_styles_are_told_apart_by_what_they_are(here, capsys):
+def test_styles_are_told_apart_by_what_they_are(here, capsys, eight_rounds):
     """Two styles that differ in every feature, and a model that has learned neither."""
     for number in range(12):
         tune = np.random.default_rng(number).integers(12, size=64).tolist()
@@ -282,7 +284,7 @@ def test_styles_are_told_apart_by_what_they_are(here, capsys):
     line = f"--midi-dir midi --style-from-folder --steps 2 --val-percent 60 {' '.join(TINY)}"
     assert pg.main(line.split()) == 0
     capsys.readouterr()
-    flags = "--styles high,low --num-samples 4 --bars 4 --cache-dir no --seed 1"
+    flags = "--styles high,low --num-samples 4 --bars 4 --seed 1"
     assert report.main(flags.split()) == 0
     values = dict(re.findall(r"^(\w+): (\S+)$", capsys.readouterr().out, re.M))
     assert float(values["classifier_accuracy"]) > 0.9
