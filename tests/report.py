@@ -4,6 +4,7 @@
     python tests/report.py --samples DIR     # MIDI files of any program instead
     python tests/report.py --gaps            # how well the model rewrites bars, see measure_gaps
     python tests/report.py --styles Bach,Chopin,Scarlatti    # how well it keeps to a style
+    python tests/report.py --hands DIR       # how well split_hands finds the hands of scores there
 
 Held-out music: openings of pieces that were not trained on, up to 2 x --num-samples, of as many
 works as possible, each as many bars long as --bars or the median sample. Ten features of an
@@ -114,6 +115,7 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--samples", default="", help="folder of MIDI files to compare instead")
     parser.add_argument("--gaps", action="store_true", help="measure --rewrite instead")
     parser.add_argument("--styles", default="", help="measure --style instead: A,B,C")
+    parser.add_argument("--hands", default="", help="measure two hands on a folder instead")
     parser.set_defaults(num_samples=50)
     return vars(parser.parse_args(argv))
 
@@ -633,9 +635,42 @@ def opening(ids: np.ndarray, bars: int, bar_id: int) -> np.ndarray:
     return ids[: at[bars]] if len(at) > bars else ids
 
 
+def measure_hands(folder: Path) -> dict:
+    """How many notes of the two-track files of a folder split_hands gives to the right hand."""
+    files = []
+    for path in pg.find_files(folder):
+        try:
+            midi = pg.parse_midi(pg.read_bytes(path))
+            piano, _ = pg.make_piano(midi)
+        except pg.UserError:
+            continue
+        hands = {
+            (round(quarter * midi.tpq), pitch): is_left
+            for quarter, pitch, is_left in pg.hands_of_tracks(midi)
+        }
+        notes = piano.tracks[0].notes.numpy()
+        keys = zip(notes["time"].tolist(), notes["pitch"].tolist(), strict=True)
+        known = np.array([hands.get(key, -1) for key in keys])
+        if (known >= 0).any():
+            found = pg.split_hands(notes, np.full(len(known), -1), midi.tpq)
+            files.append((found == known)[known >= 0])
+    if not files:
+        raise pg.UserError(f"no file under {folder} has two tracks: name another folder")
+    return {
+        "files": len(files),
+        "notes": sum(map(len, files)),
+        "in_their_hand": float(np.concatenate(files).mean()),
+        "median_of_files": float(np.median([is_right.mean() for is_right in files])),
+    }
+
+
 def run(argv: list[str] | None) -> None:
     """Write or read samples, compare them with held-out music, and print the report."""
     given = parse(argv)
+    hands = given.pop("hands")
+    if hands:
+        pg.print_block(measure_hands(Path(hands)))
+        return
     folder = given.pop("samples")
     gaps = given.pop("gaps")
     styles = given.pop("styles")
@@ -643,6 +678,7 @@ def run(argv: list[str] | None) -> None:
     checkpoint = pg.load_checkpoint(path)
     given = {"midi_dir": checkpoint.folder} | given
     settings = pg.make_settings(given, checkpoint, training=False)
+    pg.check_settings(settings)
     vocab = pg.Vocabulary(settings.tokens)
     if checkpoint.vocabulary != vocab.words:
         raise pg.UserError(

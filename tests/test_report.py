@@ -273,6 +273,22 @@ def test_gaps_are_measured_beside_a_plain_continuation(here, capsys):
         assert values[f"{name or 'nats_'}continued"] != values[f"{name or 'nats_'}filled"]
 
 
+def test_hands_are_measured_on_files_of_two_tracks(here, capsys):
+    high = [(n, 1, 72 + n % 5, 80) for n in range(20)]
+    low = [(n, 1, 45 + n % 5, 80) for n in range(20)]
+    write_midi(Path("midi/clear.mid"), [low, high])
+    write_midi(Path("midi/one track.mid"), [low])
+    crossed = [*high[:15], *[(n, 1, 30, 80) for n in range(15, 20)]]  # at the end it plays the bass
+    write_midi(Path("midi/crossed.mid"), [low, crossed])
+    assert report.main(["--hands", "midi"]) == 0
+    block = dict(re.findall(r"(\w+): (\S+)", capsys.readouterr().out))
+    assert (block["files"], block["notes"]) == ("2", "80")
+    assert float(block["in_their_hand"]) == pytest.approx(70 / 80, abs=0.02)
+    assert float(block["median_of_files"]) == float(block["in_their_hand"])
+    assert report.main(["--hands", "none"]) == 2
+    assert "there is no folder none" in capsys.readouterr().err
+
+
 def test_styles_are_told_apart_by_what_they_are(here, capsys, eight_rounds):
     """Two styles that differ in every feature, and a model that has learned neither."""
     for number in range(12):
