@@ -201,9 +201,7 @@ def setting(default, text: str, low=None, high=10**9, off=False, resumable=False
 class ProgramSettings:
     """What to do, and where."""
 
-    generate: bool = setting(
-        False, "write music; trains first if there is no checkpoint and none is named"
-    )
+    generate: bool = setting(False, "write music (train first if no pianogpt.safetensors is here)")
     evaluate: str = setting("", "folder of MIDI files to measure the model on")
     export: str = setting("", "write the best weights to this file, in 16 bits, to share")
     about: str = setting("", "note to export with the weights, such as training music, license")
@@ -256,6 +254,11 @@ class SampleSettings:
         0.0, "draw from tokens at least this likely, relative to the likeliest; 0: from all", 0, 1
     )
     samples_dir: str = setting("samples", "folder for the new files; nothing is overwritten")
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces are written: at temperature 0 all would be the same, so there is one."""
+        return 1 if self.temperature == 0 else self.num_samples
 
 
 @dataclass
@@ -2809,10 +2812,9 @@ def generate(
     same.
     """
     request = make_request(sample, vocab, prompt_ids)
-    pieces = 1 if sample.temperature == 0 else sample.num_samples
     rng = np.random.default_rng(seed)
     if sample.rewrite:
-        for number in range(1, pieces + 1):
+        for number in range(1, sample.pieces + 1):
             ids = fill_gaps(model, prompt_ids, request, rng, stopped, style)
             if stopped():
                 return
@@ -2821,10 +2823,10 @@ def generate(
     opening = np.array([vocab.bos_id])
     if prompt_ids is not None:
         opening = np.append(prompt_ids, vocab.bar_id)  # the continuation begins with a bar line
-    for first in range(0, pieces, AT_ONCE):
+    for first in range(0, sample.pieces, AT_ONCE):
         if stopped():
             return
-        B = min(AT_ONCE, pieces - first)
+        B = min(AT_ONCE, sample.pieces - first)
         writing = Writing(model, vocab, opening, B, style, sample.guidance)
         for number, ids in write_together(writing, request, rng, stopped):
             yield first + number, ids
@@ -3076,7 +3078,7 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
         is_new = (written["time"] >= begin) & (written["time"] < end)
         new = select(written, is_new)
         new["duration"] = np.minimum(new["duration"], end - new["time"])
-        new = fit_between(new, notes, late=round(2 * early_inside))  # a whole grid position
+        new = fit_between(new, notes, late=round(2 * early_inside))  # both ends are rounded
         notes = {column: np.append(notes[column], new[column]) for column in notes}
         score.markers.append(TextMeta(begin, PROMPT_ENDS))
         if last < len(lines) - 1:
@@ -3745,10 +3747,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         values, mapped = load_tensors(path, FORMAT)
         tensors = {}
         for name, tensor in mapped.items():
-            dtype = (
-                torch.float32 if name.startswith("best/") else tensor.dtype
-            )  # exported in 16 bits
-            tensors[name] = tensor.to(dtype, copy=True)  # the file may change
+            # A copy, as the file may change. Exported weights have 16 bits.
+            dtype = torch.float32 if name.startswith("best/") else tensor.dtype
+            tensors[name] = tensor.to(dtype, copy=True)
         checkpoint = Checkpoint(**values, tensors=tensors)
         check_checkpoint(checkpoint)
     except Exception as e:
@@ -4458,10 +4459,8 @@ def write_music(
     if "seed" not in given:
         seed = int(np.random.default_rng().integers(10**6))
         say(f"seed: {seed}; with this --seed the pieces come again")
-    asked = settings.sample.num_samples
-    if settings.sample.temperature == 0 and asked > 1:
+    if settings.sample.pieces < settings.sample.num_samples:
         say("temperature 0: all pieces would be the same, so there is one")
-        asked = 1
     origin = asdict(settings.sample) | {"prompt": Path(settings.sample.prompt).name}
     origin["chords"] = origin["chords"][:LONGEST_MESSAGE]
     del origin["samples_dir"]
@@ -4479,7 +4478,7 @@ def write_music(
             write_sample(sample, settings.sample, origin | {"piece": number}, checkpoint, vocab)
             written += 1
     if caught:
-        say(f"stopped: {written} of {asked} pieces were finished")
+        say(f"stopped: {written} of {settings.sample.pieces} pieces were finished")
         return 128 + caught[0]
     if not written:
         raise UserError("no piece has notes: train longer")
