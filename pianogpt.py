@@ -47,7 +47,7 @@ in the 1,024 tokens before its window. One bar:
     Velocity_67        108   144     65
     Duration_1.0.24    147   144     65
 
-Part I (sections 1 to 6) is the idea. Part II (sections 7 to 10) is the machinery around it.
+Part I (sections 1 to 6) is the idea. Part II (sections 7 to 11) is the machinery around it.
 
 To change ...                          look at ...
     a default, a flag                  1  Settings: every flag is a field there
@@ -87,6 +87,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -100,8 +101,10 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 
+# ---- Ctrl-C is handled before the libraries load, which takes seconds. You may skip to Part I.
+
 unfinished: set[Path] = set()  # files that are deleted if a signal ends the program
-main_process = 0  # the process that handles signals; a worker that has just begun is a copy of it
+main_process = 0  # its id: a worker that was forked inherits the handlers, but only exits
 
 
 def stop_at_once(number: int, frame) -> None:
@@ -116,9 +119,9 @@ def stop_at_once(number: int, frame) -> None:
 
 
 def handle_signals(handler: Callable) -> dict[int, Callable]:
-    """Give Ctrl-C and its like a handler; {number: the handler before}.
+    """Install a handler for Ctrl-C, SIGTERM and SIGHUP; returns the old ones by number.
 
-    One that is ignored, as nohup ignores the end of a terminal, stays so.
+    A signal that is ignored, as nohup ignores SIGHUP, stays ignored.
     """
     global main_process
     main_process = os.getpid()
@@ -131,7 +134,7 @@ def handle_signals(handler: Callable) -> dict[int, Callable]:
 
 
 if __name__ == "__main__":
-    handle_signals(stop_at_once)  # before the libraries, which take seconds to load
+    handle_signals(stop_at_once)
 
 try:
     import miditok
@@ -333,8 +336,8 @@ def check_settings(settings: Settings) -> None:
             value = getattr(group, f.name)
             is_off = f.metadata["off"] and value == 0
             if low is not None and not is_off and not low <= value <= high:
-                least = f"0 or from {low:,}" if f.metadata["off"] else f"from {low:,}"
-                raise UserError(f"{flag(f.name)} is {value} but must be {least} to {high:,}")
+                lower = f"0 or from {low:,}" if f.metadata["off"] else f"from {low:,}"
+                raise UserError(f"{flag(f.name)} is {value} but must be {lower} to {high:,}")
     if settings.model.n_embd % (2 * settings.model.n_head):
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
@@ -368,9 +371,11 @@ ALL_OFF = (123, 120)  # all notes, all sound
 PEDAL_DOWN = 64  # values of a controller from here on mean down
 # Files that forget to lift the pedal would smear their notes. Longer presses are ignored.
 LONGEST_PEDAL = 48  # quarter notes
-LONGEST_LAST_PEDAL = 16  # quarter notes; one that is down at the last note may be forgotten
+# Quarter notes; if it is still down at the last note, the file may just have forgotten to lift it.
+LONGEST_LAST_PEDAL = 16
 LONGEST_PIECE = 86_400  # seconds, which is a day; also the limit in quarter notes
 MOST_TICKS = 2**31 - 1  # symusic has 32 bits for a time
+OUT_OF_RANGE = "notes outside the piano's range dropped"  # a change; it happens in quantize
 
 Notes = dict[str, np.ndarray]  # symusic's columns of notes: time, duration, pitch, velocity
 
@@ -394,7 +399,7 @@ class MidiFile:
     uncounted_tracks: int  # how many more there are than the header says
 
     def meta_events(self, kind: int, length: int) -> Iterator[tuple[int, bytes]]:
-        """(tick, data) of the meta events of a kind with at least so many bytes."""
+        """(tick, data) of the meta events of a kind with at least `length` bytes."""
         for event in self.events:
             if event.kind == kind and len(event.data) >= length:
                 yield event.tick, event.data
@@ -428,9 +433,9 @@ class MidiFile:
 
 
 def read_number(data: bytes, at: int) -> tuple[int, int]:
-    """A number as MIDI files store times and lengths, seven bits a byte; the place after it.
+    """Read a number of seven bits a byte, as times and lengths are; returns it, and where it ends.
 
-    Raises UserError, or IndexError if the data end too soon.
+    Raises UserError. This and all that read_track calls raise IndexError if the data end too soon.
     """
     value = 0
     for place in range(at, at + 4):
@@ -441,7 +446,7 @@ def read_number(data: bytes, at: int) -> tuple[int, int]:
 
 
 def read_values(data: bytes, at: int, kind: int) -> bytes:
-    """The data bytes of a channel message. Raises UserError, or IndexError as read_number does."""
+    """The data bytes of a channel message. Raises UserError or IndexError."""
     if kind not in DATA_BYTES:
         raise UserError("damaged: a message without a status byte")
     values = data[at : at + DATA_BYTES[kind]]
@@ -453,7 +458,7 @@ def read_values(data: bytes, at: int, kind: int) -> bytes:
 
 
 def read_meta(data: bytes, at: int) -> tuple[int, bytes, int]:
-    """The kind and the content of a meta event; the place after it. Raises as read_values does."""
+    """The kind and the content of a meta event, and where it ends. Raises as read_values does."""
     kind = data[at]
     if kind >= 0x80:
         raise UserError(f"damaged: a meta event {kind:#x}, which no MIDI file may have")
@@ -462,9 +467,10 @@ def read_meta(data: bytes, at: int) -> tuple[int, bytes, int]:
 
 
 def read_track(data: bytes, track: int) -> list[MidiEvent]:
-    """The events of a track that PianoGPT uses. Raises UserError, or IndexError if it is cut off.
+    """The notes, control changes and meta events of a track.
 
-    System exclusive messages, which are for one synthesizer alone, are passed over.
+    System exclusive messages, which are for one synthesizer alone, are passed over. Raises
+    UserError, or IndexError if the track is cut off.
     """
     events = []
     tick = 0
@@ -496,7 +502,7 @@ def read_track(data: bytes, track: int) -> list[MidiEvent]:
             if kind in (NOTE_OFF, NOTE_ON, CONTROL):
                 events.append(MidiEvent(tick, track, kind, running & 0x0F, values))
             at += len(values)
-    if at > len(data):
+    if at > len(data):  # the last message or meta event goes on after the end
         raise IndexError
     return events
 
@@ -513,9 +519,9 @@ def unwrap(data: bytes) -> bytes:
 def parse_midi(data: bytes) -> MidiFile:
     """The bytes of a MIDI file as events. Raises UserError.
 
-    A file is a row of chunks: a name of four bytes, a length, and so many bytes. The header says
-    how many track chunks follow. Some programs count too few, so all that are there are read; if
-    there are fewer, the file was cut off.
+    A file is a row of chunks: a name of four bytes, a length, and as many bytes as that says. The
+    header gives the number of tracks. Some programs count too few, so all that are there are read;
+    if there are fewer, the file was cut off.
     """
     data = unwrap(data)
     if data[:4] != b"MThd" or len(data) < 14:
@@ -610,7 +616,7 @@ class Channel:
             self.ringing.append(note)
 
     def lift_pedal(self, tick: int) -> None:
-        """What rings on ends. If a pianist could not press so long, it ended with its keys."""
+        """The ringing notes end here, or with their keys, if no pianist holds a pedal so long."""
         if self.pedal_down_at is None:
             return
         if tick - self.pedal_down_at <= self.longest_pedal:
@@ -622,7 +628,7 @@ class Channel:
         self.pedal_down_at = None
 
     def finish(self, tick: int, longest_pedal: int) -> None:
-        """The last key was lifted or pressed: all other keys go up, and the pedal."""
+        """The music is over: lift all keys that are still down, and the pedal."""
         self.longest_pedal = longest_pedal
         self.control(tick, ALL_OFF[0], 0)
 
@@ -682,7 +688,7 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
         channel.finish(end, LONGEST_LAST_PEDAL * midi.tpq)
         ignored += channel.ignored_pedals
         for note in channel.notes:
-            duration = max(1, note.end - note.start)
+            duration = min(max(1, note.end - note.start), MOST_TICKS)
             rows.append((note.start, duration, note.pitch, note.velocity))
     if not rows:
         raise UserError("only drums" if has_drums else "no notes")
@@ -695,27 +701,8 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
     }, ignored
 
 
-def hands_of_tracks(midi: MidiFile) -> list[tuple[float, int, bool]]:
-    """(quarter note, pitch, whether the left hand plays it) of each note of a file of two hands.
-
-    These are two tracks, or two channels of one; that of the lower mean pitch is the left hand. If
-    the notes are on one or on more, the list is empty.
-    """
-    of_hands: dict[tuple[int, int], list[tuple[float, int]]] = {}
-    for event in midi.events:
-        if event.kind == NOTE_ON and event.data[1] > 0 and event.channel != DRUMS:
-            hand = of_hands.setdefault((event.track, event.channel), [])
-            hand.append((event.tick / midi.tpq, event.data[0]))
-    if len(of_hands) != 2:
-        return []
-    low, high = sorted(
-        of_hands.values(), key=lambda hand: sum(pitch for _, pitch in hand) / len(hand)
-    )
-    return [(*note, True) for note in low] + [(*note, False) for note in high]
-
-
 def split_metre(sixteenths: int, unit: int) -> list[tuple[int, int]]:
-    """A bar of so many 16th notes as metres of the vocabulary, (beats, beat unit).
+    """A bar of `sixteenths` 16th notes as metres of the vocabulary, (beats, beat unit).
 
     Nearly always one; 15/8 is 12/8 and 3/8. The beat that has 24 positions is a quarter at most,
     so 2/2 is 4/4.
@@ -745,42 +732,50 @@ def list_stretches(
     return list(zip(ends, starts.values(), strict=True))
 
 
-def lay_bars(
+def list_bars(
     metres: dict[int, tuple[int, int]], end: int, tpq: int
-) -> tuple[list[TimeSignature], dict[str, int]]:
-    """Time signatures of the vocabulary that leave the bar lines of a file where they are.
+) -> tuple[list[tuple[int, int, int]], dict[str, int]]:
+    """The bars of a file, (start, length, beat unit), and {change: number of stretches}.
 
-    Also {change: number of stretches of one metre}. metres: {tick: (beats, beat unit)}; end: of
-    the music, in ticks. A bar in the middle of which the metre changes is cut short there, and has
-    a metre of its own length. All is counted in 16th notes, to which a line may have to move.
+    metres: {tick: (beats, beat unit)}; end: of the music, in ticks. Starts and lengths are in 16th
+    notes; a bar line between two of them moves to the nearest. A bar in the middle of which the
+    metre changes ends there.
     """
-    bars: list[tuple[int, int, int]] = []  # (16ths at which it begins, its length, beat unit)
+    bars = []
     moved = 0
     split = 0
-    at = 0
+    start = 0
     for end_tick, (beats, unit) in list_stretches(metres, end):
         is_last = end_tick == end
         length = max(1, round(16 * beats / unit))
         is_off_grid = 4 * end_tick % tpq != 0 and not is_last
-        moved += length != 16 * beats / unit or is_off_grid
-        split += len(split_metre(length, unit)) > 1
+        if length != 16 * beats / unit or is_off_grid:
+            moved += 1
+        if len(split_metre(length, unit)) > 1:
+            split += 1
         until = math.ceil(4 * end_tick / tpq) if is_last else round(4 * end_tick / tpq)
-        for start in range(at, until, length):
+        while start < until:
             is_cut = start + length > until and not is_last
             bars.append((start, until - start if is_cut else length, unit))
-        at = until
-    signatures: list[TimeSignature] = []
-    for start, length, unit in bars:
-        place = start
-        for metre in split_metre(length, unit):
-            last = signatures[-1] if signatures else None
-            if last is None or (last.numerator, last.denominator) != metre:
-                signatures.append(TimeSignature(round(place * tpq / 4), *metre))
-            place += metre[0] * 16 // metre[1]
-    return signatures, {
+            start += length
+        start = until
+    return bars, {
         "time signatures split into shorter bars": split,
         "time signatures moved to a 16th note": moved,
     }
+
+
+def sign_bars(bars: list[tuple[int, int, int]], tpq: int) -> list[TimeSignature]:
+    """The time signatures of the vocabulary that bars, as list_bars gives them, need."""
+    signatures = []
+    last = None
+    for start, length, unit in bars:
+        for metre in split_metre(length, unit):
+            if metre != last:
+                signatures.append(TimeSignature(round(start * tpq / 4), *metre))
+            last = metre
+            start += metre[0] * 16 // metre[1]
+    return signatures
 
 
 def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
@@ -800,13 +795,14 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
     piano.tempos = [Tempo(tick, tempo) for tick, tempo in tempos]
     if piano.to("second").end() > LONGEST_PIECE:
         raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
-    piano.time_signatures, metre_changes = lay_bars(midi.time_signatures(), end, midi.tpq)
+    bars, metre_changes = list_bars(midi.time_signatures(), end, midi.tpq)
+    piano.time_signatures = sign_bars(bars, midi.tpq)
     on_piano = (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
     changes = {
         "tracks read that the header does not count": midi.uncounted_tracks,
         "notes struck together on one key merged": len(struck["time"]) - len(notes["time"]),
         "pedals held too long for a pianist ignored": ignored,
-        "notes outside the piano's range dropped": int((~on_piano).sum()),
+        OUT_OF_RANGE: int((~on_piano).sum()),
         f"notes longer than {LONGEST_NOTE} quarter notes shortened": int(too_long.sum()),
         "tempos outside 20 to 300 changed": sum(
             not TEMPO_RANGE[0] <= tempo <= TEMPO_RANGE[1] for _, tempo in tempos
@@ -821,8 +817,6 @@ LONGEST_SILENCE = 32  # quarter notes; empty bars that make it longer are cut
 MIDDLE_C = 60
 TPQ = 480  # ticks per quarter note in the files that are written
 ROOT_OCTAVE = 48  # a chord's root counts as a pitch from 48 to 59, where a left hand plays
-INTERVAL_ZERO = 128  # a melodic interval of n semitones is stored as the byte 128 + n
-PIECE_END = 255  # the byte after the intervals of a piece
 
 CHORD_QUALITIES = {  # MidiTok's name: the symbol after the root, semitones above the root
     "maj": ("", (0, 4, 7)),
@@ -865,7 +859,7 @@ def list_chords() -> tuple[list[str], np.ndarray]:
 CHORD_SYMBOLS, CHORD_TEMPLATES = list_chords()  # in the order of their token ids
 # Weights of find_chords. A fit is a cosine: 1 if only the notes of a chord sound, equally long.
 FIT_OF_NO_CHORD = 0.75  # two notes of a triad reach 0.82, one note 0.58
-ROOT_IN_BASS = 0.02  # a bonus that decides between chords of the same notes: C6 or Am7
+ROOT_IN_BASS = 0.02  # a bonus that breaks ties: C and E alone fit C and Am equally well
 SEVENTH_COST = 0.08  # so that a passing note makes no seventh chord
 CHANGE_COST = 0.06  # so that an ornament is no change of harmony
 
@@ -908,6 +902,7 @@ def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
     CHANGE_COST per change; the best one is found by dynamic programming (Viterbi).
     """
     roll = track.pianoroll(modes=["frame"], encode_velocity=False)[0]  # (128, ticks): keys down
+    # 120 is a multiple of 12 above the highest key.
     pitch_classes = roll[:120].reshape(10, 12, -1).sum(0, dtype=np.uint8)  # (12, ticks)
     sounding = np.add.reduceat(pitch_classes, beats[:-1], axis=1, dtype=int).T  # (n, 12)
     bass = np.maximum.reduceat(roll, beats[:-1], axis=1).argmax(0)  # (n,) lowest pitch
@@ -930,13 +925,13 @@ def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
         came_from[beat] = np.where(stays, np.arange(len(total)), best)
         total = np.maximum(total, total[best] - CHANGE_COST) + fit
     path = [int(total.argmax())]
-    for row in came_from[:0:-1]:  # from the last beat back to the second
+    for row in reversed(came_from[1:]):  # nothing came before the first beat
         path.append(row[path[-1]])
     return np.array(path[::-1])
 
 
-# After this token a model writes what belongs into a gap of the music. Only the windows that a
-# model reads hold it, see move_gaps and GapWriting: no piece does, and no rule allows it.
+# After this token the model writes what belongs in a gap. It occurs only in the windows that the
+# model reads (see move_gaps, GapWriting): no piece contains it, and the grammar never allows it.
 FILL = "Fill_None"
 
 
@@ -950,7 +945,7 @@ class Tokenizer(miditok.REMI):
                 pitch_range=(LOWEST_KEY, HIGHEST_KEY),
                 special_tokens=["PAD", "BOS", "EOS"],
                 num_velocities=settings.velocities,
-                # Lengths of notes are in beats, and a 16th can be one.
+                # In beats; where the beat is a 16th, a quarter note has four.
                 beat_res={(0, 4): settings.grid, (4, 12): coarse, (12, 4 * LONGEST_NOTE): 1},
                 use_chords=True,
                 chord_tokens_with_root_note=True,
@@ -1085,7 +1080,7 @@ class Vocabulary:
         self.tempo_ids = self.ids_of_kind("Tempo")
         self.duration_ids = self.ids_of_kind("Duration")
 
-        rows = [self.meaning(*word.split("_")) for word in self.words]
+        rows = [self.meaning(n, *word.split("_")) for n, word in enumerate(self.words)]
         self.table = np.array(rows).T.copy()
         self.says = State(*self.table)
         allowed = np.zeros((len(Kind), len(Kind)), bool)
@@ -1109,8 +1104,8 @@ class Vocabulary:
         assert sorted(ids) == [*range(min(ids), max(ids) + 1)], name
         return slice(min(ids), max(ids) + 1)
 
-    def meaning(self, name: str, value: str) -> State:
-        """What one token says, as a row of numbers."""
+    def meaning(self, token_id: int, name: str, value: str) -> State:
+        """What one token, the word name_value, says, as a row of numbers."""
         row = State(MIDITOK_KINDS[name], *[SAYS_NOTHING] * (len(State._fields) - 1))
         if name == "BOS":
             # It begins a silent bar of 4/4 before the first one, on middle C.
@@ -1118,18 +1113,17 @@ class Vocabulary:
         if name == "Bar":
             return row._replace(position=0, chord=0)
         if name == "TimeSig":
-            beats, unit = self.metre_of(self.id_of[f"TimeSig_{value}"])
+            beats, unit = self.metre_of(token_id)
             return row._replace(bar_length=beats * self.grid, beat_unit=unit)
         if name == "Position":
             return row._replace(position=int(value))
         if name == "Tempo":
-            return row._replace(tempo=self.id_of[f"Tempo_{value}"])
+            return row._replace(tempo=token_id)
         if name == "Pitch":
             return row._replace(pitch=int(value))
         if name == "Chord":
-            token_id = self.id_of[f"Chord_{value}"]
             row = row._replace(chord=token_id)
-            if token_id in range(self.rooted_chord_ids.start, self.rooted_chord_ids.stop):
+            if value != "none":
                 root = (token_id - self.chord_ids.start) % 12
                 row = row._replace(pitch=ROOT_OCTAVE + root)
         return row
@@ -1148,7 +1142,7 @@ class Vocabulary:
     def trace(self, ids: np.ndarray) -> State:
         """The state after each token of a piece, ids (T,) from BOS on: advance(), all at once."""
         assert ids[0] == self.bos_id
-        said = self.table[:, ids]  # (numbers, T)
+        said = self.table[:, ids]  # (numbers, T); BOS, the first, says all of them
         said_at = np.where(said == SAYS_NOTHING, 0, np.arange(len(ids)))
         last_said_at = np.maximum.accumulate(said_at, axis=1)
         state = State(*np.take_along_axis(said, last_said_at, axis=1))
@@ -1180,7 +1174,7 @@ class Vocabulary:
         return self.may_follow[state.kind, token_id].any()
 
     def bar_lines(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the n Bar tokens of a piece, ids (T,), stand; the n + 1 bar lines in quarters."""
+        """The places of the n Bar tokens of a piece, ids (T,); its n + 1 bar lines in quarters."""
         state = self.trace(np.append(ids, self.bar_id))
         bars = np.flatnonzero(state.kind == Kind.BAR)
         before = bars - 1  # the last token of each bar
@@ -1264,8 +1258,8 @@ class Vocabulary:
 def cut_silence(ids: np.ndarray, vocab: Vocabulary, longest: float) -> tuple[np.ndarray, int]:
     """ids with long silences shortened, and the number of empty bars that were removed.
 
-    longest: quarter notes of empty bars in a row that are kept. Empty bars at the end are removed
-    and not counted.
+    longest: quarter notes of empty bars in a row that are kept. In an empty bar no note begins, and
+    no tempo. Empty bars at the end are removed and not counted.
     """
     opening, *bars = np.split(ids, np.flatnonzero(ids == vocab.bar_id))
     while len(bars[-1]) == 2:  # Bar and TimeSig alone
@@ -1296,7 +1290,7 @@ def tokenize(
     """
     quantized = vocab.quantize(piano)
     merged = piano.note_num() - quantized.note_num()
-    merged -= changes["notes outside the piano's range dropped"]
+    merged -= changes[OUT_OF_RANGE]
     ids, bars_cut = cut_silence(vocab.encode(quantized), vocab, silence)
     ids = np.append(ids, np.int16(vocab.eos_id))
     state = vocab.trace(ids)
@@ -1314,39 +1308,8 @@ def tokenize(
     )
 
 
-def pitch_intervals(ids: np.ndarray, vocab: Vocabulary) -> bytes:
-    """The semitones from each note of a piece to the next, a byte each; PIECE_END follows.
-
-    The same in every key, so copied passages are found in it: see longest_known_run.
-    """
-    is_pitch = vocab.says.kind[ids] == Kind.PITCH
-    pitch = vocab.says.pitch[ids[is_pitch]]
-    if not len(pitch):
-        return b""
-    return (np.diff(pitch) + INTERVAL_ZERO).astype(np.uint8).tobytes() + bytes([PIECE_END])
-
-
-def longest_known_run(mine: bytes, names: list[str], corpus: bytes) -> tuple[int, str]:
-    """How many notes in a row of a piece also stand in the corpus, in any key; in which piece.
-
-    mine: pitch_intervals of the piece; corpus: those of the pieces with these names, joined.
-    """
-    length = 0
-    found_at = 0
-    for start in range(len(mine)):  # only runs longer than the best so far are tried
-        while start + length + 1 < len(mine):
-            at = corpus.find(mine[start : start + length + 1])
-            if at < 0:
-                break
-            length += 1
-            found_at = at
-    if length == 0:
-        return 0, ""
-    return length + 1, names[corpus[:found_at].count(PIECE_END)]  # n intervals join n + 1 notes
-
-
 def parse_bars(text: str, bars: int) -> list[tuple[int, int]]:
-    """The bars of --rewrite, "3-4,9", as (first, last) from 1 on, of a piece of so many bars.
+    """The bars of --rewrite, "3-4,9", as (first, last) from 1 on; bars: those of the piece.
 
     Raises UserError if there are no such bars, or none to keep.
     """
@@ -1359,7 +1322,7 @@ def parse_bars(text: str, bars: int) -> list[tuple[int, int]]:
         last = int(match[2] or first)
         if last < first:
             raise UserError(f"--rewrite {text}: write the first bar before the last one")
-        if not 1 <= first <= last <= bars:
+        if first < 1 or last > bars:
             raise UserError(f"--rewrite {text}: write bars from 1 to {bars}, which the prompt has")
         if stretches and first <= stretches[-1][1]:
             raise UserError(f"--rewrite {text}: write the bars in order, each one once")
@@ -1441,7 +1404,7 @@ def find_key(score: Score) -> tuple[KeySignature, str]:
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
 RECENT = 3  # a note is three tokens, so each token is told the three before it
 MEMORY = 1024  # tokens before the window that are counted, to stay in key
-MANY_PIECES = 8  # from so many at once on, a second thread and a cache in bfloat16 pay
+MANY_PIECES = 8  # from 8 at once on, a second thread and a cache in bfloat16 pay
 PAD = 0  # id of the PAD token, which stands where there is no token
 IGNORE = -100  # a target that is not scored
 QUERY_ROWS = 256  # queries whose attention is worked out together, see attend
@@ -1604,7 +1567,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KeyValueCache | None
     ) -> Tensor:
-        """x (B T, C) -> (B T, C); cache: a KeyValueCache or None."""
+        """x (B T, C) -> (B T, C)."""
         x = x + self.attention(self.norm_1(x), cos, sin, layer, cache)
         return x + self.feed_forward(self.norm_2(x))
 
@@ -1712,8 +1675,8 @@ REST_RATE = 63  # norms and the weights of recent tokens
 # about the last tenth of the steps so far.
 AVERAGE_SPEED = 10
 # Compiling takes up to 50 s the first time, and 8 s later. A step of the default sizes then takes
-# 40 ms less, so about 900 steps repay it. Counted are steps x tokens of a batch x layers x
-# channels.
+# 40 ms less: 200 steps repay the later ones, 1,250 the first, and the default run has 900. Counted
+# are steps x tokens of a batch x layers x channels.
 COMPILING_PAYS = 900 * (16 * 256) * (4 * 128)
 DIVERGED = 3  # times the loss of a uniform guess, with which a model begins
 SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
@@ -1770,8 +1733,9 @@ def cut_windows(
 ) -> Window:
     """The windows that begin at starts (B,), in tokens of the corpus, with targets.
 
-    A window lies in one piece: what is after its end is PAD, and not scored; what is before its
-    beginning is not counted. shifts (B,): semitones by which each window is transposed.
+    A window stays inside one piece. Places after the end of the piece are PAD and not scored;
+    places before its beginning are not counted. shifts (B,): semitones by which each window is
+    transposed; BOS moves with it, because only its distance to the notes is seen.
     """
     device = starts.device
     piece = torch.searchsorted(corpus.offsets, starts, right=True) - 1
@@ -1876,13 +1840,13 @@ class Batches:
         T = self.settings.model.block_size
         # Multiples of the golden ratio fill 0 to 1 evenly, so that all music is read equally often
         # at any time. The seed moves the starting point, and shuffles groups of OPENING_EVERY
-        # windows, SHUFFLED groups at a time.
+        # windows, SHUFFLED groups at a time, so that other seeds read in another order.
         number = np.arange(i * train.batch_size, (i + 1) * train.batch_size)
         group, of_group = np.divmod(number, OPENING_EVERY)
         first = group[0] // SHUFFLED
         order = []
         for part in range(first, group[-1] // SHUFFLED + 1):
-            rng = np.random.default_rng((train.seed, part, 1))  # 1: not (seed, i), see below
+            rng = np.random.default_rng((train.seed, part, 1))  # 1: no draw of __getitem__ again
             order.append(part * SHUFFLED + rng.permutation(SHUFFLED))
         group = np.concatenate(order)[group - first * SHUFFLED]
         shuffled = group * OPENING_EVERY + of_group
@@ -1920,7 +1884,7 @@ def cut_all_windows(
     """Windows that score every token of each piece once, except BOS; none is transposed.
 
     stride: tokens from one window to the next; the overlap is read again, as context, and not
-    scored again. limit: at most so many windows, spread evenly over the pieces.
+    scored again. limit: the most windows; they are spread evenly over the pieces.
     """
     starts = []
     is_first = []
@@ -1959,10 +1923,11 @@ def gram_polynomial(gram: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
-    """Matrices with the singular vectors of these, and singular values between 0.7 and 1.2.
+    """Matrices with the singular vectors of these, and singular values near 1.
 
     A Newton-Schulz iteration with the coefficients of Jordan et al.: each round maps a singular
-    value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, and five rounds bring all from 0.01 to 1 near 1.
+    value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five rounds bring all that are at least 0.01 of
+    the norm to between 0.7 and 1.2.
 
     For a matrix X with the Gram matrix G = X X^T, a round is X <- P X with P = gram_polynomial(G).
     The matrices have the same shorter side C, so that their Gram matrices form one stack
@@ -2012,6 +1977,7 @@ class OrthogonalAdamW(torch.optim.Optimizer):
         for of_one_side in matrices.values():
             orthogonal = orthogonalize([directions[p] for p in of_one_side])
             for p, direction in zip(of_one_side, orthogonal, strict=True):
+                # An orthogonal matrix has root mean square 1 / sqrt(longer side); now it is 1.
                 directions[p] = direction * max(p.shape) ** 0.5
         for group in self.param_groups:
             for p in group["params"]:
@@ -2044,7 +2010,7 @@ def make_optimizer(model: PianoGPT, train: TrainSettings) -> torch.optim.Optimiz
 
         return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
-    and leave "orthogonal" out: the rates suit it too.
+    It ignores "orthogonal", and the rates suit it too.
     """
     groups = []
     for name, p in model.named_parameters():
@@ -2122,7 +2088,7 @@ class Trainer:
         per_rank = len(batch.idx) // PROCESSES
         mine = batch.rows(slice(RANK * per_rank, (RANK + 1) * per_rank))
         scored = (batch.targets != IGNORE).sum().item()
-        total = torch.zeros((), device=self.device)  # in float32: MPS has no float64
+        total = torch.zeros((), device=self.device)
         parts = mine.groups_of(math.ceil(per_rank / self.settings.accumulate))
         for number, part in enumerate(parts, 1):
             with ExitStack() as stack:
@@ -2241,36 +2207,25 @@ class Trainer:
 # ---- 6. Writing: logits -> rules -> an id is drawn -> a piece
 
 LEAST_BARS = 8  # new bars after which a piece without a given length may end
-MOST_BARS = 24  # after so many it must
+MOST_BARS = 24  # new bars after which it must
 # Nats by which an end on the tonic becomes likelier in the last bar; in the bars before, in
 # proportion. A piece of music has one end in thousands of tokens, so that a model is shy of ends:
 # without this, it wrote on to the last bar in nine of ten pieces, and was cut off there.
 END_LEAN = 12.0
 CHORD_LEAN = 1.0  # nats by which the notes of a chord that was asked for become likelier
 BASS_LEAN = 2.0  # and its root in the bass
-TEMPO_LEAP = 3.0  # from one tempo to the next at most so many times as fast, or as slow
+TEMPO_LEAP = 3.0  # the next tempo is at most three times as fast, or as slow
 # Divisions of a beat on which the notes of a prompt may lie, the simplest first; 4 holds 1 and 2.
 DIVISIONS = (4, 3, 8, 6, 12)
 STRAIGHT = (4, 8)
 ON_DIVISION = 0.98  # of the moments with notes must lie on one; a few grace notes may not
-# Texts at the bar lines where the prompt gives way to new music, and comes back
-PROMPT_ENDS = "end of prompt"
-PROMPT_GOES_ON = "prompt goes on"
-# How two hands share the notes, see split_hands: in semitones, fitted to scores of two staves
-HAND_REACH = 4.5  # from a hand's middle key; beyond it the effort grows faster
-HAND_SLOPE = 0.1  # effort of each semitone
-HAND_MOVE = 0.7  # effort of each semitone that a hand moves, if there is no time for it
-HANDS_APART = 5  # middle keys are at least so far from each other
-TOO_CLOSE = 1000  # effort if they are nearer than that
-LEFT_HOME = 54  # the usual place of the left hand
-LEFT_AWAY = 0.03  # effort of each semitone away from it
-AT_ONCE = 64  # at most so many pieces are written at once, to save memory
+AT_ONCE = 64  # the most pieces that are written at once, to save memory
 OPENING_OF_WINDOW = 2 / 3  # of the first window may be prompt; the rest is room to write
 KEPT_OF_WINDOW = 1 / 3  # of a full window begins the next one
 
 
 def divide_beat(division: int, grid: int) -> np.ndarray:
-    """The grid positions of a beat that divide it into so many parts."""
+    """The grid positions of a beat that divide it into `division` parts."""
     return (np.arange(division) * grid / division).round().astype(int)
 
 
@@ -2329,7 +2284,7 @@ class Request:
 
     vocab: Vocabulary
     sample: SampleSettings
-    chords: np.ndarray  # (bars, 12) ids of Chord tokens, one for each twelfth of a bar; or empty
+    chords: np.ndarray  # (12 bars,) ids of Chord tokens, one for each twelfth of a bar; or empty
     old_bars: int  # bars before the new ones
     positions: np.ndarray  # of a beat, on which notes begin; empty: anywhere
     # Not asked for but heard: the tonic triads by the keys of the music so far, as ids of Chord
@@ -2387,8 +2342,10 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
     positions = logits[:, vocab.position_ids]  # a view, (B, positions)
     beats = np.arange(0, positions.shape[1], vocab.grid)
     on_grid = (beats[:, None] + request.positions).flatten()
-    # A position from halfway to the next one on belongs to that one.
+    # A position from halfway to the next one on belongs to that one, or to the next bar.
     first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
+    next_bar = positions.shape[1] + request.positions[0]  # after a bar of MOST_BEATS
+    positions[:, (on_grid[-1] + next_bar + 1) // 2 :] = ILLEGAL
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
     positions[:] = ILLEGAL
@@ -2397,7 +2354,7 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
 
 
 def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No leap of tempo that music does not make, such as 117 to 23; no piece recovers from it."""
+    """No leap of tempo that music never makes, such as 117 to 23; a piece does not recover."""
     ids = request.vocab.tempo_ids
     if not request.vocab.may_come(state, ids.start):
         return logits
@@ -2436,8 +2393,7 @@ def due_chords(state: State, request: Request) -> np.ndarray:
     Without --chords, a piece that is as long as it may be closes on its tonic.
     """
     if len(request.chords):
-        wanted = request.chords.flatten()
-        return wanted[request.twelfth(state) % len(wanted)]
+        return request.chords[request.twelfth(state) % len(request.chords)]
     if request.gap and not request.gap.is_end:
         return np.zeros_like(state.chord)
     return np.where(state.bar >= request.most_bars, request.tonics, 0)
@@ -2479,7 +2435,7 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
     vocab = request.vocab
     if not len(request.chords) or not (state.kind == Kind.VELOCITY).any():
         return logits
-    wanted = request.chords.flatten()  # a chord for each twelfth of a bar, over and over
+    wanted = request.chords
     n = len(wanted)
     now = request.twelfth(state)  # (B,)
     later = now[:, None] + np.arange(1, n + 1)  # the next n twelfths, (B, n)
@@ -2491,14 +2447,19 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
     return logits
 
 
-def begin_and_end(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No silent bar before the first note; no end too early; an end on the tonic is likelier."""
+def no_silent_opening(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
+    """The first bar is not over before it has a note."""
+    # After a note the last token is a Duration.
+    has_no_note = np.isin(state.kind, (Kind.TIME_SIGNATURE, Kind.TEMPO)) & (state.chord == 0)
+    logits[has_no_note & (state.bar == 1), request.vocab.bar_id] = ILLEGAL
+    return logits
+
+
+def end_on_the_tonic(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
+    """No end before the piece is long enough; from there on, an end on its tonic is likelier."""
     eos_id = request.vocab.eos_id
-    if not request.vocab.may_come(state, request.vocab.bar_id):
-        return logits  # where no bar line may come, no end may
-    # The first note of a bar has a Chord token before it.
-    is_silent = np.isin(state.kind, (Kind.TIME_SIGNATURE, Kind.TEMPO)) & (state.chord == 0)
-    logits[is_silent & (state.bar == 1), request.vocab.bar_id] = ILLEGAL
+    if not request.vocab.may_come(state, eos_id):
+        return logits
     logits[state.bar < request.least_bars, eos_id] = ILLEGAL
     # Above 0 from the first bar in which it may end, and 1 in the last one.
     done = (state.bar - request.least_bars + 1) / (request.most_bars - request.least_bars + 1)
@@ -2510,7 +2471,10 @@ def begin_and_end(logits: np.ndarray, state: State, request: Request) -> np.ndar
 
 
 def temperature(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """Pitches and chords drawn more safely (below 1) or wildly; each kind stays as likely."""
+    """Pitches and chords drawn more safely (below 1) or wildly.
+
+    Notes and chords as a whole stay as likely as they were, and so does the rhythm.
+    """
     if request.sample.temperature in (0, 1):
         return logits
     for ids in (request.vocab.pitch_ids, request.vocab.chord_ids):
@@ -2557,7 +2521,8 @@ def min_p(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
 RULES = [
     on_the_grid,
     grammar,
-    begin_and_end,
+    no_silent_opening,
+    end_on_the_tonic,
     steady_tempo,
     within_gap,
     wanted_chords,
@@ -2605,12 +2570,12 @@ class Writing:
         self.times = [np.repeat(time, B) for time in trace.time]
         self.pitches = [np.repeat(pitch, B) for pitch in trace.pitch]
         self.sounding = np.zeros((B, 12))  # for how long each pitch class
-        self.count_notes(trace, opening)
+        self.count_shared_notes(trace, opening)
         self.cache = KeyValueCache(model, B if guidance == 1 else 2 * B)
         self.window: Window | None = None  # what the model read last: a whole window or one token
         self.window_start = 0  # number of the token at which the window in the cache begins
 
-    def count_notes(self, trace: State, ids: np.ndarray) -> None:
+    def count_shared_notes(self, trace: State, ids: np.ndarray) -> None:
         """Add the notes of music that all pieces share, ids (T,), to self.sounding."""
         ends = trace.kind == Kind.DURATION
         lengths = self.vocab.lengths[ids[ends] - self.vocab.duration_ids.start]
@@ -2619,17 +2584,13 @@ class Writing:
     def append(self, ids: np.ndarray) -> None:
         """Add a token to each piece."""
         self.state = self.vocab.advance(self.state, ids)
-        self.count_note(self.state.kind, self.state.pitch, ids)
         self.ids.append(ids)
         self.times.append(self.state.time)
         self.pitches.append(self.state.pitch)
-
-    def count_note(self, kind: np.ndarray, pitch: np.ndarray, ids: np.ndarray) -> None:
-        """Add the notes that end with those of these ids, (B,), that are Duration tokens."""
-        rows = np.flatnonzero(kind == Kind.DURATION)
+        rows = np.flatnonzero(self.state.kind == Kind.DURATION)  # pieces whose note is complete
         if len(rows):
             lengths = self.vocab.lengths[ids[rows] - self.vocab.duration_ids.start]
-            self.sounding[rows, pitch[rows] % 12] += lengths
+            self.sounding[rows, self.state.pitch[rows] % 12] += lengths
 
     def tonic_chords(self) -> np.ndarray:
         """The ids of the Chord tokens of the tonic triads of the pieces, (B,)."""
@@ -2700,12 +2661,12 @@ class GapWriting(Writing):
         self.gap = gap
         self.trace = vocab.trace(gap.ids)
         after = slice(gap.end, None)
-        self.count_notes(State(*(column[after] for column in self.trace)), gap.ids[after])
+        self.count_shared_notes(State(*(column[after] for column in self.trace)), gap.ids[after])
 
     def share_window(self, begin: int) -> tuple[int, int, int]:
         """How many tokens of a new window are before the gap, after it, and written of it.
 
-        begin: the place of the first one that is written. What is before and after has equal
+        begin: where the bar that is being written begins. What is before and after has equal
         shares; where one side is short, the other has more.
         """
         T = self.model.sizes.block_size
@@ -2792,7 +2753,7 @@ def make_request(
     if sample.division:
         positions = divide_beat(min(sample.division, vocab.grid), vocab.grid)
     chords, _ = parse_chords(sample.chords)
-    return Request(vocab, sample, chords + vocab.chord_ids.start, old_bars, positions)
+    return Request(vocab, sample, chords.flatten() + vocab.chord_ids.start, old_bars, positions)
 
 
 @torch.inference_mode()
@@ -2808,8 +2769,7 @@ def generate(
     """Yield --num-samples new pieces until stopped(): (number, ids from BOS on), when each ends.
 
     prompt_ids: (T,) from BOS on, with which each piece begins, or of which --rewrite writes bars
-    anew. style: its number. At temperature 0 there is only one piece, because all would be the
-    same.
+    anew. style: its number.
     """
     request = make_request(sample, vocab, prompt_ids)
     rng = np.random.default_rng(seed)
@@ -2881,264 +2841,6 @@ def write_together(
                 ids = np.array([tokens[n] for tokens in writing.ids])
                 # The Bar token of a bar too many is left out.
                 yield int(n) + 1, ids[:-1] if is_cut[n] else ids
-
-
-@dataclass
-class Prompt:
-    """The music to continue, or to rewrite in part, and what its file says about it.
-
-    Times are in ticks: TPQ per quarter note; with --rewrite a multiple of the file's own ticks, so
-    that kept notes stay exact.
-    """
-
-    piano: Score  # as the file has it, at these ticks
-    ids: np.ndarray  # (T,) from BOS on, without EOS
-    end: int  # tick of the bar line where it ends
-    tempos: list[Tempo]  # at least one
-    time_signatures: list[TimeSignature]  # at least one
-    key_signatures: list[KeySignature]
-    changes: dict[str, int]  # what tokens cannot say: how often
-    hands: list[tuple[float, int, bool]]  # see hands_of_tracks
-    # the bars that are written anew, (first, last) from 1 on; none: the music is continued
-    rewritten: list[tuple[int, int]] = field(default_factory=list)
-
-
-def reach(keys: np.ndarray, middles: np.ndarray) -> np.ndarray:
-    """The effort of keys for a hand at each of some middle keys, (keys, middles)."""
-    distance = np.abs(keys[:, None] - middles)
-    return HAND_SLOPE * distance + np.maximum(0, distance - HAND_REACH) ** 1.5
-
-
-def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
-    """Which notes, in order of time, the left hand plays, (N,) bool.
-
-    known (N,): 1 for the left hand and 0 for the right one, where that is known, else -1
-    tpq: ticks per quarter note
-
-    Each hand has a place, its middle key, and plays the keys that are nearer to it than to the
-    other hand. The two hands take the way over the keyboard of least effort, which is found by
-    dynamic programming (Viterbi). Effort is: to reach for keys and to hold them; to move, the more
-    in the less time; and for the left hand to leave its usual place.
-    """
-    left = np.arange(28, 76, 2)  # middle keys that the left hand may have, (L,)
-    right = np.arange(44, 100, 2)  # (R,)
-    of_left = reach(notes["pitch"], left)  # (N, L)
-    of_right = reach(notes["pitch"], right)  # (N, R)
-    is_right = known == 0
-    is_left = known == 1
-    of_left[is_right] = math.inf
-    of_right[is_left] = math.inf
-    places = np.where(right - left[:, None] < HANDS_APART, TOO_CLOSE, 0)  # effort of each, (L, R)
-    places = places + LEFT_AWAY * np.abs(left - LEFT_HOME)[:, None]
-    move_left = HAND_MOVE * np.abs(left[:, None] - left)  # (L from, L to)
-    move_right = HAND_MOVE * np.abs(right[:, None] - right)
-
-    onsets, first = np.unique(notes["time"], return_index=True)
-    struck = np.split(np.arange(len(notes["time"])), first[1:])  # the notes of each onset
-    hurry = 1 / (1 + np.diff(onsets, prepend=onsets[0]) / tpq)
-    ends = notes["time"] + notes["duration"]
-    down = np.empty(0, int)  # the notes that sound
-    total = np.zeros(places.shape)  # the effort of the best way to each pair of places
-    came_from = []  # for each onset, the places before it, (L, R) indices of each hand
-    for n, new in enumerate(struck):
-        down = np.append(down[ends[down] > onsets[n]], new)
-        effort = np.minimum(of_left[down, :, None], of_right[down, None])  # (notes, L, R)
-        moved_left = total[:, None] + hurry[n] * move_left[:, :, None]  # (L from, L to, R)
-        total = moved_left.min(axis=0)
-        moved_right = total[:, :, None] + hurry[n] * move_right  # (L, R from, R to)
-        total = moved_right.min(axis=1) + effort.sum(axis=0) + places
-        came = (moved_left.argmin(axis=0), moved_right.argmin(axis=1))
-        came_from.append([place.astype(np.int8) for place in came])
-
-    # Back along the best way. The left hand moved first, so now it moves last.
-    plays_left = np.zeros(len(ends), bool)
-    at_left, at_right = np.unravel_index(total.argmin(), total.shape)
-    for n in reversed(range(len(onsets))):
-        new = struck[n]
-        plays_left[new] = of_left[new, at_left] < of_right[new, at_right]
-        left_from, right_from = came_from[n]
-        at_right = right_from[at_left, at_right]
-        at_left = left_from[at_left, at_right]
-    return plays_left
-
-
-def match_hands(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray:
-    """The hands of notes as the prompt's file has them, (N,): as split_hands takes them.
-
-    A note of the file is the same one if it has the same key and, in quarter notes, nearly the same
-    time: tokens round it to the grid.
-    """
-    known = np.full(len(notes["time"]), -1)
-    by_key = defaultdict(list)
-    for quarter, pitch, is_left in sorted(prompt.hands):
-        by_key[pitch].append((quarter, is_left))
-    for pitch, of_file in by_key.items():
-        quarters, is_left = np.array(of_file).T
-        mine = np.flatnonzero((notes["pitch"] == pitch) & (notes["time"] < prompt.end))
-        time = notes["time"][mine] / tpq
-        nearest = np.searchsorted((quarters[:-1] + quarters[1:]) / 2, time)
-        is_same = np.abs(quarters[nearest] - time) <= 0.51 / grid
-        known[mine[is_same]] = is_left[nearest[is_same]]
-    return known
-
-
-def two_tracks(score: Score, prompt: Prompt | None, grid: int) -> list[Track]:
-    """The notes of a one-track score as two tracks, those of a prompt as its file has them."""
-    notes = score.tracks[0].notes.numpy()
-    known = np.full(len(notes["time"]), -1)
-    if prompt:
-        known = match_hands(notes, prompt, score.tpq, grid)
-    plays_left = split_hands(notes, known, score.tpq)
-    tracks = []
-    for name, mine in (("right hand", ~plays_left), ("left hand", plays_left)):
-        track = Track(name=name, program=0)
-        track.notes = Note.from_numpy(**select(notes, mine))
-        tracks.append(track)
-    return tracks
-
-
-@dataclass
-class Sample:
-    """One piece that was written."""
-
-    score: Score  # as it is saved, with its key and chords
-    key: str  # in words
-    bars: int
-    is_cut: bool  # it had not ended when it was as long as it may be
-    new_ids: np.ndarray  # (T,) what the model wrote, without the prompt
-
-
-def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> None:
-    """Write the prompt's own tempos and signatures into its part of a score.
-
-    The tokens round tempos, turn 2/2 into 4/4 and hold no key signature.
-    """
-    score.tempos = prompt.tempos + [t for t in score.tempos if t.time >= prompt.end]
-    old = prompt.time_signatures[-1]
-    goes_on = split_metre(round(16 * old.numerator / old.denominator), old.denominator)
-    new = vocab.metre_of(new_ids[1])  # after the Bar token
-    metres = list(prompt.time_signatures)
-    if goes_on != [new]:
-        metres.append(TimeSignature(prompt.end, *new))
-    score.time_signatures = metres + [t for t in score.time_signatures if t.time > prompt.end]
-    score.key_signatures = list(prompt.key_signatures)
-
-
-def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
-    """New notes that fit between kept ones of the same key; all times in ticks.
-
-    A new note ends where its key is struck again. It is left out if a kept note holds its key; but
-    if that one ends within `late` ticks, a rounding error, the new note begins there.
-    """
-    fitting = []
-    for n in range(len(new["time"])):
-        same_key = kept["pitch"] == new["pitch"][n]
-        start = new["time"][n]
-        end = start + new["duration"][n]
-        earlier = kept["time"] <= start
-        lifted = (kept["time"] + kept["duration"])[same_key & earlier].max(initial=start)
-        struck_again = kept["time"][same_key & ~earlier].min(initial=end)
-        if lifted <= start + late and lifted < min(end, struck_again):
-            new["time"][n] = lifted
-            new["duration"][n] = min(end, struck_again) - lifted
-            fitting.append(n)
-    return select(new, np.array(fitting, int))
-
-
-def early_notes(piano: Score, state: State, bar: int, grid: int) -> float:
-    """How early a note may be, in quarter notes, to belong to the bar after this one, from 1 on.
-
-    Half a grid position. MidiTok rounds twice if the piece has a finer beat unit than the bar: to
-    positions of that unit first. state: of all tokens, (T,).
-    """
-    last_token = np.flatnonzero(state.bar == bar)[-1]
-    unit = state.beat_unit[last_token]
-    finest = max([4, *(signature.denominator for signature in piano.time_signatures)])
-    half = 4 / unit / grid / 2
-    if finest > unit:
-        half += 4 / finest / grid / 2
-    return half
-
-
-def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
-    """The prompt's score with its rewritten bars replaced by those of a piece, ids (T,)."""
-    score = prompt.piano.copy()
-    ticks = score.tpq
-    written = vocab.decode(ids).resample(ticks, min_dur=1).tracks[0].notes.numpy()
-    notes = score.tracks[0].notes.numpy()
-    _, lines = vocab.bar_lines(ids)
-    state = vocab.trace(ids)
-    for first, last in prompt.rewritten:
-        begin = round(lines[first - 1] * ticks)
-        end = round(lines[last] * ticks)
-        early_before = early_notes(prompt.piano, state, max(1, first - 1), vocab.grid) * ticks
-        early_inside = early_notes(prompt.piano, state, last, vocab.grid) * ticks
-        is_old = (notes["time"] < begin - early_before) | (notes["time"] >= end - early_inside)
-        notes = select(notes, is_old)
-        is_new = (written["time"] >= begin) & (written["time"] < end)
-        new = select(written, is_new)
-        new["duration"] = np.minimum(new["duration"], end - new["time"])
-        new = fit_between(new, notes, late=round(2 * early_inside))  # both ends are rounded
-        notes = {column: np.append(notes[column], new[column]) for column in notes}
-        score.markers.append(TextMeta(begin, PROMPT_ENDS))
-        if last < len(lines) - 1:
-            score.markers.append(TextMeta(end, PROMPT_GOES_ON))
-    notes = select(notes, np.lexsort((notes["pitch"], notes["time"])))
-    score.tracks[0].notes = Note.from_numpy(**notes)
-    score.tempos = list(prompt.tempos)
-    score.time_signatures = list(prompt.time_signatures)
-    score.key_signatures = list(prompt.key_signatures)
-    return score
-
-
-def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary) -> np.ndarray:
-    """What the model wrote of a piece, ids (T,)."""
-    if not prompt:
-        return ids[1:]  # without BOS
-    if not prompt.rewritten:
-        return ids[len(prompt.ids) :]
-    parts = []
-    for first, last in prompt.rewritten:
-        gap = find_gap(ids, first, last, vocab)
-        parts.append(ids[gap.begin : gap.end])
-    return np.concatenate(parts)
-
-
-def make_sample(
-    ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, sample: SampleSettings
-) -> Sample | None:
-    """A piece of generate(), decoded; None if it has no notes."""
-    new_ids = new_part(ids, prompt, vocab)
-    whole = vocab.decode(ids)
-    if not whole.note_num():
-        return None
-    score = whole
-    kept_prompt = prompt  # None if its notes are left out
-    if sample.rewrite:
-        score = fill_score(ids, prompt, vocab)
-    elif sample.continuation_only:
-        ids = np.append(vocab.bos_id, new_ids)
-        score = vocab.decode(ids, prompt.tempos[-1].qpm)
-        kept_prompt = None
-    elif prompt:
-        restore_prompt(score, prompt, vocab, new_ids)
-        score.markers.append(TextMeta(prompt.end, PROMPT_ENDS))
-    if not score.note_num():
-        return None
-    if sample.tempo:
-        score.tempos = [Tempo(0, sample.tempo)]
-    signature, key = find_key(whole)
-    if not score.key_signatures:
-        score.key_signatures.append(signature)
-    elif not sample.rewrite and (score.key_signatures[-1].key - signature.key) % 12:
-        # The whole is in another key than the prompt says, and not in G flat for F sharp.
-        signature.time = prompt.end
-        score.key_signatures.append(signature)
-    score.tracks = two_tracks(score, kept_prompt, vocab.grid)
-    for quarter, symbol in vocab.chord_changes(ids):
-        score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
-    is_cut = ids[-1] != vocab.eos_id
-    return Sample(score, key, int((ids == vocab.bar_id).sum()), is_cut, new_ids)
 
 
 # ==== You may stop here. Part II: the machinery
@@ -3611,7 +3313,7 @@ def given_splits(pieces: list[Piece], folder: Path) -> dict[str, str]:
 
 
 def hold_out(works: list[str], percent: float) -> list[str]:
-    """The works to validate on, about so many percent; of two or more at least one, and not all.
+    """The works to validate on, a percentage of all; of two or more at least one, and not all.
 
     A hash of its name alone decides about a work, so a new one moves no old one, unless there are
     so few that the one with the lowest number is taken.
@@ -3638,7 +3340,417 @@ def split_pieces(pieces: list[Piece], folder: Path, data: DataSettings, vocab: V
         piece.split = splits[piece.work] or "train"
 
 
-# ---- 8. Checkpoint: one file, its log, its lock; names that are free
+# ---- 8. Prompts and samples: the music that is continued, the files that are written
+
+# Texts at the bar lines where the prompt gives way to new music, and comes back
+PROMPT_ENDS = "end of prompt"
+PROMPT_GOES_ON = "prompt goes on"
+INTERVAL_ZERO = 128  # a melodic interval of n semitones is stored as the byte 128 + n
+PIECE_END = 255  # the byte after the intervals of a piece
+# How two hands share the notes, see split_hands: in semitones, fitted to scores of two staves
+HAND_REACH = 4.5  # from a hand's middle key; beyond it the effort grows faster
+HAND_SLOPE = 0.1  # effort of each semitone
+HAND_MOVE = 0.7  # effort of each semitone that a hand moves, if there is no time for it
+HANDS_APART = 5  # the two middle keys are at least this far apart
+TOO_CLOSE = 1000  # the effort if they are not
+LEFT_HOME = 54  # the usual place of the left hand
+LEFT_AWAY = 0.03  # effort of each semitone away from it
+
+
+def hands_of_tracks(midi: MidiFile) -> list[tuple[float, int, bool]]:
+    """(quarter note, pitch, whether the left hand plays it) of each note of a file of two hands.
+
+    Its notes lie in exactly two tracks, or two channels of a track; the one with the lower mean
+    pitch is the left hand. Of any other file the list is empty.
+    """
+    of_hands: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    for event in midi.events:
+        if event.kind == NOTE_ON and event.data[1] > 0 and event.channel != DRUMS:
+            hand = of_hands.setdefault((event.track, event.channel), [])
+            hand.append((event.tick / midi.tpq, event.data[0]))
+    if len(of_hands) != 2:
+        return []
+    low, high = sorted(
+        of_hands.values(), key=lambda hand: sum(pitch for _, pitch in hand) / len(hand)
+    )
+    return [(*note, True) for note in low] + [(*note, False) for note in high]
+
+
+@dataclass
+class Prompt:
+    """The music to continue, or to rewrite in part, and what its file says about it.
+
+    Times are in ticks: TPQ per quarter note; with --rewrite a multiple of the file's own ticks, so
+    that kept notes stay exact.
+    """
+
+    piano: Score  # as the file has it, at these ticks
+    ids: np.ndarray  # (T,) from BOS on, without EOS
+    end: int  # tick of the bar line where it ends
+    tempos: list[Tempo]  # at least one
+    time_signatures: list[TimeSignature]  # at least one
+    key_signatures: list[KeySignature]
+    changes: dict[str, int]  # what tokens cannot say: how often
+    hands: list[tuple[float, int, bool]]  # see hands_of_tracks
+    # the bars that are written anew, (first, last) from 1 on; none: the music is continued
+    rewritten: list[tuple[int, int]] = field(default_factory=list)
+
+
+def signs_before(end: int, signs: dict[int, tuple], make: Callable, scale: float) -> list:
+    """The tempos or signatures of a file, {tick: values}, that stand before a tick.
+
+    make: a class of symusic; scale: its ticks per tick of the file.
+    """
+    made = []
+    for tick, values in signs.items():
+        at = round(tick * scale)
+        if at < end:
+            made.append(make(at, *values))
+    return made
+
+
+def early_limit(piano: Score, state: State, bar: int, grid: int) -> float:
+    """How many quarter notes before the end of a bar a note is rounded into the next bar.
+
+    Half a grid position. MidiTok rounds twice if the piece has a finer beat unit than the bar: to
+    positions of that unit first. bar: from 1 on; state: of all tokens, (T,).
+    """
+    last_token = np.flatnonzero(state.bar == bar)[-1]
+    unit = state.beat_unit[last_token]
+    finest = max([4, *(signature.denominator for signature in piano.time_signatures)])
+    half = 4 / unit / grid / 2
+    if finest > unit:
+        half += 4 / finest / grid / 2
+    return half
+
+
+def cut_notes(track: Track, end: int, early: float) -> None:
+    """End the notes of a track at a bar line; drop those after it or up to `early` ticks before."""
+    notes = track.notes.numpy()
+    notes = select(notes, notes["time"] < end - early)
+    notes["duration"] = np.minimum(notes["duration"], end - notes["time"])
+    track.notes = Note.from_numpy(**notes)
+
+
+def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
+    """The first bars of a piece, ids (T,) without EOS; empty if they hold no notes.
+
+    They are decoded and encoded again, so that notes end where the music is cut.
+    """
+    starts, _ = vocab.bar_lines(ids)
+    if bars < len(starts):
+        ids = ids[: starts[bars]]
+    score = vocab.decode(ids)
+    if not score.note_num():
+        return np.empty(0, np.int16)
+    ids = vocab.encode(vocab.quantize(score))
+    signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
+    silent_bar = [vocab.bar_id, ids[signatures[-1]]]
+    missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
+    return np.append(ids, silent_bar * missing).astype(np.int16)
+
+
+def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
+    """The prompt up to a bar line, where sounding notes end. Raises UserError."""
+    path = Path(sample.prompt)
+    try:
+        midi = parse_midi(read_bytes(path))
+        piano, changes = make_piano(midi)
+        piece = tokenize(piano, changes, vocab, silence=LONGEST_PIECE)
+    except UserError as e:
+        raise UserError(f"{path} cannot be continued ({e}): pass another --prompt") from None
+    starts, lines = vocab.bar_lines(piece.ids[:-1])  # without EOS
+    bars = sample.prompt_bars or len(starts)
+    if bars > len(starts):
+        raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
+    rewritten = parse_bars(sample.rewrite, bars) if sample.rewrite else []
+    if 0 < sample.bars <= bars:
+        raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
+    ids = first_bars(piece.ids[:-1], bars, vocab)
+    if not len(ids):
+        raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
+
+    factor = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exactly
+    ticks = factor * midi.tpq if sample.rewrite else TPQ
+    scale = ticks / midi.tpq
+    end = round(lines[bars] * ticks)
+    piano = piano.resample(ticks, min_dur=1)
+    if bars < len(starts):
+        early = early_limit(piano, vocab.trace(ids), bars, vocab.grid) * ticks
+        cut_notes(piano.tracks[0], end, early)
+    tempos = {0: (120.0,)} | {tick: (tempo,) for tick, tempo in midi.tempos().items()}
+    metres = {0: (4, 4)} | midi.time_signatures()
+    return Prompt(
+        piano=piano,
+        ids=ids,
+        end=end,
+        tempos=signs_before(end, tempos, Tempo, scale),
+        time_signatures=signs_before(end, metres, TimeSignature, scale),
+        key_signatures=signs_before(end, midi.key_signatures(), KeySignature, scale),
+        changes=piece.changes,
+        hands=hands_of_tracks(midi),
+        rewritten=rewritten,
+    )
+
+
+def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> None:
+    """Write the prompt's own tempos and signatures into its part of a score.
+
+    The tokens round tempos, turn 2/2 into 4/4 and hold no key signature.
+    """
+    score.tempos = prompt.tempos + [t for t in score.tempos if t.time >= prompt.end]
+    old = prompt.time_signatures[-1]
+    goes_on = split_metre(round(16 * old.numerator / old.denominator), old.denominator)
+    new = vocab.metre_of(new_ids[1])  # after the Bar token
+    metres = list(prompt.time_signatures)
+    if goes_on != [new]:
+        metres.append(TimeSignature(prompt.end, *new))
+    score.time_signatures = metres + [t for t in score.time_signatures if t.time > prompt.end]
+    score.key_signatures = list(prompt.key_signatures)
+
+
+def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
+    """New notes that fit between kept ones of the same key; all times in ticks.
+
+    A new note ends where its key is struck again. If a kept note holds its key, it is left out,
+    unless the key is lifted within `late` ticks, a rounding error: then it begins there.
+    """
+    fitting = []
+    for n in range(len(new["time"])):
+        same_key = kept["pitch"] == new["pitch"][n]
+        start = new["time"][n]
+        end = start + new["duration"][n]
+        earlier = kept["time"] <= start
+        lifted = (kept["time"] + kept["duration"])[same_key & earlier].max(initial=start)
+        end = kept["time"][same_key & ~earlier].min(initial=end)  # or struck again before that
+        if lifted <= start + late and lifted < end:
+            new["time"][n] = lifted
+            new["duration"][n] = end - lifted
+            fitting.append(n)
+    return select(new, np.array(fitting, int))
+
+
+def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
+    """The prompt's score with its rewritten bars replaced by those of a piece, ids (T,)."""
+    score = prompt.piano.copy()
+    ticks = score.tpq
+    written = vocab.decode(ids).resample(ticks, min_dur=1).tracks[0].notes.numpy()
+    notes = score.tracks[0].notes.numpy()
+    _, lines = vocab.bar_lines(ids)
+    state = vocab.trace(ids)
+    for first, last in prompt.rewritten:
+        begin = round(lines[first - 1] * ticks)
+        end = round(lines[last] * ticks)
+        early_before = early_limit(prompt.piano, state, max(1, first - 1), vocab.grid) * ticks
+        early_inside = early_limit(prompt.piano, state, last, vocab.grid) * ticks
+        is_old = (notes["time"] < begin - early_before) | (notes["time"] >= end - early_inside)
+        notes = select(notes, is_old)
+        is_new = (written["time"] >= begin) & (written["time"] < end)
+        new = select(written, is_new)
+        new["duration"] = np.minimum(new["duration"], end - new["time"])
+        new = fit_between(new, notes, late=round(2 * early_inside))  # both ends are rounded
+        notes = {column: np.append(notes[column], new[column]) for column in notes}
+        score.markers.append(TextMeta(begin, PROMPT_ENDS))
+        if last < len(lines) - 1:
+            score.markers.append(TextMeta(end, PROMPT_GOES_ON))
+    notes = select(notes, np.lexsort((notes["pitch"], notes["time"])))
+    score.tracks[0].notes = Note.from_numpy(**notes)
+    score.tempos = list(prompt.tempos)
+    score.time_signatures = list(prompt.time_signatures)
+    score.key_signatures = list(prompt.key_signatures)
+    return score
+
+
+def reach(keys: np.ndarray, middles: np.ndarray) -> np.ndarray:
+    """The effort of keys for a hand at each of some middle keys, (keys, middles)."""
+    distance = np.abs(keys[:, None] - middles)
+    return HAND_SLOPE * distance + np.maximum(0, distance - HAND_REACH) ** 1.5
+
+
+def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
+    """Which notes, in order of time, the left hand plays, (N,) bool.
+
+    known (N,): 1 for the left hand and 0 for the right one, where that is known, else -1
+    tpq: ticks per quarter note
+
+    Each hand has a place, its middle key, and plays the keys that are nearer to it than to the
+    other hand. The hands move over the keyboard with the least effort, which is found by dynamic
+    programming (Viterbi). Effort is the sum of: for each key that is struck or held, its distance
+    from the nearer hand; for each move of a hand, its distance, and more if there is little time;
+    and for the left hand, its distance from its usual place.
+    """
+    left = np.arange(28, 76, 2)  # middle keys that the left hand may have, (L,)
+    right = np.arange(44, 100, 2)  # (R,)
+    of_left = reach(notes["pitch"], left)  # (N, L)
+    of_right = reach(notes["pitch"], right)  # (N, R)
+    is_right = known == 0
+    is_left = known == 1
+    of_left[is_right] = math.inf
+    of_right[is_left] = math.inf
+    away = LEFT_AWAY * np.abs(left - LEFT_HOME)[:, None]
+    too_close = np.where(right - left[:, None] < HANDS_APART, TOO_CLOSE, 0)
+    effort_of_places = away + too_close  # (L, R)
+    move_left = HAND_MOVE * np.abs(left[:, None] - left)  # (L from, L to)
+    move_right = HAND_MOVE * np.abs(right[:, None] - right)
+
+    onsets, first = np.unique(notes["time"], return_index=True)
+    struck = np.split(np.arange(len(notes["time"])), first[1:])  # the notes of each onset
+    hurry = 1 / (1 + np.diff(onsets, prepend=onsets[0]) / tpq)
+    ends = notes["time"] + notes["duration"]
+    down = np.empty(0, int)  # the notes that sound
+    total = np.zeros(too_close.shape)  # the effort of the best way to each pair of places
+    came_from = []  # for each onset, the places before it, (L, R) indices of each hand
+    # At each onset first the left hand moves, then the right one, then both play.
+    for n, new in enumerate(struck):
+        down = np.append(down[ends[down] > onsets[n]], new)
+        effort = np.minimum(of_left[down, :, None], of_right[down, None])  # (notes, L, R)
+        moved_left = total[:, None] + hurry[n] * move_left[:, :, None]  # (L from, L to, R)
+        total = moved_left.min(axis=0)
+        moved_right = total[:, :, None] + hurry[n] * move_right  # (L, R from, R to)
+        total = moved_right.min(axis=1) + effort.sum(axis=0) + effort_of_places
+        came = (moved_left.argmin(axis=0), moved_right.argmin(axis=1))
+        came_from.append([place.astype(np.int8) for place in came])
+
+    # Back along the best way. The left hand moved first, so now it moves last.
+    plays_left = np.zeros(len(ends), bool)
+    at_left, at_right = np.unravel_index(total.argmin(), total.shape)
+    for n in reversed(range(len(onsets))):
+        new = struck[n]
+        plays_left[new] = of_left[new, at_left] < of_right[new, at_right]
+        left_from, right_from = came_from[n]
+        at_right = right_from[at_left, at_right]
+        at_left = left_from[at_left, at_right]
+    return plays_left
+
+
+def match_hands(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray:
+    """The hands of notes as the prompt's file has them, (N,): as split_hands takes them.
+
+    A note of the file is the same one if it has the same key and, in quarter notes, nearly the same
+    time: tokens round it to the grid.
+    """
+    known = np.full(len(notes["time"]), -1)
+    by_key = defaultdict(list)
+    for quarter, pitch, is_left in sorted(prompt.hands):
+        by_key[pitch].append((quarter, is_left))
+    for pitch, of_file in by_key.items():
+        quarters, is_left = np.array(of_file).T
+        mine = np.flatnonzero((notes["pitch"] == pitch) & (notes["time"] < prompt.end))
+        time = notes["time"][mine] / tpq
+        nearest = np.searchsorted((quarters[:-1] + quarters[1:]) / 2, time)
+        is_same = np.abs(quarters[nearest] - time) <= 0.51 / grid  # half a position and one tick
+        known[mine[is_same]] = is_left[nearest[is_same]]
+    return known
+
+
+def two_tracks(score: Score, prompt: Prompt | None, grid: int) -> list[Track]:
+    """The notes of a one-track score as two tracks, those of a prompt as its file has them."""
+    notes = score.tracks[0].notes.numpy()
+    known = np.full(len(notes["time"]), -1)
+    if prompt:
+        known = match_hands(notes, prompt, score.tpq, grid)
+    plays_left = split_hands(notes, known, score.tpq)
+    tracks = []
+    for name, mine in (("right hand", ~plays_left), ("left hand", plays_left)):
+        track = Track(name=name, program=0)
+        track.notes = Note.from_numpy(**select(notes, mine))
+        tracks.append(track)
+    return tracks
+
+
+def pitch_intervals(ids: np.ndarray, vocab: Vocabulary) -> bytes:
+    """The semitones from each note of a piece to the next, a byte each; PIECE_END follows.
+
+    The same in every key, so copied passages are found in it: see longest_known_run.
+    """
+    is_pitch = vocab.says.kind[ids] == Kind.PITCH
+    pitch = vocab.says.pitch[ids[is_pitch]]
+    if not len(pitch):
+        return b""
+    return (np.diff(pitch) + INTERVAL_ZERO).astype(np.uint8).tobytes() + bytes([PIECE_END])
+
+
+def longest_known_run(mine: bytes, names: list[str], corpus: bytes) -> tuple[int, str]:
+    """How many notes in a row of a piece also stand in the corpus, in any key; in which piece.
+
+    mine: pitch_intervals of the piece; corpus: those of the pieces with these names, joined.
+    """
+    length = 0
+    found_at = 0
+    for start in range(len(mine)):  # only runs longer than the best so far are tried
+        while start + length + 1 < len(mine):
+            at = corpus.find(mine[start : start + length + 1])
+            if at < 0:
+                break
+            length += 1
+            found_at = at
+    if length == 0:
+        return 0, ""
+    return length + 1, names[corpus[:found_at].count(PIECE_END)]  # n intervals join n + 1 notes
+
+
+def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary) -> np.ndarray:
+    """What the model wrote of a piece, ids (T,)."""
+    if not prompt:
+        return ids[1:]  # without BOS
+    if not prompt.rewritten:
+        return ids[len(prompt.ids) :]
+    parts = []
+    for first, last in prompt.rewritten:
+        gap = find_gap(ids, first, last, vocab)
+        parts.append(ids[gap.begin : gap.end])
+    return np.concatenate(parts)
+
+
+@dataclass
+class Sample:
+    """One piece that was written."""
+
+    score: Score  # as it is saved, with its key and chords
+    key: str  # in words
+    bars: int
+    is_cut: bool  # it had not ended when it was as long as it may be
+    new_ids: np.ndarray  # (T,) what the model wrote, without the prompt
+
+
+def make_sample(
+    ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, sample: SampleSettings
+) -> Sample | None:
+    """A piece of generate(), decoded; None if it has no notes."""
+    new_ids = new_part(ids, prompt, vocab)
+    whole = vocab.decode(ids)
+    if not whole.note_num():
+        return None
+    score = whole
+    kept_prompt = prompt  # None if its notes are left out
+    if sample.rewrite:
+        score = fill_score(ids, prompt, vocab)
+    elif sample.continuation_only:
+        ids = np.append(vocab.bos_id, new_ids)
+        score = vocab.decode(ids, prompt.tempos[-1].qpm)
+        kept_prompt = None
+    elif prompt:
+        restore_prompt(score, prompt, vocab, new_ids)
+        score.markers.append(TextMeta(prompt.end, PROMPT_ENDS))
+    if not score.note_num():
+        return None
+    if sample.tempo:
+        score.tempos = [Tempo(0, sample.tempo)]
+    signature, key = find_key(whole)
+    if not score.key_signatures:
+        score.key_signatures.append(signature)
+    elif not sample.rewrite and (score.key_signatures[-1].key - signature.key) % 12:
+        # It modulates: the signatures differ, and not as six flats and six sharps do, by 12.
+        signature.time = prompt.end
+        score.key_signatures.append(signature)
+    score.tracks = two_tracks(score, kept_prompt, vocab.grid)
+    for quarter, symbol in vocab.chord_changes(ids):
+        score.markers.append(TextMeta(round(quarter * score.tpq), symbol))
+    is_cut = ids[-1] != vocab.eos_id
+    return Sample(score, key, int((ids == vocab.bar_id).sum()), is_cut, new_ids)
+
+
+# ---- 9. Checkpoint: one file, its log, its lock; names that are free
 
 FORMAT = "pianogpt 13"
 OLDER_FORMATS = ("pianogpt 11", "pianogpt 12")
@@ -3928,7 +4040,7 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
     return path
 
 
-# ---- 9. Runs: train, generate, evaluate, export
+# ---- 10. Runs: train, generate, evaluate, export
 
 SEARCHED_NOTES = 6_000_000  # for the longest known run; a piece takes two seconds
 FEW_FILES = 20  # of which --init-from holds none out
@@ -4088,7 +4200,7 @@ def compiler_works() -> bool:
 
 
 def repays_compiling(settings: Settings, steps: int) -> bool:
-    """Whether compiling saves more time over so many steps than it takes."""
+    """Whether compiling saves more time in `steps` steps than it takes."""
     model = settings.model
     tokens = settings.train.batch_size * model.block_size
     return steps * tokens * model.n_layer * model.n_embd >= COMPILING_PAYS
@@ -4241,17 +4353,21 @@ def describe_model(trainer: Trainer, settings: Settings) -> str:
 def save_run(path: Path, learned: Checkpoint, trainer: Trainer, is_last: bool) -> None:
     """Save a trainer with what it learned from, on rank 0.
 
-    If that fails, say so and go on; the last time raise OSError, unless only the log failed.
+    If that fails, say so and go on; the last time save it elsewhere and raise UserError, unless
+    only the log failed.
     """
     if RANK != 0:
         return
     tensors = learned.tensors | trainer_tensors(trainer)
+    checkpoint = replace(learned, progress=trainer_progress(trainer), tensors=tensors)
     try:
-        save_checkpoint(path, replace(learned, progress=trainer_progress(trainer), tensors=tensors))
+        save_checkpoint(path, checkpoint)
     except OSError as e:
-        if is_last and e.filename != f"{path}.csv":
-            raise
         say(f"cannot save {e.filename} ({e.strerror}){'' if is_last else ': training goes on'}")
+        if is_last and e.filename != f"{path}.csv":
+            other = reserve(Path(tempfile.gettempdir()), path.stem, path.suffix)
+            save_checkpoint(other, checkpoint)
+            raise UserError(f"saved {other} instead: move it to {path} to go on with it") from None
 
 
 def train_model(
@@ -4299,88 +4415,6 @@ def train_model(
     losses = {key: value for key, value in best.items() if key.startswith("val")}
     print_block(trainer.history[-1] | losses | {"best_step": best["step"], "checkpoint": path})
     return 0
-
-
-def signs_before(end: int, signs: dict[int, tuple], make: Callable, scale: float) -> list:
-    """The tempos or signatures of a file, {tick: values}, that stand before a tick.
-
-    make: a class of symusic; scale: its ticks per tick of the file.
-    """
-    made = []
-    for tick, values in signs.items():
-        at = round(tick * scale)
-        if at < end:
-            made.append(make(at, *values))
-    return made
-
-
-def cut_notes(track: Track, end: int, early: float) -> None:
-    """End the notes of a track at a bar line; drop those after it or up to `early` ticks before."""
-    notes = track.notes.numpy()
-    notes = select(notes, notes["time"] < end - early)
-    notes["duration"] = np.minimum(notes["duration"], end - notes["time"])
-    track.notes = Note.from_numpy(**notes)
-
-
-def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
-    """The first bars of a piece, ids (T,) without EOS; empty if they hold no notes.
-
-    They are decoded and encoded again, so that notes end where the music is cut.
-    """
-    starts, _ = vocab.bar_lines(ids)
-    if bars < len(starts):
-        ids = ids[: starts[bars]]
-    score = vocab.decode(ids)
-    if not score.note_num():
-        return np.empty(0, np.int16)
-    ids = vocab.encode(vocab.quantize(score))
-    signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
-    silent_bar = [vocab.bar_id, ids[signatures[-1]]]
-    missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
-    return np.append(ids, silent_bar * missing).astype(np.int16)
-
-
-def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
-    """The prompt up to a bar line, where sounding notes end. Raises UserError."""
-    path = Path(sample.prompt)
-    try:
-        midi = parse_midi(read_bytes(path))
-        piano, changes = make_piano(midi)
-        piece = tokenize(piano, changes, vocab, silence=LONGEST_PIECE)
-    except UserError as e:
-        raise UserError(f"{path} cannot be continued ({e}): pass another --prompt") from None
-    starts, lines = vocab.bar_lines(piece.ids[:-1])  # without EOS
-    bars = sample.prompt_bars or len(starts)
-    if bars > len(starts):
-        raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
-    rewritten = parse_bars(sample.rewrite, bars) if sample.rewrite else []
-    if 0 < sample.bars <= bars:
-        raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
-    ids = first_bars(piece.ids[:-1], bars, vocab)
-    if not len(ids):
-        raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
-
-    factor = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exactly
-    ticks = factor * midi.tpq if sample.rewrite else TPQ
-    scale = ticks / midi.tpq
-    end = round(lines[bars] * ticks)
-    piano = piano.resample(ticks, min_dur=1)
-    if bars < len(starts):
-        early = early_notes(piano, vocab.trace(ids), bars, vocab.grid) * ticks
-        cut_notes(piano.tracks[0], end, early)
-    tempos = {0: (120.0,)} | {tick: (tempo,) for tick, tempo in midi.tempos().items()}
-    metres = {0: (4, 4)} | midi.time_signatures()
-    return Prompt(
-        piano=piano,
-        ids=ids,
-        end=end,
-        tempos=signs_before(end, tempos, Tempo, scale),
-        time_signatures=signs_before(end, metres, TimeSignature, scale),
-        key_signatures=signs_before(end, midi.key_signatures(), KeySignature, scale),
-        changes=piece.changes,
-        hands=hands_of_tracks(midi),
-        rewritten=rewritten,
-    )
 
 
 def read_prompt_in_worker(sample: SampleSettings) -> Prompt:
@@ -4695,7 +4729,7 @@ def train_and_write(
     return 0
 
 
-# ---- 10. Command line: flags to settings, the device, errors to one sentence
+# ---- 11. Command line: flags to settings, the device, errors to one sentence
 
 LONGEST_WAIT = timedelta(days=1)  # of the other processes while the first one reads a folder
 LONGEST_MESSAGE = 500  # characters; a file name in it may have 5,000

@@ -175,7 +175,7 @@ def our_tokens(model: pg.PianoGPT, vocab: pg.Vocabulary, B: int) -> Iterator[np.
     """Yield token after token of B sequences that never end."""
     writing = pg.Writing(model, vocab, np.array([vocab.bos_id]), B)
     sample = pg.SampleSettings(bars=10**6)
-    none = np.empty((0, 12), int)
+    none = np.empty(0, int)
     request = pg.Request(vocab, sample, none, 0, np.empty(0, int), writing.tonic_chords())
     rng = np.random.default_rng(0)
     while True:

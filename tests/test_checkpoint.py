@@ -1,4 +1,4 @@
-"""Section 8: the file that is the model, its log, and names that are free."""
+"""Section 9: the file that is the model, its log, and names that are free."""
 
 import json
 import math

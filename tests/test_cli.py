@@ -1,4 +1,4 @@
-"""Sections 9 and 10: whole runs by the command line, most of them in-process."""
+"""Sections 10 and 11: whole runs by the command line, most of them in-process."""
 
 import contextlib
 import io
@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -608,11 +609,14 @@ def test_full_disk_is_said_and_training_continues_to_the_end(folder, here, monke
         write(path, data)
 
     monkeypatch.setattr(pg, "write_atomically", write_sometimes)
+    monkeypatch.setattr(tempfile, "tempdir", "elsewhere")
+    Path("elsewhere").mkdir()
+    other = Path("elsewhere") / f"{MODEL.stem}-001{MODEL.suffix}"
     assert train("--steps 9 --save-every 2") == 2
     out, err = capsys.readouterr()
     assert out.count(f"cannot save {MODEL} (No space left on device): training goes on") == 2
-    assert err == f"pianogpt: {MODEL} cannot be used: No space left on device\n"
-    assert step_of() == 8
+    assert err == f"pianogpt: saved {other} instead: move it to {MODEL} to go on with it\n"
+    assert (step_of(), step_of(other)) == (8, 9)
 
 
 def test_output_that_nobody_can_take_does_not_stop_training(folder, here, monkeypatch):

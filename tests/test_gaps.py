@@ -159,7 +159,7 @@ def test_long_gap_in_a_long_piece_reads_both_sides_and_counts_the_rest(tmp_path)
 
     model.register_forward_pre_hook(remember)
     settings = pg.SampleSettings(rewrite="8-11")
-    request = pg.Request(VOCAB, settings, np.empty((0, 12)), 7, np.empty(0, int), gap=gap)
+    request = pg.Request(VOCAB, settings, np.empty(0), 7, np.empty(0, int), gap=gap)
     [(_, written)] = pg.write_together(
         writing, request, np.random.default_rng(0), stopped=lambda: False
     )
@@ -196,7 +196,7 @@ def test_what_follows_a_gap_stays_in_its_place_however_many_notes_are_new(tmp_pa
     gap = pg.find_gap(ids, 4, 14, VOCAB)
     writing = pg.GapWriting(model, VOCAB, gap)
     settings = pg.SampleSettings(rewrite="4-14")
-    request = pg.Request(VOCAB, settings, np.empty((0, 12)), 3, np.empty(0, int), gap=gap)
+    request = pg.Request(VOCAB, settings, np.empty(0), 3, np.empty(0, int), gap=gap)
     windows = []
     new_window = writing.new_window
 
@@ -356,7 +356,7 @@ def test_where_the_piece_would_end_a_gap_at_its_end_is_complete(begins, ends, tm
     path = save(tmp_path / "a.mid", scale())
     ids = pg.read_piece(path.read_bytes(), VOCAB).ids
     gap = pg.find_gap(ids, int(begins), int(begins), VOCAB)
-    request = pg.Request(VOCAB, pg.SampleSettings(), np.empty((0, 12)), 7, np.empty(0, int))
+    request = pg.Request(VOCAB, pg.SampleSettings(), np.empty(0), 7, np.empty(0, int))
     state = pg.State(*(column[gap.begin : gap.end][-1:] for column in VOCAB.trace(ids)))
     logits = np.full((1, V), pg.ILLEGAL)
     logits[0, [VOCAB.bar_id, VOCAB.eos_id, VOCAB.tempo_ids.start]] = np.log([0.1, 0.4, 0.5])
