@@ -92,6 +92,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as WorkerTimeout
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -109,32 +110,39 @@ main_process = 0  # its id: a worker that was forked inherits the handlers, but 
 
 def stop_at_once(number: int, frame) -> None:
     """Handle a signal while there is nothing to save: leave no worker and no half of a file."""
-    if os.getpid() == main_process:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        for path in unfinished:
-            path.unlink(missing_ok=True)
-        os.write(2, b"pianogpt: stopped\n")
-    os._exit(128 + number)
+    try:
+        if os.getpid() == main_process:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            for path in unfinished:
+                path.unlink(missing_ok=True)
+            os.write(2, b"pianogpt: stopped\n")
+    finally:
+        os._exit(128 + number)  # also where the terminal is gone, and nothing can be written
 
 
-def handle_signals(handler: Callable) -> dict[int, Callable]:
-    """Install a handler for Ctrl-C, SIGTERM and SIGHUP; returns the old ones by number.
-
-    A signal that is ignored, as nohup ignores SIGHUP, stays ignored.
-    """
-    global main_process
-    main_process = os.getpid()
-    old = {}
+def signal_handlers() -> dict[int, Callable]:
+    """The handlers of Ctrl-C, SIGTERM and SIGHUP by number; nohup's, which ignores, is left out."""
+    handlers = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
-            old[number] = signal.signal(number, handler)
-    return old
+            handlers[number] = signal.getsignal(number)
+    return handlers
+
+
+def handle_signals(handlers: dict[int, Callable]) -> None:
+    """Install handlers of signals by number."""
+    global main_process
+    main_process = os.getpid()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    handle_signals(stop_at_once)
+    handle_signals(dict.fromkeys(signal_handlers(), stop_at_once))
+elif __name__ == "__mp_main__":  # a worker that was not forked: the main process ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 try:
     import miditok
@@ -3026,11 +3034,19 @@ def worker_problem(error: Exception) -> str:
     return next(text for kind, text in WORKER_PROBLEMS.items() if isinstance(error, kind))
 
 
-def start_pool(workers: int, vocab: Vocabulary) -> ProcessPool:
-    """Worker processes that know a vocabulary."""
+@contextmanager
+def start_pool(workers: int, vocab: Vocabulary) -> Iterator[ProcessPool]:
+    """Worker processes that know a vocabulary, until the end of the block. Raises UserError."""
     # fork starts a worker in no time, but is not safe on macOS, and Windows has none.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPool(workers, 0, start_worker, (vocab,), context)
+    try:
+        with ProcessPool(workers, 0, start_worker, (vocab,), context) as pool:
+            try:
+                yield pool
+            finally:
+                pool.stop()  # also when not all results were taken
+    except BrokenProcessPool:
+        raise UserError("no process can be started to read files: close other programs") from None
 
 
 def read_in_workers(paths: list[Path], vocab: Vocabulary) -> Iterator[tuple[Path, Piece, str]]:
@@ -3041,15 +3057,12 @@ def read_in_workers(paths: list[Path], vocab: Vocabulary) -> Iterator[tuple[Path
         cores = os.cpu_count() or 1
     with start_pool(min(cores, len(paths)), vocab) as pool:
         results = pool.map(read_in_worker, paths, timeout=FILE_SECONDS).result()
-        try:
-            for path in paths:
-                try:
-                    piece, content = next(results)
-                    yield path, piece, content
-                except tuple(WORKER_PROBLEMS) as e:
-                    yield path, Piece(problem=worker_problem(e)), ""
-        finally:
-            pool.stop()  # also when the caller stops early
+        for path in paths:
+            try:
+                piece, content = next(results)
+                yield path, piece, content
+            except tuple(WORKER_PROBLEMS) as e:
+                yield path, Piece(problem=worker_problem(e)), ""
 
 
 def cache_folder(cache_dir: str, vocab: Vocabulary) -> Path:
@@ -3070,7 +3083,7 @@ def save_pieces(cache: Path, pieces: dict[str, Piece]) -> None:
     heads = []
     for content, piece in pieces.items():
         values = {k: v for k, v in vars(piece).items() if not isinstance(v, np.ndarray)}
-        heads.append(values | {"content": content, "path": ""})
+        heads.append(values | {"content": content})
     columns = make_corpus(list(pieces.values()))._asdict()
     name = f"{hash_content(' '.join(pieces).encode())}-{os.getpid()}"  # two runs may write at once
     save_tensors(cache / f"{name}.safetensors", CACHE_FORMAT, heads, columns)
@@ -3098,7 +3111,8 @@ def read_folder(
 ) -> list[Piece]:
     """Every MIDI file under a folder as a piece, by path; cached by content.
 
-    files: what find_files(folder) gave, if that is known.
+    files: what find_files(folder) gave, if that is known; a file that could not be read this time
+    becomes UNREAD in it.
     """
     files = files or find_files(folder)
     cache = cache_folder(cache_dir, vocab) if cache_dir else None
@@ -3113,6 +3127,8 @@ def read_folder(
         pieces[path] = piece
         if content:
             unsaved[content] = piece
+        else:
+            files[path] = UNREAD  # its problem may pass; then it counts as a new file
         is_due = time.monotonic() - saved > CACHE_SECONDS or len(pieces) == len(files)
         if cache and unsaved and is_due:
             try:
@@ -3291,8 +3307,11 @@ def read_split_tables(pieces: list[Piece], folder: Path) -> dict[Path, str]:
         for table in sorted((folder / place).glob("maestro*.csv")):
             if table.is_file():
                 text = table.read_text(encoding="utf-8", errors="replace")
-                for row in csv.DictReader(text.splitlines()):
-                    splits[table.parent / (row.get("midi_filename") or "")] = row.get("split")
+                try:
+                    for row in csv.DictReader(text.splitlines()):
+                        splits[table.parent / (row.get("midi_filename") or "")] = row.get("split")
+                except csv.Error as e:
+                    raise UserError(f"{table} is no table ({e}): mend or remove it") from None
     return splits
 
 
@@ -3850,11 +3869,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"there is no checkpoint {path}: name another, or train it first, with --steps N"
         )
-    if is_older(path):
-        raise UserError(
-            f"{path} was written by an older version: python tests/convert.py {path} "
-            f"{path.stem}-new.safetensors makes a model of it to generate with"
-        )
     try:
         values, mapped = load_tensors(path, FORMAT)
         tensors = {}
@@ -3864,7 +3878,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
             tensors[name] = tensor.to(dtype, copy=True)
         checkpoint = Checkpoint(**values, tensors=tensors)
         check_checkpoint(checkpoint)
+        stored = stored_settings(checkpoint)
+        checkpoint.settings = {name: asdict(getattr(stored, name)) for name in STORED_GROUPS}
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
+        if is_older(path):
+            raise UserError(
+                f"{path} was written by an older version: python tests/convert.py {path} "
+                f"{path.stem}-new.safetensors makes a model of it to generate with"
+            ) from None
         reason = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({reason})") from None
     return checkpoint
@@ -3872,6 +3895,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def stored_settings(checkpoint: Checkpoint) -> Settings:
     """The settings of a checkpoint; those that it does not hold are the defaults."""
+    if checkpoint.settings.keys() != set(STORED_GROUPS):
+        raise ValueError("its settings are not those of a model")
     settings = Settings()
     for name in STORED_GROUPS:
         for key, value in checkpoint.settings[name].items():
@@ -3894,8 +3919,13 @@ def check_values(checkpoint: Checkpoint) -> None:
     if kinds and kinds != {"bfloat16": bool, "compiled": bool, "device": str}:
         raise ValueError("it does not say how it was computed")
     for text in itertools.chain([checkpoint.about, checkpoint.folder], *lists):
-        if not isinstance(text, str):
+        if not isinstance(text, str) or "\0" in text:
             raise ValueError(f"{text!r:.40} is no text")
+    check_progress(progress)
+
+
+def check_progress(progress: dict) -> None:
+    """Raise an error for a value of trainer_progress that no training has."""
     numbers = [progress["step"], progress["begin"], progress["seconds"], *progress["losses"]]
     for row in progress["history"]:
         if not {"step", "seconds", "train_loss"} <= row.keys() <= set(LOG_COLUMNS):
@@ -3904,6 +3934,9 @@ def check_values(checkpoint: Checkpoint) -> None:
     for number in numbers:
         if type(number) not in (int, float) or not 0 <= number < math.inf:
             raise ValueError(f"{number!r:.40} is no number of a training")
+    for number in (progress["step"], progress["begin"]):
+        if type(number) is not int:
+            raise ValueError(f"{number} is no number of a step")
 
 
 def new_model(checkpoint: Checkpoint) -> PianoGPT:
@@ -3944,9 +3977,15 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
             raise ValueError(f"its {group} weights do not fit its settings")
         if not all(weight.isfinite().all() for weight in checkpoint.weights(group).values()):
             raise ValueError(f"its {group} weights are no numbers")
+    for name, tensor in checkpoint.tensors.items():
+        group, _, weight = name.partition("/")
+        if group.startswith("optimizer.") and tensor.shape not in (expected[weight], ()):
+            raise ValueError("the state of its optimizer does not fit its settings")
     check_values(checkpoint)
     intervals = checkpoint.tensors["intervals"]
-    if intervals.dtype != torch.uint8 or (intervals == PIECE_END).sum() > len(checkpoint.pieces):
+    ends = intervals == PIECE_END
+    is_whole = intervals.dtype == torch.uint8 and ends[-1:].all()
+    if not is_whole or ends.sum() > len(checkpoint.pieces):
         raise ValueError("its intervals do not fit its pieces")
 
 
@@ -4076,16 +4115,17 @@ def catch_signals() -> Iterator[list[int]]:
     """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list; a second one ends all."""
     caught: list[int] = []
 
+    old = signal_handlers()
+
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, old[number])
 
-    old = handle_signals(catch)
+    handle_signals(dict.fromkeys(old, catch))
     try:
         yield caught
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        handle_signals(old)
 
 
 def from_rank_0(call: Callable):
@@ -4093,7 +4133,8 @@ def from_rank_0(call: Callable):
     result = None
     if RANK == 0:
         try:
-            result = call()
+            with computing_errors():
+                result = call()
         except (UserError, OSError) as e:
             result = e
     if PROCESSES > 1:
@@ -4194,7 +4235,7 @@ def compiler_works() -> bool:
     """Whether torch.compile finds all that it needs, such as a C++ compiler."""
     try:
         torch.compile(F.silu)(torch.zeros(1))
-    except torch._dynamo.exc.TorchDynamoException:
+    except RuntimeError:
         return False
     return True
 
@@ -4224,12 +4265,8 @@ def make_trainer(
 
     n_styles: how many the model has
     """
-    used = {}
-    done = 0
-    if checkpoint:
-        done = checkpoint.step
-        if not is_finished(checkpoint):
-            used = checkpoint.machine
+    done = checkpoint.step if checkpoint else 0
+    used = checkpoint.machine if checkpoint and not is_finished(checkpoint) else {}
     bfloat16 = used.get("bfloat16", True) and not settings.program.float32
     compiled = used.get("compiled")
     if compiled is None or settings.program.compile is not None:
@@ -4300,7 +4337,7 @@ def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 def is_finished(checkpoint: Checkpoint) -> bool:
     """Whether a run made all of its steps."""
-    return checkpoint.step == checkpoint.settings["train"].get("steps")
+    return checkpoint.step == checkpoint.settings["train"]["steps"]
 
 
 def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint) -> None:
@@ -4316,9 +4353,10 @@ def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint)
     # Also what it learned from elsewhere, or from files that are gone.
     known = {intervals for _, intervals in learned.list_pieces()}
     learned.add_pieces([piece for piece in checkpoint.list_pieces() if piece[1] not in known])
-    for row in trainer.history:  # losses on other held-out music do not compare
+    for row in trainer.history:
         row.pop("val_loss", None)
         row.pop("val_nats_per_note", None)
+    say("other music is held out now: earlier validation losses do not compare and are dropped")
 
 
 def set_aside(path: Path) -> None:
@@ -4326,7 +4364,11 @@ def set_aside(path: Path) -> None:
     if not path.exists():
         return
     old = reserve(path.parent, f"{path.stem}-old", path.suffix)
-    os.replace(path, old)
+    try:
+        os.replace(path, old)
+    except OSError:
+        old.unlink()
+        raise
     log = Path(f"{path}.csv")
     if log.exists():
         log.rename(f"{old}.csv")
@@ -4402,7 +4444,14 @@ def train_model(
         save_run(path, learned, trainer, is_last=False)
 
     with catch_signals() as caught:
-        trainer.train(batches, windows, lambda: bool(caught), save_and_go_on)
+        try:
+            trainer.train(batches, windows, lambda: bool(caught), save_and_go_on)
+        except RuntimeError as e:
+            # Ctrl-C also ends the C++ compiler, which works before the first step.
+            if not caught or not is_failed_compiling(e):
+                raise
+            say("stopped before the first step")
+            return 128 + caught[0]
         trainer.check(batches[trainer.step])
         save_run(path, learned, trainer, is_last=True)
     if trainer.step < settings.train.steps:
@@ -4414,6 +4463,9 @@ def train_model(
     best = trainer.best_row()
     losses = {key: value for key, value in best.items() if key.startswith("val")}
     print_block(trainer.history[-1] | losses | {"best_step": best["step"], "checkpoint": path})
+    if caught:
+        say("stopped after the last step")
+        return 128 + caught[0]
     return 0
 
 
@@ -4431,8 +4483,6 @@ def find_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
             raise UserError(
                 f"{sample.prompt} cannot be continued ({worker_problem(e)}): pass another --prompt"
             ) from None
-        finally:
-            pool.stop()
     say_changes(prompt.changes)
     return prompt
 
@@ -4477,10 +4527,14 @@ def find_style(name: str, styles: list[str]) -> int:
 
 
 def write_music(
-    settings: Settings, given: dict, vocab: Vocabulary, device: torch.device, prompt: Prompt | None
+    settings: Settings,
+    given: dict,
+    checkpoint: Checkpoint,
+    vocab: Vocabulary,
+    device: torch.device,
+    prompt: Prompt | None,
 ) -> int:
     """Write the samples; 0, or 128 + the signal that stopped it. UserError if none has notes."""
-    checkpoint = load_checkpoint(Path(settings.program.checkpoint))
     about = f" ({checkpoint.about})" if checkpoint.about else ""
     say(
         f"written by: {settings.program.checkpoint}, step {checkpoint.step} of "
@@ -4585,8 +4639,7 @@ def compare_music(
         f"{program.checkpoint} learned from {learned}; in {folder} "
         f"{count(len(now - then), 'file')} new or changed, {count(gone, 'file')} gone"
     )
-    old_steps = checkpoint.settings["train"].get("steps", TrainSettings.steps)
-    trains_further = training and given.get("steps", 0) > old_steps
+    trains_further = training and given.get("steps", 0) > checkpoint.settings["train"]["steps"]
     is_other = Path(folder).resolve() != Path(learned).resolve()
     if is_other and not (is_named and trains_further):
         raise UserError(f"{text}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
@@ -4663,7 +4716,7 @@ def hold_out_none(settings: Settings) -> None:
     first steps would be kept. --init-from ends after few steps at a small rate anyway.
     """
     settings.data.val_percent = 0.0
-    say(f"fewer than {FEW_FILES} files: none is held out, see --val-percent")
+    say(f"fewer than {FEW_FILES} files: --val-percent is 0, all are learned")
 
 
 def look_at_folder(
@@ -4678,6 +4731,11 @@ def look_at_folder(
     knows_files = bool(checkpoint and checkpoint.files)  # an exported model does not
     if not training:
         if not knows_files:
+            if "midi_dir" in given:
+                raise UserError(
+                    f"{program.checkpoint} was exported and only writes: omit --midi-dir, or pass "
+                    f"--init-from {program.checkpoint} and another --checkpoint to train it"
+                )
             return {}
         is_the_same = str(folder) == checkpoint.folder and folder.is_dir()
         if "midi_dir" not in given and not is_the_same:
@@ -4725,7 +4783,9 @@ def train_and_write(
             "larger --steps to train on, or --fresh to start over"
         )
     if settings.program.generate and RANK == 0:
-        return write_music(settings, given, vocab, device, prompt)
+        if training:
+            checkpoint = load_checkpoint(Path(settings.program.checkpoint))
+        return write_music(settings, given, checkpoint, vocab, device, prompt)
     return 0
 
 
@@ -4733,6 +4793,8 @@ def train_and_write(
 
 LONGEST_WAIT = timedelta(days=1)  # of the other processes while the first one reads a folder
 LONGEST_MESSAGE = 500  # characters; a file name in it may have 5,000
+# What --evaluate and --export take; all else is the checkpoint's
+USED_TO_READ = ("about", "cache_dir", "checkpoint", "device")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4774,22 +4836,31 @@ def parse(argv: list[str] | None) -> dict:
     if unknown:
         raise UserError(f"there is no flag {unknown[0]}: --help lists all")
     given = vars(given)
+    check_flags(given)
+    return given
+
+
+def check_flags(given: dict) -> None:
+    """Raise UserError for flags, {setting: value}, that do nothing or contradict each other."""
     needs = {f.name: "generate" for f in fields(SampleSettings)}
     needs |= {"prompt_bars": "prompt", "continuation_only": "prompt", "rewrite": "prompt"}
     needs |= {"guidance": "style", "about": "export"}
     for name in given:
         if name in needs and needs[name] not in given:
             raise UserError(f"{flag(name)} does nothing without {flag(needs[name])}")
-    modes = [flag(name) for name in ("generate", "evaluate", "export") if name in given]
+    modes = [name for name in ("generate", "evaluate", "export") if name in given]
     if len(modes) > 1:
-        raise UserError(f"{' and '.join(modes)} cannot be done at once")
+        raise UserError(f"{' and '.join(map(flag, modes))} cannot be done at once")
+    if modes and modes != ["generate"]:
+        useless = [name for name in given if name not in (*modes, *USED_TO_READ)]
+        if useless:
+            raise UserError(f"{flag(useless[0])} does nothing with {flag(modes[0])}")
     for name, value in given.items():
         if value == "" and name not in ("about", "cache_dir", "chords"):
             raise UserError(f"{flag(name)} is empty: write a value after it, or omit it")
     for name in ("bars", "continuation_only"):
         if name in given and "rewrite" in given:
             raise UserError(f"--rewrite keeps the length of the prompt: omit {flag(name)}")
-    return given
 
 
 def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) -> Settings:
@@ -4822,7 +4893,9 @@ def choose_device(name: str) -> torch.device:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = torch.zeros(1, device=name).device
+        number = torch.zeros(1, device=name)
+        number.item()  # not every device, such as "meta", computes
+        device = number.device
     except (RuntimeError, AssertionError):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
     if device.type == "cuda":
@@ -4839,6 +4912,8 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
         path = path.resolve() if path.is_symlink() else path  # a link stays, and shares the lock
     if path.is_symlink():
         raise UserError(f"{path} is a link that leads nowhere: name a file")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
     device = choose_device(program.device)
     if PROCESSES > 1:
         if "MASTER_ADDR" not in os.environ:
@@ -4872,21 +4947,33 @@ def open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is short, on a CPU or a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # A CPU has only a text for this: on Linux, on Windows.
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def is_failed_compiling(error: RuntimeError) -> bool:
+    """Whether torch.compile failed."""
+    # Named only here, because torch._dynamo takes two seconds to load.
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
 @contextmanager
 def computing_errors() -> Iterator[None]:
     """Within it what cannot be computed on this machine is a UserError that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        # A GPU has an error of its own for this; a CPU has only its text.
-        is_full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if is_full or "can't allocate memory" in str(e):
+        if is_out_of_memory(e):
             raise UserError(
                 "there is not enough memory: pass --accumulate N, or smaller sizes; to write, pass "
                 "a smaller --num-samples"
             ) from None
-        # Named only here, because torch._dynamo takes two seconds to load.
-        if isinstance(e, torch._dynamo.exc.TorchDynamoException):
+        if is_failed_compiling(e):
             raise UserError("torch.compile does not work here: pass --no-compile") from None
         raise
 
@@ -4895,15 +4982,21 @@ def main(argv: list[str] | None = None) -> int:
     """The program. Returns 0, or 2 for what the user can fix, or 128 + a signal's number."""
     open_streams()
     try:
+        return explain_errors(argv)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def explain_errors(argv: list[str] | None) -> int:
+    """run_command; what the user can fix becomes a sentence and 2."""
+    try:
         with ExitStack() as stack, computing_errors():
             return run_command(argv, stack)
     except (UserError, argparse.ArgumentError) as e:
         problem = str(e)
     except OSError as e:
         problem = f"{e.filename or 'a file'} cannot be used: {e.strerror or e}"
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if len(problem) > LONGEST_MESSAGE:
         problem = f"{problem[: LONGEST_MESSAGE // 2]} ... {problem[-LONGEST_MESSAGE // 2 :]}"
     say(f"pianogpt: {problem}", "stderr")

@@ -141,7 +141,7 @@ def run_apart(folder, out, line, write=0, gigabytes=0, threads=1, number=signal.
         if next(writes) == write:
             os.kill(os.getpid(), number)
 
-    pg.handle_signals(pg.stop_at_once)
+    pg.handle_signals(dict.fromkeys(pg.signal_handlers(), pg.stop_at_once))
     pg.torch.set_num_threads(threads)
     os.fsync = fsync
     os.chdir(folder)

@@ -114,6 +114,7 @@ def harmed_values(value):
     """Yield what a stranger may have put in the place of a value, and values with a harmed part."""
     yield from (None, [7], {}, "x", -1, 10**9, math.nan)
     if isinstance(value, dict):
+        yield value | {"sample": {"samples_dir": "/"}}
         for key in value:
             yield {k: v for k, v in value.items() if k != key}
             for harmed in harmed_values(value[key]):
@@ -130,6 +131,9 @@ def harmed_tensors(tensors):
         yield {k: v for k, v in tensors.items() if k != name}
         yield tensors | {name: tensor[..., None]}
         yield tensors | {name: tensor[:1]}
+    yield tensors | {"optimizer.exp_avg/recent": torch.zeros(2)}
+    yield tensors | {"optimizer.exp_avg/unknown": torch.zeros(2)}
+    yield tensors | {"intervals": tensors["intervals"][:-1]}
     yield {k: v for k, v in tensors.items() if k != "intervals"}
     yield tensors | {"intervals": tensors["intervals"].float()}
     yield tensors | {"intervals": torch.full((3,), pg.PIECE_END, dtype=torch.uint8)}
@@ -156,6 +160,7 @@ def test_values_that_no_run_would_store_are_refused_or_do_no_harm(checkpoint, vo
             assert REFUSED in str(e)
     assert len(accepted) < len(forgeries) / 4, [len(accepted), len(forgeries)]
     for forged in accepted:
+        assert forged.settings.keys() == set(pg.STORED_GROUPS)
         pg.make_settings({}, forged, training=False)
         if forged.vocabulary == vocab.words:  # else it is refused for that
             pg.load_model(forged, torch.device("cpu"))

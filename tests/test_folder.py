@@ -152,6 +152,20 @@ def test_lone_file_that_kills_its_worker_is_reported(folder, monkeypatch):
     assert (piece.problem, content) == ("crashed its reader", "")
 
 
+def test_file_whose_problem_may_pass_counts_as_unread_and_not_as_learned(folder, monkeypatch):
+    files = pg.find_files(folder)
+    harm(monkeypatch, folder / "piece00.mid", "read_piece", run_out_of_memory)
+    pg.read_folder(folder, VOCAB, "", files)
+    unread = [path.name for path, content in files.items() if content == pg.UNREAD]
+    assert unread == ["piece00.mid"]
+
+
+def test_damaged_table_of_splits_is_a_sentence(folder, tmp_path):
+    (tmp_path / "maestro.csv").write_text('midi_filename,split\n"' + "x" * 200_000)
+    with pytest.raises(pg.UserError, match=r"maestro\.csv is no table"):
+        pg.read_split_tables([pg.Piece(path="piece00.mid")], tmp_path)
+
+
 def test_mistake_of_the_script_is_not_taken_for_a_damaged_file(folder, tmp_path):
     def blunder():
         raise IndexError("list index out of range")
