@@ -383,7 +383,10 @@ LONGEST_PEDAL = 48  # quarter notes
 LONGEST_LAST_PEDAL = 16
 LONGEST_PIECE = 86_400  # seconds, which is a day; also the limit in quarter notes
 MOST_TICKS = 2**31 - 1  # symusic has 32 bits for a time
-OUT_OF_RANGE = "notes outside the piano's range dropped"  # a change; it happens in quantize
+# What tokens cannot say, in words
+OUT_OF_RANGE = "notes outside the piano's range dropped"
+TEMPO_CHANGED = "tempos outside 20 to 300 changed"
+STRIKES_MERGED = "repeated notes in one grid position merged"
 
 Notes = dict[str, np.ndarray]  # symusic's columns of notes: time, duration, pitch, velocity
 
@@ -584,6 +587,7 @@ class Channel:
         self.notes: list[PlayedNote] = []
         # By (track, pitch), the oldest first: two hands in two tracks may hold the same key.
         self.keys_down: dict[tuple[int, int], list[PlayedNote]] = {}
+        self.lifted_at: dict[tuple[int, int], int] = {}  # ticks, of the keys that were lifted
         self.ringing: list[PlayedNote] = []  # their keys are up, the pedal holds them
         self.pedal_down_at: int | None = None
         self.longest_pedal = LONGEST_PEDAL * tpq
@@ -595,9 +599,11 @@ class Channel:
         if event.kind == CONTROL:
             self.control(event.tick, number=first, value=second)
         elif event.kind == NOTE_ON and second > 0:
+            key = (event.track, first)
+            self.lift_forgotten(key)
             note = PlayedNote(event.tick, event.tick, pitch=first, velocity=second)
             self.notes.append(note)
-            self.keys_down.setdefault((event.track, first), []).append(note)
+            self.keys_down.setdefault(key, []).append(note)
         else:
             self.lift_key(event.tick, (event.track, first))
 
@@ -605,6 +611,7 @@ class Channel:
         """A control change."""
         if number in ALL_OFF:
             for key in list(self.keys_down):
+                self.lift_forgotten(key)
                 while self.keys_down[key]:
                     self.lift_key(tick, key)
         if number == SUSTAIN and value >= PEDAL_DOWN:
@@ -617,11 +624,23 @@ class Channel:
         """The oldest note of a key ends, or rings on if the pedal is down."""
         if not self.keys_down.get(key):
             return
+        self.lifted_at[key] = tick
         note = self.keys_down[key].pop(0)
         note.end = tick
         # A pedal that goes down in the moment when a note ends does not catch it.
         if self.pedal_down_at is not None and self.pedal_down_at < tick:
             self.ringing.append(note)
+
+    def lift_forgotten(self, key: tuple[int, int]) -> None:
+        """End the notes of a key that were struck before it was lifted last.
+
+        As some programs leave out a note off, the next one ended an older note, see lift_key. If
+        all went on like that, each note of the key would last until the next one ends.
+        """
+        while self.keys_down.get(key) and self.keys_down[key][-1].start < self.lifted_at.get(
+            key, 0
+        ):
+            self.lift_key(self.lifted_at[key], key)
 
     def lift_pedal(self, tick: int) -> None:
         """The ringing notes end here, or with their keys, if no pianist holds a pedal so long."""
@@ -812,9 +831,7 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
         "pedals held too long for a pianist ignored": ignored,
         OUT_OF_RANGE: int((~on_piano).sum()),
         f"notes longer than {LONGEST_NOTE} quarter notes shortened": int(too_long.sum()),
-        "tempos outside 20 to 300 changed": sum(
-            not TEMPO_RANGE[0] <= tempo <= TEMPO_RANGE[1] for _, tempo in tempos
-        ),
+        TEMPO_CHANGED: sum(not TEMPO_RANGE[0] <= tempo <= TEMPO_RANGE[1] for _, tempo in tempos),
     }
     return piano, changes | metre_changes
 
@@ -1302,10 +1319,7 @@ def tokenize(
     ids, bars_cut = cut_silence(vocab.encode(quantized), vocab, silence)
     ids = np.append(ids, np.int16(vocab.eos_id))
     state = vocab.trace(ids)
-    changes = changes | {
-        "repeated notes in one grid position merged": merged,
-        "bars of long silences cut": bars_cut,
-    }
+    changes = changes | {STRIKES_MERGED: merged, "bars of long silences cut": bars_cut}
     return Piece(
         ids=ids,
         time=state.time.astype(np.int32),
@@ -1359,14 +1373,19 @@ def parse_chord(symbol: str) -> tuple[int | None, bool]:
 
 
 def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
-    """Chord symbols, a bar between spaces -> (bars, 12) indices, one for each twelfth of a bar.
+    """Chord symbols -> (bars, 12) indices into CHORD_SYMBOLS, one for each twelfth of a bar.
 
-    Also a remark for each symbol that is read as a simpler chord. Raises UserError for a symbol
-    that cannot be read.
+    A bar stands between spaces, its chords between commas: "C F,G7". With bar lines it stands
+    between those: "| C | F G7 |". Also returns a remark for each symbol that is read as a simpler
+    chord. Raises UserError for a symbol that cannot be read.
     """
+    text = re.sub(r"\s-\s", " ", text)
+    bars = text.split()
+    if "|" in text:
+        bars = [",".join(cell.split()) for cell in text.split("|") if cell.strip()]
     twelfths = []  # of bars, so that a bar divides into 2, 3, 4, 6 or 12
     remarks = []
-    for bar in re.sub(r"\||\s-\s", " ", text).split():
+    for bar in bars:
         symbols = bar.split(",")
         if 12 % len(symbols):
             raise UserError(
@@ -3469,6 +3488,19 @@ def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
     return np.append(ids, silent_bar * missing).astype(np.int16)
 
 
+def let_ring(ids: np.ndarray, vocab: Vocabulary, end: float) -> np.ndarray:
+    """ids (T,) of a piece with bars after its last onset, while notes sound; end: in quarters.
+
+    A bar is added if notes sound for more than half of it.
+    """
+    metre_id = ids[np.flatnonzero(ids == vocab.bar_id)[-1] + 1]
+    beats, unit = vocab.metre_of(metre_id)
+    quarters = 4 * beats / unit
+    _, lines = vocab.bar_lines(ids)
+    more = max(0, math.ceil((end - lines[-1]) / quarters - 0.5))
+    return np.append(ids, np.tile(np.array([vocab.bar_id, metre_id], ids.dtype), more))
+
+
 def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     """The prompt up to a bar line, where sounding notes end. Raises UserError."""
     path = Path(sample.prompt)
@@ -3478,14 +3510,15 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         piece = tokenize(piano, changes, vocab, silence=LONGEST_PIECE)
     except UserError as e:
         raise UserError(f"{path} cannot be continued ({e}): pass another --prompt") from None
-    starts, lines = vocab.bar_lines(piece.ids[:-1])  # without EOS
+    all_ids = let_ring(piece.ids[:-1], vocab, piano.end() / midi.tpq)  # without EOS
+    starts, lines = vocab.bar_lines(all_ids)
     bars = sample.prompt_bars or len(starts)
     if bars > len(starts):
         raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
     rewritten = parse_bars(sample.rewrite, bars) if sample.rewrite else []
     if 0 < sample.bars <= bars:
         raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
-    ids = first_bars(piece.ids[:-1], bars, vocab)
+    ids = first_bars(all_ids, bars, vocab)
     if not len(ids):
         raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
 
@@ -3497,6 +3530,9 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     if bars < len(starts):
         early = early_limit(piano, vocab.trace(ids), bars, vocab.grid) * ticks
         cut_notes(piano.tracks[0], end, early)
+    kept = {TEMPO_CHANGED}  # what comes back as it was, see restore_prompt and fill_score
+    if sample.rewrite:
+        kept |= {OUT_OF_RANGE, STRIKES_MERGED}
     tempos = {0: (120.0,)} | {tick: (tempo,) for tick, tempo in midi.tempos().items()}
     metres = {0: (4, 4)} | midi.time_signatures()
     return Prompt(
@@ -3506,10 +3542,17 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         tempos=signs_before(end, tempos, Tempo, scale),
         time_signatures=signs_before(end, metres, TimeSignature, scale),
         key_signatures=signs_before(end, midi.key_signatures(), KeySignature, scale),
-        changes=piece.changes,
+        changes={change: n for change, n in piece.changes.items() if change not in kept},
         hands=hands_of_tracks(midi),
         rewritten=rewritten,
     )
+
+
+def metre_goes_on(prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> bool:
+    """Whether new music, ids (T,) from a Bar token on, begins in the last metre of a prompt."""
+    old = prompt.time_signatures[-1]
+    in_tokens = split_metre(round(16 * old.numerator / old.denominator), old.denominator)
+    return in_tokens == [vocab.metre_of(new_ids[1])]  # after the Bar token
 
 
 def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> None:
@@ -3518,14 +3561,33 @@ def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.
     The tokens round tempos, turn 2/2 into 4/4 and hold no key signature.
     """
     score.tempos = prompt.tempos + [t for t in score.tempos if t.time >= prompt.end]
-    old = prompt.time_signatures[-1]
-    goes_on = split_metre(round(16 * old.numerator / old.denominator), old.denominator)
-    new = vocab.metre_of(new_ids[1])  # after the Bar token
     metres = list(prompt.time_signatures)
-    if goes_on != [new]:
-        metres.append(TimeSignature(prompt.end, *new))
+    if not metre_goes_on(prompt, vocab, new_ids):
+        metres.append(TimeSignature(prompt.end, *vocab.metre_of(new_ids[1])))
     score.time_signatures = metres + [t for t in score.time_signatures if t.time > prompt.end]
     score.key_signatures = list(prompt.key_signatures)
+
+
+def continue_alone(prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> Score:
+    """New music, ids (T,), as a score without its prompt, in the prompt's tempo, metre and key."""
+    score = vocab.decode(np.append(vocab.bos_id, new_ids), prompt.tempos[-1].qpm)
+    if metre_goes_on(prompt, vocab, new_ids):
+        old = prompt.time_signatures[-1]
+        score.time_signatures[0] = TimeSignature(0, old.numerator, old.denominator)
+    for old in prompt.key_signatures[-1:]:
+        score.key_signatures = [KeySignature(0, old.key, old.tonality)]
+    return score
+
+
+def sign_key(score: Score, new_key: KeySignature, begin: int) -> None:
+    """Add the signature of the key that was heard, from the tick begin on, if it is another one."""
+    signatures = score.key_signatures
+    # G flat and F sharp, 12 apart, are one key.
+    if not signatures:
+        signatures.append(new_key)
+    elif (signatures[-1].key - new_key.key) % 12:
+        new_key.time = begin
+        score.key_signatures = [old for old in signatures if old.time < begin] + [new_key]
 
 
 def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
@@ -3657,7 +3719,8 @@ def match_hands(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray
         mine = np.flatnonzero((notes["pitch"] == pitch) & (notes["time"] < prompt.end))
         time = notes["time"][mine] / tpq
         nearest = np.searchsorted((quarters[:-1] + quarters[1:]) / 2, time)
-        is_same = np.abs(quarters[nearest] - time) <= 0.51 / grid  # half a position and one tick
+        # Half a position, and half of a finer one where early_limit says so.
+        is_same = np.abs(quarters[nearest] - time) <= 0.76 / grid
         known[mine[is_same]] = is_left[nearest[is_same]]
     return known
 
@@ -3746,7 +3809,7 @@ def make_sample(
         score = fill_score(ids, prompt, vocab)
     elif sample.continuation_only:
         ids = np.append(vocab.bos_id, new_ids)
-        score = vocab.decode(ids, prompt.tempos[-1].qpm)
+        score = continue_alone(prompt, vocab, new_ids)
         kept_prompt = None
     elif prompt:
         restore_prompt(score, prompt, vocab, new_ids)
@@ -3756,12 +3819,8 @@ def make_sample(
     if sample.tempo:
         score.tempos = [Tempo(0, sample.tempo)]
     signature, key = find_key(whole)
-    if not score.key_signatures:
-        score.key_signatures.append(signature)
-    elif not sample.rewrite and (score.key_signatures[-1].key - signature.key) % 12:
-        # It modulates: the signatures differ, and not as six flats and six sharps do, by 12.
-        signature.time = prompt.end
-        score.key_signatures.append(signature)
+    if not (sample.rewrite and score.key_signatures):
+        sign_key(score, signature, begin=kept_prompt.end if kept_prompt else 0)
     score.tracks = two_tracks(score, kept_prompt, vocab.grid)
     for quarter, symbol in vocab.chord_changes(ids):
         score.markers.append(TextMeta(round(quarter * score.tpq), symbol))

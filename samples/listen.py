@@ -149,10 +149,11 @@ def in_seconds(ticks: list[int], score) -> list[float]:
 
 
 def all_notes(score) -> list:
-    """The notes of all tracks."""
+    """The notes of all tracks but the drums."""
     notes = []
     for track in score.tracks:
-        notes += track.notes
+        if not track.is_drum:
+            notes += track.notes
     return notes
 
 
@@ -163,9 +164,9 @@ def read_piece(path: Path) -> Piece:
         score = symusic.Score.from_midi(path.read_bytes())
     except Exception:  # which one depends on how the file is damaged
         raise UserError(f"{path} is not a MIDI file that can be read: export it again") from None
-    if not score.note_num():
-        raise UserError(f"{path} holds no notes: leave it out")
     notes = all_notes(score.to("second"))
+    if not notes:
+        raise UserError(f"{path} holds no notes: leave it out")
     end = max(note.end for note in notes)
     if not 0 < end <= LONGEST:  # also if it is NaN, from 0 ticks per quarter
         raise UserError(

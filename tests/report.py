@@ -170,7 +170,8 @@ def structure(notes: Notes, bars: int) -> np.ndarray:
 def key_stability(notes: Notes, bars: int) -> float:
     """The share of windows of 4 bars, one every 2 bars, with notes in the key of the whole."""
     keys = []
-    for bar in range(0, max(1, bars - 3), 2):
+    last = max(0, bars - 4)
+    for bar in [*range(0, last, 2), last]:
         inside = (notes["bar"] >= bar) & (notes["bar"] < bar + 4)
         if inside.any():
             keys.append(find_key(pg.select(notes, inside)))
@@ -591,16 +592,24 @@ def measure_gaps(model: pg.PianoGPT, pieces: list[pg.Piece], vocab: pg.Vocabular
 
 
 def step_over_bar_line(ids: np.ndarray, bar: int, vocab: pg.Vocabulary) -> int | None:
-    """Semitones from the last high note of a bar, from 1 on, to the first one of the next bar."""
+    """Semitones by which the highest voice moves from a bar, from 1 on, to the next.
+
+    From the highest note that sounds at the last onset of the bar to that at the first onset of the
+    next one; None if one of the bars has none.
+    """
     state = vocab.trace(ids)
-    is_note = state.kind == pg.Kind.PITCH
+    notes = np.flatnonzero(state.kind == pg.Kind.PITCH)
+    start = state.time[notes]
+    end = start + vocab.lengths[ids[notes + 2] - vocab.duration_ids.start]  # after the velocity
     highest = []
     for number, pick in ((bar, np.max), (bar + 1, np.min)):
-        here = is_note & (state.bar == number)
+        here = state.bar[notes] == number
         if not here.any():
             return None
-        highest.append(state.pitch[here & (state.time == pick(state.time[here]))].max())
-    return int(highest[1]) - int(highest[0])
+        moment = pick(start[here])
+        sounds = (start <= moment) & (end > moment)
+        highest.append(int(state.pitch[notes[sounds]].max()))
+    return highest[1] - highest[0]
 
 
 def measure_seams(
@@ -613,7 +622,7 @@ def measure_seams(
     sample = pg.replace(settings.sample, rewrite=f"{first}-{last}", num_samples=1)
     steps = {"written": [], "real": []}
     for piece in pieces[: settings.sample.num_samples]:
-        ids = opening(piece.ids, bars, vocab.bar_id)
+        ids = opening(piece.ids[:-1], bars, vocab.bar_id)  # without EOS
         if (ids == vocab.bar_id).sum() < bars:
             continue
         [(_, written)] = pg.generate(model, vocab, sample, settings.train.seed, ids)

@@ -23,6 +23,16 @@ MANY_BARS = midi([metre(1, 6), tempo(1), *note(60, 2**24)], ticks=1)
 A4_THEN_A5 = [[(0, 2, 69, 100), (8, 2, 81, 100)]]  # at 120 bpm from 0 to 1 s and from 4 to 5 s
 
 
+def test_drums_are_neither_heard_nor_seen(tmp_path):
+    piano = [(n, 1, 60 + n, 80) for n in range(4)]
+    kicks = [(n, 1, 36, 80) for n in range(8)]
+    both = write_midi(tmp_path / "both.mid", [piano, kicks], drums=[1])
+    assert sorted(n.pitch for n in listen.read_piece(both).notes) == [60, 61, 62, 63]
+    drums = write_midi(tmp_path / "drums.mid", [kicks], drums=[0])
+    with pytest.raises(listen.UserError, match="holds no notes"):
+        listen.read_piece(drums)
+
+
 def chunk(name, data):
     """A RIFF chunk; data of an even length."""
     return name + struct.pack("<I", len(data)) + data

@@ -96,6 +96,18 @@ KEYS = {  # events of a track; the notes that are played
         [at(0, (0x90, 60, 80)), at(1, (0x90, 60, 80)), at(2, (0x80, 60, 0)), at(4, (0x80, 60, 0))],
         [(0, 1, 60), (1, 4, 60)],
     ),
+    "a note off that is missing costs one note": (
+        [at(0, (0x90, 60, 80)), *note(4, 5), *note(8, 9), *LATE],
+        [(0, 4, 60), (4, 5, 60), (8, 9, 60), (8, 9, 72)],
+    ),
+    "a note on that is doubled costs nothing": (
+        [at(0, (0x90, 60, 80)), *note(0, 1), *note(4, 5), *LATE],
+        [(0, 1, 60), (4, 5, 60), (8, 9, 72)],
+    ),
+    "a note that is not lifted ends where its key was lifted before all are": (
+        [at(0, (0x90, 60, 80)), *note(1, 2), *control(4, 123, 0), *LATE],
+        [(0, 1, 60), (1, 2, 60), (8, 9, 72)],
+    ),
     "velocity 0 ends a note": ([at(0, (0x90, 60, 80)), at(1, (0x90, 60, 0))], [(0, 1, 60)]),
     "all notes off lifts the keys": (
         [at(0, (0x90, 60, 80)), *control(2, 123, 0), *LATE],
@@ -375,6 +387,36 @@ def test_metre_of_a_prompt_is_written_as_it_was(tmp_path, vocab):
 def keys_of(score):
     """(quarter, sharps) of the key signatures of a score."""
     return [(k.time / score.tpq, k.key) for k in score.key_signatures]
+
+
+def test_continuation_alone_is_in_the_metre_and_the_key_of_its_prompt(tmp_path, vocab):
+    flat = [note(n, n + 1, 61 + step) for n, step in enumerate((0, 2, 4, 5, 7, 9, 11, 12))]
+    prompt = prompt_of(tmp_path, vocab, track(*flat, key(0, -5), metre(0, 2, 2)))
+    alone = continued(prompt, vocab, continuation_only=True)
+    assert (metres_of(alone), keys_of(alone)) == ([(0, 2, 2)], [(0, -5)])
+    assert metres_of(continued(prompt, vocab, IN_THREE, continuation_only=True)) == [(0, 3, 4)]
+
+
+def test_bars_through_which_the_last_notes_ring_belong_to_a_prompt(tmp_path, vocab):
+    chord = [note(8, 16, 60), note(8, 16, 64)]
+    music = track(note(0, 4), note(4, 8), *chord)
+    prompt = prompt_of(tmp_path, vocab, music)
+    assert prompt.end == 16 * 480
+    kept = notes_of(continued(prompt, vocab))
+    assert [n[:2] for n in kept if n[0] == 8] == [(8, 16)] * 2
+    assert prompt_of(tmp_path, vocab, music, prompt_bars=4).end == 16 * 480
+    assert prompt_of(tmp_path, vocab, music, rewrite="4").rewritten == [(4, 4)]
+    assert prompt_of(tmp_path, vocab, music, prompt_bars=3).end == 12 * 480
+    late = prompt_of(tmp_path, vocab, track(note(0, 4), note(4, 9)))
+    assert late.end == 8 * 480, "less than half of a bar is no bar"
+
+
+def test_what_comes_back_as_it_was_is_not_called_changed(tmp_path, vocab):
+    music = track(note(0, 4), note(4, 8, 20), note(8, 8.01), note(8.01, 9), tempo(0, 400))
+    continues = prompt_of(tmp_path, vocab, music)
+    assert {k for k, n in continues.changes.items() if n} == {pg.OUT_OF_RANGE, pg.STRIKES_MERGED}
+    rewrites = prompt_of(tmp_path, vocab, music, rewrite="1")
+    assert not any(rewrites.changes.values())
 
 
 def test_key_of_a_prompt_is_kept_and_that_of_the_whole_piece_follows(tmp_path, vocab):

@@ -366,6 +366,14 @@ def chord_names(text):
     return [[pg.CHORD_SYMBOLS[i] for i in bar] for bar in bars]
 
 
+def test_between_bar_lines_the_chords_share_a_bar():
+    assert chord_names("| C Am | F G7 E |") == [
+        ["C"] * 6 + ["Am"] * 6,
+        ["F"] * 4 + ["G7"] * 4 + ["E"] * 4,
+    ]
+    assert chord_names("C | Am") == [["C"] * 12, ["Am"] * 12]
+
+
 def test_chord_symbols_are_read_and_a_wrong_one_is_named():
     names = chord_names("C Am F#dim Bb7,Cmaj7 Bm7b5,E,Ebaug Dbm7 Cmaj7,Gm,Bdim,Cbm")
     assert names[:4] == [["C"] * 12, ["Am"] * 12, ["F#dim"] * 12, ["Bb7"] * 6 + ["Cmaj7"] * 6]

@@ -93,6 +93,22 @@ def test_key_stability_is_the_share_of_windows_in_the_key_of_the_whole(tmp_path,
     assert report.key_stability(*excerpt(tmp_path, notes, vocab)) == 3 / 5
 
 
+def test_key_stability_sees_the_last_bar_also_of_an_odd_number(tmp_path, vocab):
+    notes = [(4 * bar, 1, 60 + step, 80) for bar in range(4) for step in (0, 4, 7)]
+    last = [(16 + n, 1, 66 + step, 80) for n in range(4) for step in (0, 4, 7, -12, 12)]
+    assert report.key_stability(*excerpt(tmp_path, notes + last, vocab)) == 1 / 2
+    assert report.key_stability(*excerpt(tmp_path, last, vocab)) == 1
+
+
+def test_step_over_a_bar_line_is_that_of_the_highest_voice(tmp_path, vocab):
+    tune = [(2 * n, 2, 76 + n, 80) for n in range(4)]
+    alberti = [(n / 2, 0.5, 48 + n % 2, 60) for n in range(16)]
+    path = write_midi(tmp_path / "tune.mid", [tune, alberti])
+    ids = pg.read_piece(path.read_bytes(), vocab).ids
+    assert report.step_over_bar_line(ids[:-1], 1, vocab) == 1
+    assert report.step_over_bar_line(ids[:-1], 2, vocab) is None
+
+
 def test_longest_runs_are_those_of_the_script():
     rng = np.random.default_rng(0)
     end = bytes([pg.PIECE_END])

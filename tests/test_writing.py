@@ -544,11 +544,13 @@ def test_hands_of_a_prompt_are_its_own(tmp_path, model, vocab):
 
 def test_hands_are_found_again_on_any_grid(vocab):
     """Rounding moves a note by up to half a position; another note of its key may be near."""
-    hands = [(0.0, 60, True), (0.12, 62, True), (0.5, 62, False), (3.0, 62, True), (1.0, 99, True)]
+    hands = [(0.0, 60, True), (0.05, 62, True), (0.5, 62, False), (3.0, 62, True), (1.0, 99, True)]
     prompt = pg.Prompt(None, None, 4 * 480, [], [], [], {}, hands)
     times = np.array([0, 120, 240, 1440, 1500, 2400])
     notes = {"time": times, "pitch": np.array([60, 62, 62, 62, 62, 62])}
     assert pg.match_hands(notes, prompt, 480, 4).tolist() == [1, -1, 0, 1, 1, -1]
+    twice_rounded = {"time": np.array([1455]), "pitch": np.array([62])}
+    assert pg.match_hands(twice_rounded, prompt, 480, 24).tolist() == [1]
     assert pg.match_hands(notes, prompt, 480, 2).tolist() == [1, 1, 0, 1, 1, -1]
     assert pg.match_hands(notes, prompt, 480, 24).tolist() == [1, -1, 0, 1, -1, -1]
 
