@@ -3904,12 +3904,15 @@ def save_model(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, and beside it the whole training log."""
+    """Write a checkpoint, and beside it the whole training log, which may fail. Raises OSError."""
     save_model(path, checkpoint)
     lines = [",".join(LOG_COLUMNS)]
     for row in checkpoint.progress["history"]:
         lines.append(",".join(str(row.get(column, "")) for column in LOG_COLUMNS))
-    write_atomically(Path(f"{path}.csv"), "".join(f"{line}\n" for line in lines).encode())
+    try:
+        write_atomically(Path(f"{path}.csv"), "".join(f"{line}\n" for line in lines).encode())
+    except OSError as e:
+        say(f"cannot save {path}.csv ({e.strerror})")
 
 
 def is_older(path: Path) -> bool:
@@ -4451,24 +4454,23 @@ def describe_model(trainer: Trainer, settings: Settings) -> str:
     return f"model: {', '.join(words)}; Ctrl-C saves and stops"
 
 
-def save_run(path: Path, learned: Checkpoint, trainer: Trainer, is_last: bool) -> None:
-    """Save a trainer with what it learned from, on rank 0.
+def save_run(path: Path, learned: Checkpoint, trainer: Trainer) -> None:
+    """Save a trainer with what it learned from, on rank 0. Raises OSError."""
+    if RANK == 0:
+        tensors = learned.tensors | trainer_tensors(trainer)
+        progress = trainer_progress(trainer)
+        save_checkpoint(path, replace(learned, progress=progress, tensors=tensors))
 
-    If that fails, say so and go on; the last time save it elsewhere and raise UserError, unless
-    only the log failed.
-    """
-    if RANK != 0:
-        return
-    tensors = learned.tensors | trainer_tensors(trainer)
-    checkpoint = replace(learned, progress=trainer_progress(trainer), tensors=tensors)
+
+def save_last(path: Path, learned: Checkpoint, trainer: Trainer) -> None:
+    """save_run; if that fails, save among the temporary files, and raise UserError."""
     try:
-        save_checkpoint(path, checkpoint)
+        save_run(path, learned, trainer)
     except OSError as e:
-        say(f"cannot save {e.filename} ({e.strerror}){'' if is_last else ': training goes on'}")
-        if is_last and e.filename != f"{path}.csv":
-            other = reserve(Path(tempfile.gettempdir()), path.stem, path.suffix)
-            save_checkpoint(other, checkpoint)
-            raise UserError(f"saved {other} instead: move it to {path} to go on with it") from None
+        say(f"cannot save {path} ({e.strerror})")
+        other = reserve(Path(tempfile.gettempdir()), path.stem, path.suffix)
+        save_run(other, learned, trainer)
+        raise UserError(f"saved {other} instead: move it to {path} to go on with it") from None
 
 
 def train_model(
@@ -4500,7 +4502,10 @@ def train_model(
     say(describe_model(trainer, settings))
 
     def save_and_go_on() -> None:
-        save_run(path, learned, trainer, is_last=False)
+        try:
+            save_run(path, learned, trainer)
+        except OSError as e:
+            say(f"cannot save {path} ({e.strerror}): training goes on")
 
     with catch_signals() as caught:
         try:
@@ -4512,7 +4517,7 @@ def train_model(
             say("stopped before the first step")
             return 128 + caught[0]
         trainer.check(batches[trainer.step])
-        save_run(path, learned, trainer, is_last=True)
+        save_last(path, learned, trainer)
     if trainer.step < settings.train.steps:
         say(
             f"stopped at step {trainer.step}, saved {path}: the same command continues, "

@@ -858,8 +858,8 @@ def test_ctrl_c_that_also_ends_the_compiler_is_no_failure_of_the_compiler(
 def test_ctrl_c_in_the_last_save_saves_and_writes_no_music(folder, here, monkeypatch, capsys):
     save = pg.save_run
 
-    def save_run(path, learned, trainer, is_last):
-        save(path, learned, trainer, is_last)
+    def save_run(path, learned, trainer):
+        save(path, learned, trainer)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(pg, "save_run", save_run)
@@ -1022,9 +1022,9 @@ def test_each_state_is_saved_once(folder, here, monkeypatch):
     steps = []
     save_run = pg.save_run
 
-    def remember(path, learned, trainer, is_last):
+    def remember(path, learned, trainer):
         steps.append(trainer.step)
-        save_run(path, learned, trainer, is_last)
+        save_run(path, learned, trainer)
 
     monkeypatch.setattr(pg, "save_run", remember)
     assert train("--steps 12 --save-every 4") == 0
