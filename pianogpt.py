@@ -2880,7 +2880,7 @@ SAME_DIFFERENT = 8  # of them at least, so that scales and trills do not count
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 HASH_PART = 2**20  # intervals that are hashed at once, to save memory
 COMPARED_BITS = 4  # all passages are compared in 2^4 parts, one after another, to save memory
-NO_HASH = np.uint64(2**64 - 1)  # above that of every passage
+NO_HASH = np.uint64(2**64 - 1)  # of no passage; it is above all others
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 FILE_SECONDS = 120  # a file of a million notes takes 20
 FILE_MEGABYTES = 16  # the largest piano files have 1
@@ -3219,7 +3219,7 @@ def count_different(intervals: np.ndarray) -> np.ndarray:
 def hash_passages(intervals: np.ndarray) -> np.ndarray:
     """A hash of the SAME_MUSIC intervals from each place on; (N,) uint8 -> uint64.
 
-    It is 0 where a piece ends before the passage does, and where the passage has fewer than
+    It is NO_HASH where a piece ends before the passage does, and where the passage has fewer than
     SAME_DIFFERENT different intervals. The last places, where no passage fits, are left out.
     """
     N = max(0, len(intervals) - SAME_MUSIC + 1)
@@ -3228,7 +3228,7 @@ def hash_passages(intervals: np.ndarray) -> np.ndarray:
         hashes = hashes * HASH_BASE + intervals[n : n + N]  # modulo 2^64
     ends = np.append(0, (intervals == PIECE_END).cumsum())
     has_end = ends[SAME_MUSIC:] > ends[:N]
-    hashes[has_end | (count_different(intervals)[:N] < SAME_DIFFERENT)] = 0
+    hashes[has_end | (count_different(intervals)[:N] < SAME_DIFFERENT)] = NO_HASH
     return hashes
 
 
@@ -3287,7 +3287,7 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     intervals = np.concatenate([np.empty(0, np.uint8), *of_pieces])
     lengths = [len(one) for one in of_pieces]
     piece_of = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
-    hashes = np.zeros(len(intervals), np.uint64)
+    hashes = np.full(len(intervals), NO_HASH)
     for begin in range(0, len(intervals), HASH_PART):
         part = hash_passages(intervals[begin : begin + HASH_PART + SAME_MUSIC - 1])
         hashes[begin : begin + len(part)] = part
@@ -3300,11 +3300,10 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     # Some of all passages at a time, to save memory: those whose hashes begin with the same bits
     part_of = (hashes >> np.uint64(64 - COMPARED_BITS)).astype(np.uint8)
     for part in range(2**COMPARED_BITS):
-        places = np.flatnonzero((part_of == part) & (hashes != 0))
+        places = np.flatnonzero((part_of == part) & (hashes != NO_HASH))
         for pair in pairs_that_share(places, hashes, intervals, piece_of, works.numpy()):
             works.join(*pair)
 
-    hashes[hashes == 0] = NO_HASH
     lowest = np.full(len(pieces), NO_HASH)
     begins = np.cumsum([0, *lengths])
     for n, length in enumerate(lengths):

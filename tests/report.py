@@ -523,7 +523,7 @@ def is_new(piece: pg.Piece, learned: bytes, passages: np.ndarray, vocab: pg.Voca
     """
     intervals = pg.pitch_intervals(piece.ids, vocab)
     hashes = pg.hash_passages(np.frombuffer(intervals, np.uint8))
-    hashes = hashes[hashes > 0]
+    hashes = hashes[hashes < pg.NO_HASH]
     nearest = np.searchsorted(passages, hashes).clip(0, len(passages) - 1)
     is_known = passages[nearest] == hashes
     return not is_known.any() and intervals not in learned

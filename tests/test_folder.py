@@ -388,7 +388,7 @@ def test_hashes_of_passages_are_equal_where_the_passages_are():
     for at, found in enumerate(hashes.tolist()):
         passage = intervals[at : at + pg.SAME_MUSIC].tobytes()
         tells = pg.PIECE_END not in passage and len(set(passage)) >= pg.SAME_DIFFERENT
-        assert (found != 0) == tells
+        assert (found != pg.NO_HASH) == tells
         if tells:
             of_passage.setdefault(passage, set()).add(found)
     hashes = [found for [found] in of_passage.values()]
