@@ -2,7 +2,7 @@
 # requires-python = ">=3.10,<3.14"
 # dependencies = ["symusic>=0.6.0,<0.7", "numpy>=2.0,<3"]
 # ///
-"""Make music heard and seen: a page of all pieces in a folder, sound and a picture of single ones.
+"""Hear and see MIDI files: a page of all pieces in a folder, sound and a picture of single ones.
 
 python samples/listen.py                write index.html beside this script: a page that shows and
                                         plays all .mid files there, in any browser, offline
@@ -36,12 +36,13 @@ from pathlib import Path
 RATE = 44_100  # samples a second
 RING_OUT = 2  # seconds of sound after the last note
 PEAK = 32_000  # the loudest sample of a piece; full scale is 32,767
-# The room: noise that decays by 60 dB in so many seconds, so much softer than the piano
+# The room is a tail of noise: seconds in which it decays by 60 dB, and its level beside the piano's
 ROOM_SECONDS = 1.2
-ROOM_LOUDNESS = 0.12
+ROOM_LEVEL = 0.12
 SUFFIXES = (".mid", ".midi", ".kar")
 MOST_BARS = 20_000  # one every fifth of a second for an hour
 LONGEST = 3600  # seconds; an hour of sound takes 3 GB of memory while it is written
+TITLE = "Music by PianoGPT"  # of the page
 # The markers that pianogpt.py sets: what made the piece, as JSON, and where the user's prompt gives
 # way to new music and comes back. Its other markers are chord symbols.
 MADE_BY = "PianoGPT "
@@ -51,7 +52,7 @@ PITCHES = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its text is one sentence that says how."""
+    """A mistake that the user can fix; its text is one sentence that says how."""
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Piece:
     origin: dict  # the settings of pianogpt.py that wrote it
 
     def is_prompt(self, note) -> bool:
-        """Whether a note is of the user's prompt."""
+        """Whether a note belongs to the user's prompt."""
         return bool(self.turns) and bisect_right(self.turns, note.time) % 2 == 0
 
 
@@ -81,11 +82,15 @@ def need(module: str, options: str = ""):
 
 @contextmanager
 def collecting(problems: dict[str, None]):
-    """A block that a UserError ends, after which its text is a key of problems: once for many."""
+    """A block that an error ends, after which its text is a key of problems: once for many."""
     try:
         yield
     except UserError as error:
         problems[str(error)] = None
+    except OSError as error:
+        problems[f"{error.filename or 'a library'} cannot be used: {error.strerror or error}"] = (
+            None
+        )
 
 
 @contextmanager
@@ -95,13 +100,14 @@ def replacing(path: Path):
     try:
         yield part
         part.replace(path)
-        print(f"wrote {path}")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): choose another folder"
         ) from None
     finally:
         part.unlink(missing_ok=True)
+    with suppress(OSError):  # nobody reads what is printed
+        print(f"wrote {path}", flush=True)
 
 
 def find_bars(score, end: int) -> list[int]:
@@ -134,8 +140,9 @@ def read_texts(markers) -> tuple[list[tuple[int, str]], dict]:
             chords.append((marker.time, marker.text))
     if not made:
         return [], {}
-    with suppress(ValueError, TypeError):
-        return chords, dict(json.loads(made.removeprefix(MADE_BY)))
+    with suppress(ValueError, RecursionError):
+        origin = json.loads(made.removeprefix(MADE_BY))
+        return chords, origin if isinstance(origin, dict) else {}
     return chords, {}
 
 
@@ -169,14 +176,12 @@ def read_piece(path: Path) -> Piece:
         raise UserError(f"{path} holds no notes: leave it out")
     end = max(note.end for note in notes)
     if not 0 < end <= LONGEST:  # also if it is NaN, from 0 ticks per quarter
-        raise UserError(
-            f"{path} does not last between 0 and {LONGEST} seconds: cut it or mend its tempo"
-        )
+        raise UserError(f"{path} is empty or longer than an hour: shorten it or fix its tempo")
     end_tick = max(note.end for note in all_notes(score))
     try:
         bars = find_bars(score, end_tick)
     except UserError as e:
-        raise UserError(f"{path} {e}: mend its time signatures") from None
+        raise UserError(f"{path} {e}: fix its time signatures") from None
     chords, origin = read_texts(score.markers)
     chord_times = in_seconds([tick for tick, _ in chords], score)
     turns = [marker.time for marker in score.markers if marker.text in TURNS]
@@ -208,13 +213,22 @@ def add_room(sound):
     frames = round(ROOM_SECONDS * RATE)
     noise = np.random.default_rng(0).standard_normal((frames, 2))
     noise *= 10 ** (-3 * np.arange(frames) / frames)[:, None]
-    noise *= ROOM_LOUDNESS / np.sqrt((noise**2).sum(0))
-    size = 2 ** (len(sound) + frames).bit_length()
-    spectrum = np.fft.rfft(sound, size, axis=0) * np.fft.rfft(noise, size, axis=0)
-    return sound + np.fft.irfft(spectrum, size, axis=0)[: len(sound)]
+    noise *= ROOM_LEVEL / np.sqrt((noise**2).sum(0))
+    # The tail of each part of the sound is added to what follows: all at once takes 13 GB an hour.
+    size = 2 ** (2 * frames).bit_length()
+    step = size - frames
+    spectrum = np.fft.rfft(noise, size, axis=0)
+    heard = np.zeros((len(sound) + frames, 2), np.float32)
+    heard[: len(sound)] = sound
+    for begin in range(0, len(sound), step):
+        of_part = np.fft.rfft(sound[begin : begin + step], size, axis=0)
+        tail = np.fft.irfft(of_part * spectrum, size, axis=0)
+        end = min(begin + size, len(heard))
+        heard[begin:end] += tail[: end - begin]
+    return heard[: len(sound)]
 
 
-def play(notes: list, soundfont: str, has_room: bool):
+def synthesize(notes: list, soundfont: str, has_room: bool):
     """The notes of a piece on the first preset of a soundfont: 16-bit sound (frames, 2)."""
     synth, instrument = load_soundfont(soundfont)
     np = need("numpy")
@@ -247,15 +261,15 @@ def write_wav(midi: Path, sound) -> None:
 def write_compressed(midi: Path, sound) -> None:
     """Write mono .ogg and .mp3 files beside a .mid file, about 8 kB a second."""
     soundfile = need("soundfile")
-    mono = (sound / 2**15).mean(axis=1)
     for suffix, form, kind in ((".ogg", "OGG", "VORBIS"), (".mp3", "MP3", "MPEG_LAYER_III")):
-        with replacing(midi.with_suffix(suffix)) as path:
+        path = midi.with_suffix(suffix)
+        with replacing(path) as part, part.open("wb") as out:
             try:
                 with soundfile.SoundFile(
-                    path, "w", RATE, 1, kind, format=form, compression_level=0.8
+                    out, "w", RATE, 1, kind, format=form, compression_level=0.8
                 ) as file:
-                    for begin in range(0, len(mono), RATE):  # all at once crashes Vorbis
-                        file.write(mono[begin : begin + RATE])
+                    for begin in range(0, len(sound), RATE):  # all at once crashes Vorbis
+                        file.write(sound[begin : begin + RATE].mean(axis=1) / 2**15)
             except soundfile.LibsndfileError as error:
                 raise UserError(f"{path} cannot be written ({error.error_string})") from None
 
@@ -287,7 +301,8 @@ def draw_piano_roll(midi: Path, piece: Piece) -> None:
     octaves = range(low, high + 12, 12)
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])  # C4 is middle C
     for second, symbol in piece.chords:
-        axes.text(second, high + 2, symbol, rotation=90, fontsize=7, va="bottom", clip_on=True)
+        look = {"rotation": 90, "fontsize": 7, "va": "bottom", "clip_on": True}
+        axes.text(second, high + 2, symbol, parse_math=False, **look)
     axes.set(xlim=(0, piece.end), ylim=(low - 1, high + (9 if piece.chords else 1)))
     axes.grid(axis="y", alpha=0.3)
     axes.vlines(piece.bars, low - 1, high + 1, color="0.75", linewidth=0.8, zorder=0)
@@ -377,13 +392,15 @@ def draw_svg(piece: Piece) -> str:
     height = 4 * (high - low)
     texts = []
     for c in range(low + 1, high, 12):
-        texts.append((f"2 {top + 4 * (high - c) - 2}", f"C{c // 12 - 1}"))
+        texts.append((f"translate(2 {top + 4 * (high - c) - 2})", f"C{c // 12 - 1}"))
     for second, symbol in piece.chords:
-        texts.append((f"{scale * second + 8:.0f} {top - 2})rotate(-90", escape(symbol)))
+        x = scale * second + 8
+        texts.append((f"translate({x:.0f} {top - 2}) rotate(-90)", escape(symbol)))
     k = math.ceil(30 * len(piece.bars) / int(scale * piece.end))  # a number every 30 pixels
     for i in range(0, len(piece.bars), k):
-        texts.append((f"{scale * piece.bars[i] + 2:.0f} {top + height + 11}", i + 1))
-    labels = [f'<text transform="translate({at})">{text}</text>' for at, text in texts]
+        x = scale * piece.bars[i] + 2
+        texts.append((f"translate({x:.0f} {top + height + 11})", i + 1))
+    labels = [f'<text transform="{at}">{text}</text>' for at, text in texts]
     size = f'width="{scale * piece.end:.0f}" height="{top + height + 14}"'
     move = f"translate(0 {top}) scale({scale / 1000} 4) translate(0 {high - 127})"
     return f"""<svg role="img" aria-label="Piano roll" {size}>
@@ -415,10 +432,11 @@ def make_article(name: str, piece: Piece) -> str:
             facts.append(f"in the style of {value}")
         elif value or key == "seed":  # what is off needs no mention, but seed 0 does
             made.append(f"{key.replace('_', ' ')} {value}")
+    settings = ", ".join(made) or "not stored in this file"
     return f"""<article data-seconds="{piece.end}"><h2>{escape(name)}</h2>
 <p>{escape(" · ".join(facts))}</p>
 <div tabindex="0">{draw_svg(piece)}</div><audio controls aria-label="{escape(name)}"></audio>
-<details><summary>Settings</summary><p>{escape(", ".join(made)) or "not in it"}</p></details>
+<details><summary>Settings</summary><p>{escape(settings)}</p></details>
 </article>"""
 
 
@@ -434,14 +452,26 @@ def write_page(folder: Path, problems: dict[str, None]) -> None:
             f"{folder} holds no .mid file to play: name another folder, or write pieces into it"
         )
     page = PAGE % ("\n".join(articles), piano)
-    with replacing(folder / "index.html") as path:
+    place = folder / "index.html"
+    if place.exists() and TITLE.encode() not in place.read_bytes():
+        raise UserError(f"{place} is another page: move it, or name another folder")
+    with replacing(place) as path:
         path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
 
 
-def make_heard_and_seen(
-    path: Path, soundfont: str, has_room: bool, problems: dict[str, None]
-) -> None:
-    """Write what belongs to a folder, a .mid file or a training log; raises UserError."""
+def refuse_taken(midi: Path) -> None:
+    """Raise UserError if a file that would be written beside a .mid file is there."""
+    for suffix in (".png", ".wav", ".ogg", ".mp3"):
+        path = midi.with_suffix(suffix)
+        if path.exists():
+            raise UserError(f"{path} is there already: move it, or pass --overwrite")
+
+
+def process(path: Path, args: argparse.Namespace, problems: dict[str, None]) -> None:
+    """Write the page of a folder, the sound and picture of a piece, or the picture of a log.
+
+    Raises UserError.
+    """
     suffix = path.suffix.lower()
     if path.is_dir():
         write_page(path, problems)
@@ -450,10 +480,12 @@ def make_heard_and_seen(
     elif suffix == ".csv":
         draw_losses(path)
     elif suffix in SUFFIXES:
+        if not args.overwrite:
+            refuse_taken(path)
         piece = read_piece(path)
         with collecting(problems):
             draw_piano_roll(path, piece)
-        sound = play(piece.notes, soundfont, has_room)
+        sound = synthesize(piece.notes, args.soundfont or str(PIANO), not args.dry)
         write_wav(path, sound)
         write_compressed(path, sound)
     else:
@@ -463,7 +495,7 @@ def make_heard_and_seen(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write what the command line asks for; 0, or 2 if there was anything for the user to mend."""
+    """Write what the command line asks for; 0, or 2 if there was anything for the user to fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -472,13 +504,17 @@ def main(argv: list[str] | None = None) -> int:
         "--soundfont", metavar="FILE", help="another .sf2 or .sf3 that plays the sound files"
     )
     parser.add_argument("--dry", action="store_true", help="no room around the piano")
+    parser.add_argument("--overwrite", action="store_true", help="replace sound and pictures")
     args = parser.parse_args(argv)
-    if args.soundfont and not any(path.suffix.lower() in SUFFIXES for path in args.files):
-        parser.error("--soundfont plays single pieces into sound files: name the .mid files")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not text
+    is_of_pieces = args.soundfont or args.overwrite
+    if is_of_pieces and not any(path.suffix.lower() in SUFFIXES for path in args.files):
+        parser.error("--soundfont and --overwrite are for single pieces: name .mid files")
     problems: dict[str, None] = {}
     for path in args.files or [Path(__file__).parent]:
         with collecting(problems):
-            make_heard_and_seen(path, args.soundfont or str(PIANO), not args.dry, problems)
+            process(path, args, problems)
     sys.stderr.writelines(f"{problem}\n" for problem in problems)
     return 2 if problems else 0
 
@@ -501,9 +537,9 @@ PAGE = """<!doctype html><html lang="en">
   .prompt { stroke: var(--prompt); color: var(--prompt) } rect { fill: red; width: 2px }
 </style>
 <h1>Music by PianoGPT</h1>
-<p>Click in a picture to go there. Strong color is loud, <span class="prompt">orange</span> the
-prompt.</p>
-<noscript>JavaScript is off, and it plays the notes.</noscript>
+<p>Click in a picture to move to that point. Stronger notes are louder;
+<span class="prompt">orange</span> ones are the prompt.</p>
+<noscript>Turn on JavaScript to hear the pieces.</noscript>
 %s
 <script type="application/json" id="piano">%s</script>
 <script>
@@ -526,12 +562,18 @@ function strike(sound, start, end, pitch, velocity) {
   }
 }
 
-function play(svg, seconds) {  // the notes as a .wav file
+async function synthesize(svg, seconds) {  // the notes as a .wav file
+  let due = performance.now() + 20  // ms; then the browser has its turn
   const sound = new Float32Array(Math.round((seconds + ringOut) * rate))
   const size = 2 * sound.length  // bytes
   for (const path of svg.querySelectorAll(".note"))
-    for (const [, on, down, length] of path.getAttribute("d").matchAll(/M(\\d+) (\\d+)h(\\d+)/g))
+    for (const [, on, down, length] of path.getAttribute("d").matchAll(/M(\\d+) (\\d+)h(\\d+)/g)) {
       strike(sound, toSample(+on), toSample(+on + +length), 127 - down, path.dataset.velocity)
+      if (performance.now() > due) {
+        await new Promise(done => setTimeout(done))
+        due = performance.now() + 20
+      }
+    }
   const loudest = sound.reduce((most, x) => Math.max(most, x, -x), 1)
   // "RIFF", "WAVE", "fmt ": one channel of 16 bits, "data"
   const format = [0x20746d66, 16, 0x10001, rate, 2 * rate, 0x100002]
@@ -562,8 +604,11 @@ for (const article of document.querySelectorAll("article")) {
     const x = e.clientX - svg.getBoundingClientRect().left
     audio.currentTime = x / width * seconds
   }
-  new IntersectionObserver(([{ isIntersecting }]) => {
-    if (isIntersecting && !audio.src) audio.src = URL.createObjectURL(play(svg, seconds))
+  let isMade = false
+  new IntersectionObserver(async ([{ isIntersecting }]) => {
+    if (!isIntersecting || isMade) return
+    isMade = true
+    audio.src = URL.createObjectURL(await synthesize(svg, seconds))
   }, { rootMargin: "300px" }).observe(audio)
 }
 </script>

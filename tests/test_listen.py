@@ -96,6 +96,8 @@ def run(*arguments, soundfont=None, room=False):
     options = ["--soundfont", soundfont] if soundfont else []
     if not room:
         options.append("--dry")
+    if any(str(argument).endswith(".mid") for argument in arguments):
+        options.append("--overwrite")
     return listen.main([str(argument) for argument in [*arguments, *options]])
 
 
@@ -132,7 +134,7 @@ def only_sound(monkeypatch):
 @pytest.fixture
 def only_picture(monkeypatch):
     """A file gets a .png alone."""
-    for name in ("play", "write_wav", "write_compressed"):
+    for name in ("synthesize", "write_wav", "write_compressed"):
         monkeypatch.setattr(listen, name, lambda *args: None)
 
 
@@ -315,7 +317,7 @@ def test_each_unusable_file_is_one_sentence_and_the_next_is_done(tmp_path, capsy
         ("none.mid", None, "is not a file"),
         ("bad.mid", b"no MIDI", "is not a MIDI file"),
         ("empty.mid", [[]], "holds no notes"),
-        ("long.mid", [[(8000, 1, 60, 60)]], "does not last"),
+        ("long.mid", [[(8000, 1, 60, 60)]], "is empty or longer than an hour"),
         ("other.csv", b"name,age\nBach,65\n", "is no training log"),
         ("no-rows.csv", b"step,train_loss,val_loss\n", "is no training log"),
         ("letter.txt", b"Dear", "is neither .mid, .midi, .kar nor .csv"),
@@ -402,6 +404,51 @@ def test_room_rings_on_after_the_notes_and_can_be_left_out(tmp_path, soundfont, 
     assert silence > 20 * dry_silence + 1 and silence < note / 10
 
 
+def test_room_is_that_of_the_whole_sound_although_it_is_made_in_parts():
+    rng = np.random.default_rng(0)
+    sound = rng.standard_normal((400_000, 2)).astype(np.float32)
+    frames = round(listen.ROOM_SECONDS * listen.RATE)
+    noise = np.random.default_rng(0).standard_normal((frames, 2))
+    noise *= 10 ** (-3 * np.arange(frames) / frames)[:, None]
+    noise *= listen.ROOM_LEVEL / np.sqrt((noise**2).sum(0))
+    spectrum = np.fft.rfft(sound, 2**19, axis=0) * np.fft.rfft(noise, 2**19, axis=0)
+    whole = sound + np.fft.irfft(spectrum, 2**19, axis=0)[: len(sound)]
+    assert np.allclose(listen.add_room(sound), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["song.mp3", "song.png", "song.wav"])
+def test_recording_of_the_user_beside_a_piece_is_not_replaced(tmp_path, capsys, name):
+    path = write_midi(tmp_path / "song.mid", A4_THEN_A5)
+    (tmp_path / name).write_bytes(b"mine")
+    assert listen.main([str(path)]) == 2
+    assert f"{name} is there already: move it, or pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_page_of_the_user_is_not_replaced(tmp_path, capsys):
+    write_midi(tmp_path / "song.mid", A4_THEN_A5)
+    (tmp_path / "index.html").write_text("<title>My band</title>")
+    assert run(tmp_path) == 2
+    assert "index.html is another page: move it, or name another folder" in capsys.readouterr().err
+    assert (tmp_path / "index.html").read_text() == "<title>My band</title>"
+
+
+@pytest.mark.parametrize("text", ["[[1, 2]]", "[[null, 2]]", "[" * 100_000, "7"])
+def test_settings_that_are_none_are_left_out(tmp_path, text):
+    markers = [TextMeta(0, f"PianoGPT {text}"), TextMeta(0, "C")]
+    assert listen.read_texts(markers) == ([(0, "C")], {})
+
+
+def test_file_that_may_not_be_read_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert run(tmp_path) == 2
+    assert f"{tmp_path} cannot be used: Permission denied" in capsys.readouterr().err
+
+
 def test_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, capsys):
     def fill_disk(figure, path, **options):
         path.write_bytes(b"half")
@@ -475,7 +522,10 @@ def test_page_of_a_folder_shows_every_piece_with_figures_chords_and_settings(tmp
         "2 notes · 3.0 seconds · 0.7 notes/s · 2 bars · Bb1 to A4 · A minor · in the style of J&B"
         in page.texts["p"]
     )
-    assert "seed 0, temperature 0.9" in page.texts["p"] and "not in it" in page.texts["p"]
+    assert (
+        "seed 0, temperature 0.9" in page.texts["p"]
+        and "not stored in this file" in page.texts["p"]
+    )
     labels = page.texts["text"]
     assert labels.count("F#m7b5") == 1 and labels.count("1") == 2, "bar 1 of each"
     assert page.notes() == [
@@ -524,7 +574,7 @@ def test_hostile_names_and_texts_stay_texts(tmp_path):
     assert tags.count("script") == 2 and tags.count("article") == 6
     assert not {"img", "b"} & set(tags)
     assert name in page.texts["h2"] and "<b>C" in page.texts["text"]
-    assert page.texts["p"].count("not in it") == 5
+    assert page.texts["p"].count("not stored in this file") == 5
     assert any(text[:-1] in found for found in page.texts["p"])
 
 
@@ -558,11 +608,11 @@ def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, c
         raise OSError(28, "No space left on device")
 
     write_midi(tmp_path / "a.mid", A4_THEN_A5)
-    (tmp_path / "index.html").write_bytes(b"old")
+    (tmp_path / "index.html").write_bytes(b"old Music by PianoGPT")
     monkeypatch.setattr(Path, "write_bytes", fill_disk)
     assert run(tmp_path) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert (tmp_path / "index.html").read_bytes() == b"old"
+    assert (tmp_path / "index.html").read_bytes() == b"old Music by PianoGPT"
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -570,7 +620,7 @@ def test_missing_piano_and_a_soundfont_without_pieces_are_a_sentence(tmp_path, m
     write_midi(tmp_path / "a.mid", A4_THEN_A5)
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, soundfont="any.sf2")
-    assert "name the .mid files" in capsys.readouterr().err
+    assert "are for single pieces: name .mid files" in capsys.readouterr().err
     monkeypatch.setattr(listen, "PIANO", tmp_path / "florestan-piano.sf2")
     assert run(tmp_path) == 2
     assert "florestan-piano.sf2 is missing" in capsys.readouterr().err
@@ -594,7 +644,7 @@ def test_page_sounds_as_the_wav_does(tmp_path, only_sound):
 const document = {{ getElementById: () => ({{ textContent: {json.dumps(piano)} }}) }}
 {script}
 const paths = {json.dumps(paths)}.map(path => ({{ ...path, getAttribute: name => path[name] }}))
-play({{ querySelectorAll: () => paths }}, 9).arrayBuffer()
+synthesize({{ querySelectorAll: () => paths }}, 9).then(blob => blob.arrayBuffer())
   .then(data => require("fs").writeFileSync("page.wav", Buffer.from(data)))""")
     subprocess.run([node, "play.js"], cwd=tmp_path, check=True)
     with wave.open(str(tmp_path / "page.wav")) as file:
