@@ -246,7 +246,7 @@ class SampleSettings:
         1.0, "how strongly to follow --style; 1: as learned; else it takes twice the time", 0, 9
     )
     division: int = setting(
-        0, "notes begin on N-ths of a beat (4: 16ths); 0: as in the prompt, or anywhere", 0, 48
+        0, "notes begin on N-ths of a quarter (4: 16ths); 0: as in the prompt, or anywhere", 0, 48
     )
     tempo: float = setting(0.0, "quarter notes per minute; 0: the model decides", 4, 1000, off=True)
     temperature: float = setting(
@@ -282,7 +282,9 @@ class DataSettings:
     style_from_folder: bool = setting(
         False, "the first folder below --midi-dir names the style of its files"
     )
-    gap_percent: float = setting(25.0, "percent of training windows that teach --rewrite", 0, 100)
+    gap_percent: float = setting(
+        25.0, "percent of the training windows with two bar lines that teach --rewrite", 0, 100
+    )
 
 
 @dataclass
@@ -310,7 +312,9 @@ class TrainSettings:
     steps: int = setting(900, "optimizer steps in total", 1, resumable=True)
     batch_size: int = setting(16, "sequences per step", 1, 100_000)
     lr: float = setting(3e-4, "peak learning rate; make_optimizer scales it", 0, 1, resumable=True)
-    warmup: int = setting(200, "steps over which the learning rate rises", 0, resumable=True)
+    warmup: int = setting(
+        200, "steps in which the learning rate rises; at most a fifth", 0, resumable=True
+    )
     weight_decay: float = setting(1.0, "weight decay of blocks and head; 0: off", 0)
     eval_every: int = setting(250, "steps between validation losses", 1, resumable=True)
     save_every: int = setting(0, "steps between saves; 0: every two minutes", 0, resumable=True)
@@ -1447,7 +1451,9 @@ class Window(NamedTuple):
     time: Tensor  # (B, T) grid positions since the window began; TOKEN_BEATS is in it
     pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root, float32
     recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
-    before: Tensor  # (B, V) how often each id came in the MEMORY tokens before the window / MEMORY
+    # (B, V) how often each id came in the MEMORY tokens before the window / MEMORY; when a gap is
+    # filled, in all that the window leaves out on both sides
+    before: Tensor
     style: Tensor  # (B,) number of the style: 1 is the first of Checkpoint.styles, 0 none
     targets: Tensor | None = None  # (B, T) the ids that follow; IGNORE where none is scored
 
@@ -1825,7 +1831,9 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
 
     Each token keeps its time, its pitch and its target, which is what follows it in the music: c
     learns d, so nothing learns to jump from c to f. FILL has the time and the pitch of the gap's
-    first token, and that token as its target. The last token (h) gives way to FILL.
+    first token, and that token as its target. The last token (h) gives way to FILL. Between the gap
+    and the next note or chord, tokens have the pitch of the last note in it, which must not be
+    told: they get that of FILL.
     """
     T = window.idx.size(1)
     begin = gaps[:, :1]
@@ -1840,6 +1848,12 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
     order = with_fill.argsort(dim=1, stable=True)[:, :T]
     order = torch.where(end > begin, order, place)  # without a gap as it was
 
+    says_pitch = torch.from_numpy(vocab.says.pitch != SAYS_NOTHING).to(gaps.device)[window.idx]
+    is_after = place >= end
+    has_said = (says_pitch & is_after).cumsum(1) > 0
+    fill_pitch = window.pitch.gather(1, begin)
+    pitch = torch.where(is_after & ~has_said & (end > 0), fill_pitch, window.pitch)
+
     def move(values: Tensor, of_fill: Tensor) -> Tensor:
         """Values (B, T), and that of FILL (B, 1), in the new order."""
         return torch.cat([values, of_fill], dim=1).gather(1, order)
@@ -1847,7 +1861,7 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
     return window._replace(
         idx=move(window.idx, torch.full_like(begin, vocab.fill_id)),
         time=move(window.time, window.time.gather(1, begin)),
-        pitch=move(window.pitch, window.pitch.gather(1, begin)),
+        pitch=move(pitch, fill_pitch),
         targets=move(window.targets, window.idx.gather(1, begin)),
     )
 
@@ -1883,7 +1897,8 @@ class Batches:
         piece = np.searchsorted(offsets, token, side="right") - 1
         begin = offsets[piece]
         end = offsets[piece + 1]
-        anywhere = np.maximum(begin, np.minimum(token - T // 2, end - 1 - T))
+        # The last window has a place after EOS, so that gaps before the end of a piece are learned.
+        anywhere = np.maximum(begin, np.minimum(token - T // 2, end + 1 - T))
         opening = offsets[(phase * (len(offsets) - 1)).astype(int)]
         starts = np.where(of_group == 0, opening, anywhere)
         return torch.from_numpy(starts).to(self.corpus.ids.device)
@@ -1954,7 +1969,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
 
     A Newton-Schulz iteration with the coefficients of Jordan et al.: each round maps a singular
     value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five rounds bring all that are at least 0.01 of
-    the norm to between 0.7 and 1.2.
+    the norm to between 0.68 and 1.14.
 
     For a matrix X with the Gram matrix G = X X^T, a round is X <- P X with P = gram_polynomial(G).
     The matrices have the same shorter side C, so that their Gram matrices form one stack
@@ -2155,7 +2170,10 @@ class Trainer:
             average.lerp_(p, newest)
 
     def train_step(self, batch: Window) -> float:
-        """Learn from one batch; its mean loss in nats. Raises UserError if it is no number."""
+        """Learn from one batch; its mean loss in nats.
+
+        Raises UserError if the loss is no number or far above a guess, or a gradient no number.
+        """
         loss = self.add_gradients(batch)
         self.check_loss(loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
@@ -2252,23 +2270,26 @@ KEPT_OF_WINDOW = 1 / 3  # of a full window begins the next one
 
 
 def divide_beat(division: int, grid: int) -> np.ndarray:
-    """The grid positions of a beat that divide it into `division` parts."""
+    """The grid positions of a quarter note that divide it into `division` parts."""
     return (np.arange(division) * grid / division).round().astype(int)
 
 
 def find_grid(ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
-    """The grid positions of a beat on which the notes of a prompt, ids (T,), lie; empty: anywhere.
+    """The positions of a quarter note on which a prompt's notes, ids (T,), lie; empty: anywhere.
 
     Straight notes may become any of their division: 16ths, if the prompt has quarters and eighths.
     Of others only those positions are kept that the prompt uses: swing has 0 and 2/3 of a beat.
     """
     state = vocab.trace(ids)
-    offsets = state.position[state.kind == Kind.POSITION] % vocab.grid
+    is_note = state.kind == Kind.PITCH
+    _, first = np.unique(state.time[is_note], return_index=True)  # one for each moment
+    in_quarters = state.position * 4 / state.beat_unit % vocab.grid
+    offsets = in_quarters[is_note][first]
     for division in DIVISIONS:
         parts = divide_beat(min(division, vocab.grid), vocab.grid)
         on_grid = np.isin(offsets, parts)
         if on_grid.sum() >= ON_DIVISION * len(offsets):
-            return parts if division in STRAIGHT else np.unique(offsets[on_grid])
+            return parts if division in STRAIGHT else np.unique(offsets[on_grid]).astype(int)
     return np.empty(0, int)
 
 
@@ -2288,7 +2309,7 @@ class Gap:
 
     @property
     def is_end(self) -> bool:
-        """Whether no music comes after it."""
+        """Whether it reaches to the end of the piece, or of what --prompt-bars keeps of it."""
         return self.end == len(self.ids) - 1
 
 
@@ -2313,7 +2334,7 @@ class Request:
     sample: SampleSettings
     chords: np.ndarray  # (12 bars,) ids of Chord tokens, one for each twelfth of a bar; or empty
     old_bars: int  # bars before the new ones
-    positions: np.ndarray  # of a beat, on which notes begin; empty: anywhere
+    positions: np.ndarray  # of a quarter note, on which notes begin; empty: anywhere
     # Not asked for but heard: the tonic triads by the keys of the music so far, as ids of Chord
     # tokens, (B,). They change at bar lines only.
     tonics: np.ndarray | None = None
@@ -2366,18 +2387,27 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
     vocab = request.vocab
     if not len(request.positions):
         return logits
-    positions = logits[:, vocab.position_ids]  # a view, (B, positions)
-    beats = np.arange(0, positions.shape[1], vocab.grid)
-    on_grid = (beats[:, None] + request.positions).flatten()
+    for unit in np.unique(state.beat_unit):
+        rows = state.beat_unit == unit
+        finer = unit // 4  # a quarter note has so many beats
+        quarters = np.arange(0, vocab.grid * MOST_BEATS, finer * vocab.grid)
+        on_grid = (quarters[:, None] + finer * request.positions).flatten()
+        positions = logits[rows, vocab.position_ids]  # a copy, (rows, positions)
+        logits[rows, vocab.position_ids] = round_positions(positions, on_grid)
+    return logits
+
+
+def round_positions(positions: np.ndarray, on_grid: np.ndarray) -> np.ndarray:
+    """Logits of Positions, (B, positions), each given to the nearest one on a grid."""
     # A position from halfway to the next one on belongs to that one, or to the next bar.
     first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
-    next_bar = positions.shape[1] + request.positions[0]  # after a bar of MOST_BEATS
+    next_bar = positions.shape[1] + on_grid[0]  # after a bar of MOST_BEATS
     positions[:, (on_grid[-1] + next_bar + 1) // 2 :] = ILLEGAL
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
-    positions[:] = ILLEGAL
-    positions[:, on_grid] = np.log(share + 1e-30) + most  # 1e-30: no logarithm of 0
-    return logits
+    rounded = np.full_like(positions, ILLEGAL)
+    rounded[:, on_grid] = np.log(share + 1e-30) + most  # 1e-30: no logarithm of 0
+    return rounded
 
 
 def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
@@ -2723,6 +2753,9 @@ class GapWriting(Writing):
         # (3, N) each: ids, times, pitches
         so_far = np.stack([ids, np.concatenate(self.times), np.concatenate(self.pitches)])
         of_piece = np.stack([gap.ids, self.trace.time, self.trace.pitch])
+        # As in move_gaps: what follows the gap does not tell the last pitch of the old bars.
+        says_pitch = self.vocab.says.pitch[gap.ids[gap.end :]] != SAYS_NOTHING
+        of_piece[2, gap.end :][says_pitch.cumsum() == 0] = so_far[2, begin]
         fill = so_far[:, begin].copy()
         fill[0] = self.vocab.fill_id
         before_it = np.arange(self.window_start, begin)
@@ -4164,7 +4197,7 @@ def keep_sides(pieces: list[Piece], contents: list[str], checkpoint: Checkpoint)
         was_trained = trains.get(piece.work, piece.split == "train")
         if was_trained != (piece.split == "train"):
             moved[piece.work] = "train" if was_trained else "validation"
-    if not moved or all(moved.get(piece.work, piece.split) != "train" for piece in pieces):
+    if not moved:
         return
     for piece in pieces:
         piece.split = moved.get(piece.work, piece.split)
@@ -4642,6 +4675,8 @@ def evaluate_folder(
     """Print the loss of a checkpoint on a folder; 0."""
     model = load_model(checkpoint, device)
     pieces = read_music(Path(settings.program.evaluate), vocab, settings.program.cache_dir)
+    if settings.data.style_from_folder:
+        name_styles(pieces)  # a folder that is no style of the model counts as none
     learned = {intervals for _, intervals in checkpoint.list_pieces()}
     # Pieces whose music it learned, in any key and rhythm
     known = sum(pitch_intervals(piece.ids, vocab)[:-1] in learned for piece in pieces)
@@ -4650,7 +4685,8 @@ def evaluate_folder(
     tokens = 0
     for piece in progress_bar(pieces, desc="evaluating", unit="piece"):
         # The overlap of half a window is context for the next one.
-        loss += evaluate(model, cut_all_windows(make_corpus([piece]), T, T // 2, vocab))
+        corpus = make_corpus([piece], checkpoint.styles)
+        loss += evaluate(model, cut_all_windows(corpus, T, T // 2, vocab))
         tokens += len(piece.ids) - 1  # BOS is given
     notes = sum(piece.notes for piece in pieces)
     print_block(

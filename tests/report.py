@@ -16,8 +16,8 @@ excerpt are compared:
     harmony        intervals modulo octaves between a note and those of the six before it that
                    still sound
     onsets         seconds from onset to onset; lengths: seconds of a note; both in log-spaced bins
-    notes_a_bar    how many bars hold so many notes; velocity: how many notes are so loud
-    polyphony      how long so many notes sound together
+    notes_a_bar    histogram of notes per bar; velocity: of how loud the notes are
+    polyphony      share of the time in which 0, 1, 2, ... notes sound together
     structure      similarity of a bar (cosine of its pitch classes) to the most similar one that
                    is 1 to 2, 3 to 8, and 9 to 16 bars before it, mean over bars (in the spirit of
                    Wu & Yang 2020)
@@ -35,8 +35,9 @@ work do not count. Printed for each feature, as a mean over the 20:
     OA, KLD   overlapped area and Kullback-Leibler divergence (nats) of two densities: of distances
               within the reference, and of those between it and the samples (Yang & Lerch 2018)
 
-Then a small classifier tells samples from held-out pieces by all features: `told_apart` is the
-share that it tells right, 0.5 is chance; its floor is the same between two halves of the works.
+Then a small classifier tells samples from held-out pieces by all features, if there are 20 of each:
+`told_apart` is the share that it classifies correctly, and 0.5 is chance (for 50 pieces on a side,
+plus or minus 0.06); its floor is the same between two halves of the works.
 
 Last come the longest known runs; `frechet`, the squared Frechet distance of Gaussians fitted to
 all features (of equal weight, on 8 principal axes of the reference); `features_at_floor`, how many
@@ -84,7 +85,8 @@ AROUND_GAP = 6  # bars before and after them that the model may read
 LEAP = 12  # semitones; more is one
 STYLE_BARS = 16  # of each piece by which its style is told
 RIDGE = 0.1  # of the variance, against too close a fit
-FOLDS = 10  # of the works, each told by the others
+FOLDS = 10  # of the works, each classified by the others
+LEAST_TO_CLASSIFY = 20  # samples, and held-out pieces
 
 Notes = dict[str, np.ndarray]  # columns (N,): those of symusic, start and length in seconds, bar
 
@@ -138,13 +140,9 @@ def read_notes(ids: np.ndarray, vocab: pg.Vocabulary) -> tuple[Notes, int]:
 
 def find_key(notes: Notes) -> tuple[int, int]:
     """(tonic, 1 if minor) of notes."""
-    columns = {name: notes[name] for name in ("time", "duration", "pitch", "velocity")}
-    track = pg.Track()
-    track.notes = pg.Note.from_numpy(**columns)
-    score = pg.Score(480)
-    score.tracks.append(track)
-    signature, _ = pg.find_key(score)
-    return (7 * signature.key - 3 * signature.tonality) % 12, signature.tonality
+    sounding = np.bincount(notes["pitch"] % 12, notes["duration"], 12)
+    is_minor, tonic = divmod(int(pg.closest_keys(sounding[None])[0]), 12)
+    return tonic, is_minor
 
 
 def histogram(values: np.ndarray, edges: np.ndarray, weights=None) -> np.ndarray:
@@ -372,15 +370,17 @@ def compare(
     return {name: np.mean(rounds, 0) for name, rounds in found.items()}, np.mean(gaussian, 0)
 
 
-def root_mean_square(apart: np.ndarray) -> list[float]:
-    """One distance and one floor of those of all features, (features, 2)."""
-    return np.sqrt((apart**2).mean(0)).tolist()
+def root_mean_square(found: dict[str, np.ndarray]) -> tuple[np.ndarray, list[float]]:
+    """The distances and floors of features, (features, 2), as compare gives them; one of all."""
+    apart = np.array([values[:, 0] for values in found.values()])
+    return apart, np.sqrt((apart**2).mean(0)).tolist()
 
 
 def distance_of(samples: list[Excerpt], held_out: list[Excerpt]) -> list[float]:
     """The distance of samples from held-out music over all features, and its floor."""
     found, _ = compare(samples, held_out)
-    return root_mean_square(np.array([values[:, 0] for values in found.values()]))
+    _, distance_and_floor = root_mean_square(found)
+    return distance_and_floor
 
 
 def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
@@ -394,14 +394,13 @@ def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
     print(f"\n{'feature':16}{''.join(titles)}")
     for name, values in found.items():
         print(f"{name:16}" + "".join(f"{value:10.2f}" for value in values.T.ravel()))
-    apart = np.array([values[:, 0] for values in found.values()])  # (features, 2)
-    distance, floor = root_mean_square(apart)
+    apart, (distance, floor) = root_mean_square(found)
     print()
-    told, told_floor = tell_real_from_written(samples, held_out)
+    if min(len(samples), len(held_out)) >= LEAST_TO_CLASSIFY:
+        told, told_floor = tell_real_from_written(samples, held_out)
+        pg.print_block({"told_apart": told, "told_apart_floor": told_floor})
     pg.print_block(
         {
-            "told_apart": told,
-            "told_apart_floor": told_floor,
             "longest_known_run": max(e.figures["known_run_notes"] for e in samples),
             "held_out_longest_known_run": max(e.figures["known_run_notes"] for e in held_out),
             "frechet": float(gaussian[0]),
@@ -419,32 +418,36 @@ def vectors(excerpts: list[Excerpt]) -> np.ndarray:
     return np.array([np.concatenate(list(e.features.values())) for e in excerpts])
 
 
-def tell_styles(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """The style numbers of new excerpts (n, D), by ridge regression on known ones.
+def classify(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The classes of new excerpts (n, D), by ridge regression on known ones.
 
-    x (P, D): features; y (P,): style numbers.
+    x (P, D): features; y (P,): numbers of their classes. All classes have equal weight.
     """
-    mean = x.mean(0)
+    share = (1 / np.bincount(y))[y]
+    share /= share.sum()  # of each excerpt
+    mean = share @ x
     scale = x.std(0) + 1e-6
     x = (x - mean) / scale
     targets = np.eye(y.max() + 1)[y]
-    gram = x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])
-    weights = np.linalg.solve(gram, x.T @ (targets - targets.mean(0)))
-    scores = (new - mean) / scale @ weights + targets.mean(0)
+    prior = share @ targets
+    weighted = x.T * share
+    gram = weighted @ x + RIDGE * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, weighted @ (targets - prior))
+    scores = (new - mean) / scale @ weights + prior
     return scores.argmax(axis=1)
 
 
-def told_rightly(x: np.ndarray, y: np.ndarray, works: np.ndarray) -> float:
-    """The share of excerpts whose style is told right by others, no one of the same work.
+def cross_validated_accuracy(x: np.ndarray, y: np.ndarray, works: np.ndarray) -> float:
+    """The share of excerpts that are classified correctly by others, none of the same work.
 
-    x (P, D): features; y (P,): style numbers; works (P,). Each style counts as much.
+    x (P, D): features; y (P,): numbers of their classes, which count equally; works (P,).
     """
     names = np.random.default_rng(0).permutation(np.unique(works))
     right = np.zeros(len(y), bool)
     for fold in range(FOLDS):
         is_new = np.isin(works, names[fold::FOLDS])
         if is_new.any():
-            right[is_new] = tell_styles(x[~is_new], y[~is_new], x[is_new]) == y[is_new]
+            right[is_new] = classify(x[~is_new], y[~is_new], x[is_new]) == y[is_new]
     return float(np.mean([right[y == style].mean() for style in np.unique(y)]))
 
 
@@ -454,11 +457,13 @@ def tell_real_from_written(samples: list[Excerpt], held_out: list[Excerpt]) -> t
     0.5 is chance.
     """
     n = min(len(samples), len(held_out))
-    x = vectors([*samples[:n], *held_out[:n]])
+    # Any of the samples: they come in the order in which they ended, the shortest first.
+    chosen = np.random.default_rng(0).permutation(len(samples))[:n]
+    x = vectors([*(samples[i] for i in chosen), *held_out[:n]])
     works = np.array([f"sample {i}" for i in range(n)] + [f"{e.work}" for e in held_out[:n]])
-    of_real = np.unique(works[n:], return_inverse=True)[1] % 2
-    real = told_rightly(x[n:], of_real, works[n:])
-    return told_rightly(x, np.arange(2 * n) // n, works), real
+    half_of_work = np.unique(works[n:], return_inverse=True)[1] % 2
+    floor = cross_validated_accuracy(x[n:], half_of_work, works[n:])
+    return cross_validated_accuracy(x, np.arange(2 * n) // n, works), floor
 
 
 def measure_styles(
@@ -484,6 +489,8 @@ def measure_styles(
         music = pg.generate(model, vocab, sample, settings.train.seed, style=number)
         ours = [(-1, ids) for _, ids in music]
         written[name] = describe(ours, f"pieces {name}", vocab, known)
+        if len(written[name]) < 2:
+            raise pg.UserError("too few pieces have notes: pass more --num-samples")
         if name:
             theirs = [
                 (p.work, opening(p.ids, sample.bars, vocab.bar_id))
@@ -498,10 +505,10 @@ def measure_styles(
     x = vectors([e for name in names for e in real[name]])
     y = np.repeat(np.arange(len(names)), [len(real[name]) for name in names])
     works = np.array([str(e.work) for name in names for e in real[name]])
-    found = {"classifier_accuracy": told_rightly(x, y, works)}
+    found = {"classifier_accuracy": cross_validated_accuracy(x, y, works)}
     for number, name in enumerate(names):
-        told = tell_styles(x, y, vectors(written[name]))
-        none = tell_styles(x, y, vectors(written[""]))
+        told = classify(x, y, vectors(written[name]))
+        none = classify(x, y, vectors(written[""]))
         other = names[number - 1]
         distance, floor = distance_of(written[name], real[name])
         found |= {
@@ -519,20 +526,19 @@ def measure_styles(
 def is_new(piece: pg.Piece, learned: bytes, passages: np.ndarray, vocab: pg.Vocabulary) -> bool:
     """Whether a piece shares no passage with the music that a model learned.
 
-    learned: its melodic intervals; passages: their hashes, sorted.
+    learned: its melodic intervals; passages: their hashes.
     """
     intervals = pg.pitch_intervals(piece.ids, vocab)
     hashes = pg.hash_passages(np.frombuffer(intervals, np.uint8))
     hashes = hashes[hashes < pg.NO_HASH]
-    nearest = np.searchsorted(passages, hashes).clip(0, len(passages) - 1)
-    is_known = passages[nearest] == hashes
-    return not is_known.any() and intervals not in learned
+    # A piece may be too short for a passage; the end of a piece is no interval.
+    return intervals[:-1] not in learned and not np.isin(hashes, passages).any()
 
 
 def read_new_pieces(
     settings: pg.Settings, vocab: pg.Vocabulary, checkpoint: pg.Checkpoint
 ) -> list[pg.Piece]:
-    """The pieces that were not learned, of as many works as possible first."""
+    """The pieces of works of which nothing was learned, of as many works as possible first."""
     program = settings.program
     folder = Path(program.midi_dir)
     cache = program.cache_dir if Path(program.cache_dir).is_dir() else ""
@@ -542,7 +548,8 @@ def read_new_pieces(
         pg.name_styles(pieces)
     learned = checkpoint.intervals()
     passages = np.unique(pg.hash_passages(np.frombuffer(learned, np.uint8)))
-    pieces = [piece for piece in pieces if is_new(piece, learned, passages, vocab)]
+    known = {piece.work for piece in pieces if not is_new(piece, learned, passages, vocab)}
+    pieces = [piece for piece in pieces if piece.work not in known]
     works = [piece.work for piece in pieces]
     if len(set(works)) < 4:
         raise pg.UserError(
@@ -571,6 +578,8 @@ def measure_gaps(model: pg.PianoGPT, pieces: list[pg.Piece], vocab: pg.Vocabular
     windows = pg.cut_all_windows(pg.make_corpus(pieces), T, T, vocab, GAP_WINDOWS)
     gaps = pg.draw_gaps(windows.idx, 1.0, np.random.default_rng(0), vocab)
     has_gap = gaps[:, 1] > 0
+    if not has_gap.any():
+        raise pg.UserError("no window holds two bar lines: the model's --block-size is too small")
     windows = windows.rows(has_gap)
     begin, end = gaps[has_gap].T[:, :, None]  # (B, 1) each
     moved = pg.move_gaps(windows, gaps[has_gap], vocab)
@@ -631,6 +640,8 @@ def measure_seams(
             steps["written"].append(both[0])
             steps["real"].append(both[1])
     results = {"seams": len(steps["real"])}
+    if not steps["real"]:
+        return results
     for name, found in steps.items():
         size = np.abs(found)
         results[f"repeats_{name}"] = float((size == 0).mean())
@@ -669,7 +680,7 @@ def measure_hands(folder: Path) -> dict:
         "files": len(files),
         "notes": sum(map(len, files)),
         "in_their_hand": float(np.concatenate(files).mean()),
-        "median_of_files": float(np.median([is_right.mean() for is_right in files])),
+        "median_of_files": float(np.median([of_file.mean() for of_file in files])),
     }
 
 
@@ -677,6 +688,8 @@ def run(argv: list[str] | None) -> None:
     """Write or read samples, compare them with held-out music, and print the report."""
     given = parse(argv)
     hands = given.pop("hands")
+    if sum(bool(given[mode]) for mode in ("samples", "gaps", "styles")) + bool(hands) > 1:
+        raise pg.UserError("pass one of --samples, --gaps, --styles and --hands")
     if hands:
         pg.print_block(measure_hands(Path(hands)))
         return
@@ -694,25 +707,46 @@ def run(argv: list[str] | None) -> None:
             "the checkpoint's vocabulary is not this MidiTok's: install requirements.txt"
         )
     device = pg.choose_device(settings.program.device)
+    names = split_names(styles) if styles else []
     new_pieces = read_new_pieces(settings, vocab, checkpoint)
     held_out = new_pieces[: 2 * settings.sample.num_samples]
-    if styles:
-        model = pg.load_model(checkpoint, device)
-        names = styles.split(",")
+    model = pg.load_model(checkpoint, device)
+    if names:
         measure_styles(names, model, checkpoint, new_pieces, vocab, settings)
-        return
-    if gaps:
-        model = pg.load_model(checkpoint, device)
+    elif gaps:
         seams = measure_seams(model, held_out, vocab, settings)
         pg.print_block(measure_gaps(model, held_out, vocab) | seams)
-        return
-    if folder:
+    elif folder:
         samples = [piece.ids for piece in pg.read_music(Path(folder), vocab, "")]
+        report_samples(samples, checkpoint, held_out, vocab, settings.sample.bars)
     else:
-        model = pg.load_model(checkpoint, device)
-        pieces = pg.generate(model, vocab, settings.sample, settings.train.seed)
-        samples = [ids for _, ids in pieces]
-    bars = settings.sample.bars
+        sample = settings.sample
+        bars = sample.bars
+        if bars:  # the end is cut off, as that of held-out music is
+            sample = pg.replace(sample, bars=bars + pg.LEAST_BARS)
+        samples = [ids for _, ids in pg.generate(model, vocab, sample, settings.train.seed)]
+        report_samples(samples, checkpoint, held_out, vocab, bars)
+
+
+def split_names(styles: str) -> list[str]:
+    """The names of styles in "A, B"; raises UserError if there are not two or more."""
+    names = [pg.normalize("NFC", name.strip()) for name in styles.split(",")]
+    if len(names) < 2 or len(set(names)) < len(names) or "" in names:
+        raise pg.UserError("--styles needs two different styles or more: A,B")
+    return names
+
+
+def report_samples(
+    samples: list[np.ndarray],
+    checkpoint: pg.Checkpoint,
+    held_out: list[pg.Piece],
+    vocab: pg.Vocabulary,
+    bars: int,
+) -> None:
+    """Compare openings of samples, ids (T,) each, with those of held-out pieces.
+
+    bars: of each opening; 0: as many as the median sample has.
+    """
     if not bars:
         bars = int(np.median([(ids == vocab.bar_id).sum() for ids in samples]))
     new = [(-1, opening(ids, bars, vocab.bar_id)) for ids in samples]
@@ -728,7 +762,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; 0, or 2 for what the user can mend."""
+    """The program; 0, or 2 for what the user can fix."""
     try:
         run(argv)
     except (pg.UserError, OSError) as e:

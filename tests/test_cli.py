@@ -1699,6 +1699,25 @@ def test_run_that_starts_from_an_exported_model_knows_what_that_learned_and_can_
     )
 
 
+def test_evaluation_tells_the_model_the_styles_of_the_folders(here, capsys):
+    for name, seed in (("high", 0), ("low", 1)):
+        for number in range(6):
+            write_midi(Path(f"midi/{name}/{number}.mid"), scale(6 * seed + number))
+    assert train("--style-from-folder") == 0
+    checkpoint = load()
+    checkpoint.tensors["best/style.weight"][1:] = torch.randn(2, 32)  # as if it had learned more
+    pg.save_checkpoint(MODEL, checkpoint)
+    losses = []
+    for folder in ("high", "low", "none"):
+        Path("new", folder).mkdir(parents=True)
+        shutil.copy("midi/high/0.mid", Path("new", folder, "0.mid"))
+        capsys.readouterr()
+        assert pianogpt("--evaluate new --cache-dir ''") == 0
+        losses.append(re.search(r"nats_per_note: (\S+)", capsys.readouterr().out)[1])
+        shutil.rmtree("new")
+    assert len(set(losses)) == 3
+
+
 # ---- What README and the files around the script say
 
 

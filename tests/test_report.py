@@ -326,7 +326,7 @@ def test_styles_are_told_apart_by_what_they_are(here, capsys, eight_rounds):
         assert 0 < float(values[f"{name}_floor"]) < float(values[f"{name}_distance"]) <= 1
         assert 0 < float(values[f"{name}_distance_of_{other}"]) <= 1
         assert 0 <= float(values[f"{name}_told"]) <= 1
-    told = report.tell_styles(np.eye(6), np.arange(6) % 3, np.eye(6))
+    told = report.classify(np.eye(6), np.arange(6) % 3, np.eye(6))
     assert told.tolist() == [0, 1, 2, 0, 1, 2]
 
 
@@ -347,7 +347,7 @@ def test_what_differs_is_told_apart_and_what_does_not_is_not():
     assert other > 0.95
     copies = np.repeat(rng.standard_normal((50, 6)), 2, axis=0)
     halves = np.arange(100) // 2 % 2
-    told = report.told_rightly(copies, halves, np.arange(100) // 2)
+    told = report.cross_validated_accuracy(copies, halves, np.arange(100) // 2)
     assert told < 0.65, "the other copy of a work tells nothing"
 
 

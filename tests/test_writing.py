@@ -289,6 +289,30 @@ def bar_of(positions, vocab):
     return [vocab.id_of[word] for word in f"Bar_None TimeSig_4/4 {words}".split()]
 
 
+def in_quarters(state):
+    """Where in a quarter note each token stands, in grid positions."""
+    return state.position * 4 / state.beat_unit % 24
+
+
+def test_tempos_between_the_notes_of_a_prompt_do_not_hide_its_grid(vocab):
+    ritardando = " ".join(f"Position_{n} {vocab.words[vocab.tempo_ids.start + n]}" for n in (1, 5))
+    words = f"Bar_None TimeSig_4/4 {ritardando} Position_6 Pitch_60 Velocity_63 Duration_0.6.24"
+    ids = [vocab.bos_id, *(vocab.id_of[word] for word in words.split())]
+    assert pg.find_grid(np.array(ids), vocab).tolist() == STRAIGHT
+
+
+def test_grid_is_one_of_quarter_notes_in_every_metre(vocab):
+    eighths = bar_of([0, 24, 48], vocab)  # of 24 positions each
+    eighths[1] = vocab.id_of["TimeSig_6/8"]
+    found = pg.find_grid(np.array([vocab.bos_id, *eighths]), vocab)
+    assert found.tolist() == STRAIGHT
+    state = NO_STATE._replace(beat_unit=np.array([8]))
+    logits = np.zeros((1, len(vocab.words)))
+    request = make_request(vocab, grid=found)
+    allowed = pg.on_the_grid(logits, state, request)[0, vocab.position_ids] > pg.ILLEGAL
+    assert np.flatnonzero(allowed).tolist() == list(range(0, 288, 12)), "16th notes"
+
+
 @pytest.mark.parametrize("positions, grid", GRIDS.values(), ids=GRIDS)
 def test_grid_of_a_prompt_is_found_and_kept(positions, grid, model, vocab):
     opening = [vocab.bos_id, *bar_of(positions, vocab) * 2]
@@ -296,7 +320,7 @@ def test_grid_of_a_prompt_is_found_and_kept(positions, grid, model, vocab):
     new = set()
     for ids in write(model, vocab, prompt=opening, bars=6):
         state = vocab.trace(np.array(ids))
-        new |= set(state.position[len(opening) :] % 24)
+        new |= set(in_quarters(state)[len(opening) :])
     if grid:
         assert new <= set(grid) and len(new) > 1
     else:
@@ -311,8 +335,7 @@ def test_notes_lie_on_the_division_that_is_asked_for(model, vocab):
 @pytest.mark.parametrize("division", [1, 5, 23, 24, 48])
 def test_any_division_can_be_asked_for(division, model, vocab):
     for ids in write(model, vocab, bars=2, division=division):
-        offsets = vocab.trace(np.array(ids)).position % 24
-        steps = offsets * division / 24
+        steps = in_quarters(vocab.trace(np.array(ids))) * division / 24
         assert (np.abs(steps - steps.round()) * 24 / division <= 0.5).all()
 
 
@@ -320,7 +343,8 @@ def test_position_off_the_grid_gives_its_probability_to_the_nearest_on_it(vocab)
     logits = random_logits(0, 2, len(vocab.words))
     request = make_request(vocab, grid=STRAIGHT)
     before = np.exp(logits)[:, vocab.position_ids]
-    after = np.exp(pg.on_the_grid(logits.copy(), NO_STATE, request))[:, vocab.position_ids]
+    state = NO_STATE._replace(beat_unit=np.array([4, 4]))
+    after = np.exp(pg.on_the_grid(logits.copy(), state, request))[:, vocab.position_ids]
     assert np.allclose(after[:, 6], before[:, 3:9].sum(axis=1))
     assert np.allclose(after[:, 0], before[:, :3].sum(axis=1))
     assert np.allclose(after[:, 282], before[:, 279:285].sum(axis=1))
