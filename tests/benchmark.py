@@ -570,10 +570,10 @@ def train_ours(music: Music, make_optimizer) -> tuple[pg.Trainer, Curve]:
     return trainer, train_for(music, music.batches, trainer, make)
 
 
-def untransposed(music: Music) -> pg.Batches:
-    """The batches without transposition."""
-    settings = replace(music.settings, data=replace(music.settings.data, transpose=0))
-    return replace(music.batches, settings=settings)
+def plain_batches(music: Music) -> pg.Batches:
+    """The batches without transposition and without gaps."""
+    data = replace(music.settings.data, transpose=0, gap_percent=0.0)
+    return replace(music.batches, settings=replace(music.settings, data=data))
 
 
 def train_plain(music: Music, rate: float, schedule, bfloat16: bool) -> tuple[pg.Trainer, Curve]:
@@ -588,7 +588,7 @@ def train_plain(music: Music, rate: float, schedule, bfloat16: bool) -> tuple[pg
     def make_optimizer() -> torch.optim.Optimizer:
         return torch.optim.AdamW([{"params": used, "peak_lr": rate}], fused=True)
 
-    return trainer, train_for(music, untransposed(music), trainer, make_optimizer)
+    return trainer, train_for(music, plain_batches(music), trainer, make_optimizer)
 
 
 def lowest(curve: Curve) -> float:
@@ -683,10 +683,9 @@ class NanoGPT(nn.Module):
 
     def forward(self, window: pg.Window) -> Tensor:
         """The loss, as of PianoGPT."""
-        logits, _ = self.gpt(window.idx, window.targets.clamp(min=0))
-        logits = logits.float().flatten(0, 1)
-        targets = window.targets.flatten()
-        return F.cross_entropy(logits, targets, ignore_index=pg.IGNORE, reduction="sum")
+        targets = window.targets.masked_fill(window.targets == pg.IGNORE, -1)  # nanoGPT's mark
+        _, loss = self.gpt(window.idx, targets)
+        return loss * (targets >= 0).sum()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """That of its config/train_shakespeare_char.py."""
@@ -709,7 +708,7 @@ def train_nanogpt(music: Music, folder: Path, bfloat16: bool) -> tuple[pg.Traine
     model = NanoGPT(folder, settings.model, len(music.vocab.words)).to(music.device)
     train = replace(settings.train, warmup=100)
     trainer = PlainTrainer(model, train, to_a_tenth, bfloat16)
-    return trainer, train_for(music, untransposed(music), trainer, model.make_optimizer)
+    return trainer, train_for(music, plain_batches(music), trainer, model.make_optimizer)
 
 
 def hugging_face(name: str, sizes: pg.ModelSettings, V: int) -> nn.Module:
@@ -843,14 +842,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for what would fail only after minutes."""
+    if args.minutes <= 0:
+        raise pg.UserError("--minutes must be above 0")
+    if args.tuned and not args.recipe:
+        raise pg.UserError("--tuned does nothing without --recipe")
+    if args.peers and args.recipe and not Path(args.peers, "model.py").exists():
+        raise pg.UserError(f"{args.peers} holds no nanoGPT (model.py): name its folder")
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure, and print key: value lines."""
     if args.time_start:
-        return time_start(args.time_start)
+        time_start(args.time_start)
+        return
+    check_flags(args)
     device = pg.choose_device(args.device)
     pg.print_block(describe_machine(device))
     if args.scale:
-        return measure_scale(args.scale)
+        measure_scale(args.scale)
+        return
     if args.peers:
         measure_peers(Path(args.peers), pg.Vocabulary(pg.TokenSettings()), device)
     if args.recipe:
@@ -874,7 +886,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """The program; 0, or 2 for what the user can mend."""
+    """The program; 0, or 2 for what the user can fix."""
     try:
         run(make_parser().parse_args())
     except pg.UserError as e:

@@ -1,4 +1,4 @@
-"""Turn a checkpoint of an older version into one to generate with, or to start from.
+"""Convert a checkpoint of an older version, to generate with it or to pass it to --init-from.
 
     python tests/convert.py old new.safetensors
 
@@ -65,10 +65,16 @@ def enlarge(weight: torch.Tensor, name: str, old: list[str], new: list[str]) -> 
     return weight[rows]
 
 
+def check_format(path: str, form: str, *older: str) -> None:
+    """Raise UserError if the format of a file is not one of these."""
+    if form not in older:
+        raise pg.UserError(f"{path} is of the format {form}, which needs no conversion")
+
+
 def read_10(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The values of a checkpoint and the weights that had the lowest validation loss."""
     old = torch.load(path, map_location="cpu", weights_only=True)
-    assert old["format"] == "pianogpt 10", old["format"]
+    check_format(path, old["format"], "pianogpt 10")
     trainer = old["trainer"]
     dtype = trainer["best"]["head"].dtype
     weights = {k: v.to(dtype) for k, v in convert_weights(trainer["best"]).items()}
@@ -85,15 +91,17 @@ def read_11(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The same of a checkpoint of format 11 or 12."""
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
-        assert metadata["format"] in pg.OLDER_FORMATS, metadata["format"]
+        check_format(path, metadata["format"], *pg.OLDER_FORMATS)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
     return json.loads(metadata["json"]), weights | {"intervals": tensors["intervals"]}
 
 
-def main() -> None:
-    """Convert the file."""
-    _, old, new = sys.argv
+def convert(old: str, new: str) -> None:
+    """Convert the file. Raises UserError or OSError."""
+    for path in (new, f"{new}.csv"):
+        if Path(path).exists():
+            raise pg.UserError(f"{path} is there already: name another file")
     with open(old, "rb") as file:
         is_zip = file.read(2) == b"PK"
     values, weights = (read_10 if is_zip else read_11)(old)
@@ -112,5 +120,17 @@ def main() -> None:
     pg.save_checkpoint(Path(new), pg.Checkpoint(**values, tensors=tensors))
 
 
+def main() -> int:
+    """The program; 0, or 2 for what the user can fix."""
+    try:
+        if len(sys.argv) != 3:
+            raise pg.UserError("write: python tests/convert.py OLD NEW")
+        convert(*sys.argv[1:])
+    except (pg.UserError, OSError) as e:
+        print(f"convert: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

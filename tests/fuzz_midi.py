@@ -3,6 +3,7 @@
 python tests/fuzz_midi.py N [SEED]     reads N such files and prints counts by outcome
 """
 
+import argparse
 import collections
 import os
 import random
@@ -302,8 +303,12 @@ def check(count, seed=0, long_notes=1_000_000):
 
 def main():
     """Check, and print how many files of each kind ended how."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=int, metavar="N", help="broken files to read")
+    parser.add_argument("seed", type=int, nargs="?", default=0, metavar="SEED")
+    args = parser.parse_args()
     start = time.monotonic()
-    outcomes = check(*map(int, sys.argv[1:]))
+    outcomes = check(args.files, args.seed)
     for (kind, outcome), number in sorted(outcomes.items()):
         print(f"{number:6} {kind}: {outcome}"[:150].encode("ascii", "replace").decode())
     used = sum(number for (_, outcome), number in outcomes.items() if outcome == "used")

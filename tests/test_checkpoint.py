@@ -173,6 +173,14 @@ def test_model_may_have_any_name_and_its_log_never_takes_it(name, checkpoint, tm
     assert sorted(os.listdir(tmp_path)) == [name, f"{name}.csv"]
 
 
+def convert(monkeypatch, *arguments):
+    """The exit code of tests/convert.py."""
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tests" / "convert.py"), run_name="__main__")
+    return ended.value.code
+
+
 def test_pickle_that_would_run_something_is_refused_and_does_not_run(tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self):
@@ -182,9 +190,8 @@ def test_pickle_that_would_run_something_is_refused_and_does_not_run(tmp_path, m
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
     assert_refused(tmp_path / "a.pt", "was written by an older version: python tests/convert.py")
     assert_refused(tmp_path / "b.pt")
-    monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "a.pt"), str(tmp_path / "a")])
     with pytest.raises(pickle.UnpicklingError):
-        runpy.run_path(str(ROOT / "tests" / "convert.py"), run_name="__main__")
+        convert(monkeypatch, tmp_path / "a.pt", tmp_path / "a")
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
 
 
@@ -278,8 +285,10 @@ def test_checkpoint_without_gaps_and_styles_is_converted_and_computes_the_same(
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert_refused(Path("old"), "python tests/convert.py old old-new.safetensors")
-    monkeypatch.setattr(sys, "argv", ["convert.py", "old", "new"])
-    runpy.run_path(str(ROOT / "tests" / "convert.py"), run_name="__main__")
+    assert convert(monkeypatch, "old", "old") == 2, "it would be lost"
+    assert convert(monkeypatch, "old", "new") == 0
+    assert convert(monkeypatch, "new", "newer") == 2, "nothing to do"
+    assert convert(monkeypatch, "none", "newer") == convert(monkeypatch, "old") == 2
     new = pg.load_checkpoint(Path("new"))
     assert new.settings["model"] == sizes
     assert new.vocabulary == vocab.words
@@ -318,8 +327,7 @@ def test_checkpoint_of_the_older_version_is_converted_and_writes_music(
     assert pg.main(["--generate", "--checkpoint", "old.pt"]) == 2
     command = "python tests/convert.py old.pt old-new.safetensors makes a model of it"
     assert command in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", command.split()[1:4])
-    runpy.run_path(str(ROOT / "tests" / "convert.py"), run_name="__main__")
+    assert convert(monkeypatch, *command.split()[2:4]) == 0
 
     converted = pg.load_model(pg.load_checkpoint(Path("old-new.safetensors")), torch.device("cpu"))
     idx = torch.randint(1, len(vocab.words), (1, 8))
