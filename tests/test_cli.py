@@ -1118,11 +1118,24 @@ def test_new_music_is_said_when_its_model_writes(trained, capsys):
     assert "new or changed" not in capsys.readouterr().out
 
 
+def test_held_out_music_is_not_learned_from_another_folder(trained, capsys):
+    held_out = set(load().held_out)
+    for path, content in pg.find_files(Path("midi")).items():
+        if content in held_out:
+            Path("other").mkdir(exist_ok=True)
+            shutil.copy(path, "other")
+    assert pianogpt("--midi-dir other --steps 31") == 2
+    assert "no piece under other is left to train on: all are held out" in capsys.readouterr().err
+    assert step_of() == 30
+
+
 def test_music_of_another_folder_is_used_only_if_both_folder_and_steps_say_so(
     trained, monkeypatch, capsys
 ):
-    write_midi(Path("my_midis/a.mid"), scale(50))
-    write_midi(Path("my_midis/b.mid"), scale(51))
+    for name, seed in (("a", 0), ("b", 1)):
+        pitches = np.random.default_rng(seed).integers(48, 84, 64).tolist()
+        tune = [(n / 2, 0.5, pitch, 80) for n, pitch in enumerate(pitches)]
+        write_midi(Path(f"my_midis/{name}.mid"), [tune])
     assert interrupt_at_ten(monkeypatch, "--checkpoint unfinished") == 130
     before = MODEL.read_bytes()
     differs = (

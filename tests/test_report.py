@@ -235,13 +235,39 @@ def test_spoiled_music_is_far_from_the_floor(music, vocab, eight_rounds, spoil, 
         assert found[name][0, 0] > 1.75 * found[name][1, 0], name
 
 
+def test_work_of_which_one_recording_was_learned_is_not_held_out(here, vocab):
+    for number in range(10):
+        pitches = np.random.default_rng(number).integers(40, 90, 80).tolist()
+        tune = [(n / 2, 0.5, pitch, 80) for n, pitch in enumerate(pitches)]
+        write_midi(Path(f"midi/work {number // 2}/{number}.mid"), [tune])
+    settings = pg.Settings()
+    settings.program.midi_dir = "midi"
+    settings.data.piece_is_folder = True
+    [piece] = pg.read_folder(Path("midi/work 0"), vocab, "")[:1]
+    intervals = pg.as_tensor(pg.pitch_intervals(piece.ids, vocab))
+    checkpoint = pg.Checkpoint("", {}, [], "", [], ["0.mid"], tensors={"intervals": intervals})
+    pieces = report.read_new_pieces(settings, vocab, checkpoint)
+    assert sorted({Path(p.path).parts[0] for p in pieces}) == [f"work {n}" for n in range(1, 5)]
+    excerpt = pg.replace(piece, ids=piece.ids[:-80])
+    assert not report.is_new(excerpt, checkpoint.intervals(), np.empty(0, np.uint64), vocab)
+
+
+def test_classes_have_equal_weight_however_many_pieces_they_have():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 2))
+    y = np.repeat([0, 1], [900, 100])
+    found = report.classify(x, y, rng.normal(size=(1000, 2)))
+    assert 0.3 < found.mean() < 0.7, "of music that is of neither class"
+
+
 # ---- The whole report
 
 
 @pytest.mark.filterwarnings("error")
 def test_report_compares_what_a_model_writes_or_a_folder_with_held_out_music(
-    here, capsys, eight_rounds
+    here, capsys, eight_rounds, monkeypatch
 ):
+    monkeypatch.setattr(report, "LEAST_TO_CLASSIFY", 4)
     Path("midi").mkdir()
     for path in MUSIC[:12]:
         Path("midi", path.name).write_bytes(path.read_bytes())
