@@ -526,13 +526,14 @@ def measure_styles(
 def is_new(piece: pg.Piece, learned: bytes, passages: np.ndarray, vocab: pg.Vocabulary) -> bool:
     """Whether a piece shares no passage with the music that a model learned.
 
-    learned: its melodic intervals; passages: their hashes.
+    learned: its melodic intervals; passages: their hashes, sorted, and NO_HASH.
     """
     intervals = pg.pitch_intervals(piece.ids, vocab)
     hashes = pg.hash_passages(np.frombuffer(intervals, np.uint8))
     hashes = hashes[hashes < pg.NO_HASH]
+    is_known = passages[np.searchsorted(passages, hashes)] == hashes
     # A piece may be too short for a passage; the end of a piece is no interval.
-    return intervals[:-1] not in learned and not np.isin(hashes, passages).any()
+    return intervals[:-1] not in learned and not is_known.any()
 
 
 def read_new_pieces(
@@ -547,7 +548,8 @@ def read_new_pieces(
     if settings.data.style_from_folder:
         pg.name_styles(pieces)
     learned = checkpoint.intervals()
-    passages = np.unique(pg.hash_passages(np.frombuffer(learned, np.uint8)))
+    hashes = pg.hash_passages(np.frombuffer(learned, np.uint8))
+    passages = np.unique(np.append(hashes, pg.NO_HASH))
     known = {piece.work for piece in pieces if not is_new(piece, learned, passages, vocab)}
     pieces = [piece for piece in pieces if piece.work not in known]
     works = [piece.work for piece in pieces]

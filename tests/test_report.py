@@ -249,7 +249,7 @@ def test_work_of_which_one_recording_was_learned_is_not_held_out(here, vocab):
     pieces = report.read_new_pieces(settings, vocab, checkpoint)
     assert sorted({Path(p.path).parts[0] for p in pieces}) == [f"work {n}" for n in range(1, 5)]
     excerpt = pg.replace(piece, ids=piece.ids[:-80])
-    assert not report.is_new(excerpt, checkpoint.intervals(), np.empty(0, np.uint64), vocab)
+    assert not report.is_new(excerpt, checkpoint.intervals(), np.array([pg.NO_HASH]), vocab)
 
 
 def test_classes_have_equal_weight_however_many_pieces_they_have():
