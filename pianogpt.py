@@ -636,15 +636,15 @@ class Channel:
             self.ringing.append(note)
 
     def lift_forgotten(self, key: tuple[int, int]) -> None:
-        """End the notes of a key that were struck before it was lifted last.
+        """End the notes of a key that were struck before it was last lifted.
 
-        As some programs leave out a note off, the next one ended an older note, see lift_key. If
-        all went on like that, each note of the key would last until the next one ends.
+        A note off ends the oldest note, see lift_key. Where one is missing, all that follow would
+        end the note before theirs.
         """
-        while self.keys_down.get(key) and self.keys_down[key][-1].start < self.lifted_at.get(
-            key, 0
-        ):
-            self.lift_key(self.lifted_at[key], key)
+        down = self.keys_down.get(key, [])
+        lifted_at = self.lifted_at.get(key, 0)
+        while down and down[-1].start < lifted_at:
+            self.lift_key(lifted_at, key)
 
     def lift_pedal(self, tick: int) -> None:
         """The ringing notes end here, or with their keys, if no pianist holds a pedal so long."""
@@ -2389,7 +2389,7 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
         return logits
     for unit in np.unique(state.beat_unit):
         rows = state.beat_unit == unit
-        finer = unit // 4  # a quarter note has so many beats
+        finer = unit // 4  # beats in a quarter note
         quarters = np.arange(0, vocab.grid * MOST_BEATS, finer * vocab.grid)
         on_grid = (quarters[:, None] + finer * request.positions).flatten()
         positions = logits[rows, vocab.position_ids]  # a copy, (rows, positions)
@@ -3936,7 +3936,7 @@ def save_model(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, and beside it the whole training log, which may fail. Raises OSError."""
+    """Write a checkpoint, and beside it the whole training log. Raises OSError for the first."""
     save_model(path, checkpoint)
     lines = [",".join(LOG_COLUMNS)]
     for row in checkpoint.progress["history"]:
@@ -4447,10 +4447,11 @@ def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint)
     # Also what it learned from elsewhere, or from files that are gone.
     known = {intervals for _, intervals in learned.list_pieces()}
     learned.add_pieces([piece for piece in checkpoint.list_pieces() if piece[1] not in known])
+    if any("val_loss" in row for row in trainer.history):
+        say("the music has changed: earlier validation losses do not compare and are dropped")
     for row in trainer.history:
         row.pop("val_loss", None)
         row.pop("val_nats_per_note", None)
-    say("other music is held out now: earlier validation losses do not compare and are dropped")
 
 
 def set_aside(path: Path) -> None:

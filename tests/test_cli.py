@@ -573,6 +573,7 @@ def test_of_few_files_none_is_held_out_when_a_trained_model_learns_them(trained,
     assert pianogpt(f"{line} a") == 0
     out = capsys.readouterr().out
     assert "fewer than 20 files: --val-percent is 0, all are learned" in out
+    assert "the music has changed" not in out, "there are no losses yet"
     assert "12 train, 0 validation" in out
     assert pianogpt(f"{line} b --val-percent 10") == 0
     assert "10 train, 2 validation" in capsys.readouterr().out
