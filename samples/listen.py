@@ -88,9 +88,8 @@ def collecting(problems: dict[str, None]):
     except UserError as error:
         problems[str(error)] = None
     except OSError as error:
-        problems[f"{error.filename or 'a library'} cannot be used: {error.strerror or error}"] = (
-            None
-        )
+        name = error.filename or "a library"
+        problems[f"{name} cannot be used: {error.strerror or error}"] = None
 
 
 @contextmanager

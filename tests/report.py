@@ -370,17 +370,20 @@ def compare(
     return {name: np.mean(rounds, 0) for name, rounds in found.items()}, np.mean(gaussian, 0)
 
 
-def root_mean_square(found: dict[str, np.ndarray]) -> tuple[np.ndarray, list[float]]:
-    """The distances and floors of features, (features, 2), as compare gives them; one of all."""
-    apart = np.array([values[:, 0] for values in found.values()])
-    return apart, np.sqrt((apart**2).mean(0)).tolist()
+def distances_in(found: dict[str, np.ndarray]) -> np.ndarray:
+    """The distances and floors of all features, (features, 2), in what compare found."""
+    return np.array([values[:, 0] for values in found.values()])
+
+
+def root_mean_square(apart: np.ndarray) -> list[float]:
+    """One distance and one floor of those of all features, (features, 2)."""
+    return np.sqrt((apart**2).mean(0)).tolist()
 
 
 def distance_of(samples: list[Excerpt], held_out: list[Excerpt]) -> list[float]:
     """The distance of samples from held-out music over all features, and its floor."""
     found, _ = compare(samples, held_out)
-    _, distance_and_floor = root_mean_square(found)
-    return distance_and_floor
+    return root_mean_square(distances_in(found))
 
 
 def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
@@ -394,7 +397,8 @@ def print_report(samples: list[Excerpt], held_out: list[Excerpt]) -> None:
     print(f"\n{'feature':16}{''.join(titles)}")
     for name, values in found.items():
         print(f"{name:16}" + "".join(f"{value:10.2f}" for value in values.T.ravel()))
-    apart, (distance, floor) = root_mean_square(found)
+    apart = distances_in(found)
+    distance, floor = root_mean_square(apart)
     print()
     if min(len(samples), len(held_out)) >= LEAST_TO_CLASSIFY:
         told, told_floor = tell_real_from_written(samples, held_out)
