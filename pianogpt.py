@@ -11,34 +11,34 @@
 #   "tqdm>=4.66,<5",
 # ]
 # ///
-"""PianoGPT learns from a folder of MIDI files and writes new piano music.
+"""PianoGPT learns from a folder of MIDI files and generates new piano music.
 
-    python pianogpt.py                      train on my_midis/, or continue an unfinished run
-    python pianogpt.py --generate           write three pieces (train first if there is no model)
-    python pianogpt.py --generate --prompt song.mid --bars 32      continue a piece of yours
-    python pianogpt.py --generate --prompt song.mid --rewrite 9-12      keep all other bars
-    python pianogpt.py --evaluate DIR       loss of the model on the MIDI files in DIR
+    python pianogpt.py                      train on my_midis/, or resume an unfinished run
+    python pianogpt.py --generate           generate three pieces (train first if there is no model)
+    python pianogpt.py --generate --prompt song.mid --bars 32      continue a piece of your own
+    python pianogpt.py --generate --prompt song.mid --rewrite 9-12      rewrite only these bars
+    python pianogpt.py --evaluate DIR       measure the model's loss on the MIDI files in DIR
 
-In:   a folder of MIDI files. Each is read as one piano: drums are dropped, all other tracks
-      are merged, and the sustain pedal is folded into the lengths of the notes.
+In:   a folder of MIDI files. Each is read as a single piano part: drums are dropped, all other
+      tracks are merged, and the sustain pedal is folded into the note lengths.
 Out:  pianogpt.safetensors (the model), pianogpt.safetensors.csv (its log), samples/*.mid
 
 How it works: a tokenizer (REMI, from MidiTok) turns music into tokens, a Transformer learns to
-predict the next token, and drawing one token after another writes new music. For each token the
-model sees its id, the time at which it stands, and a pitch; it also sees how often each id came
-in the 1,024 tokens before its window. One bar:
+predict the next token, and sampling one token after another generates new music. For each token
+the model sees an id, a time and a pitch; it also sees how often each id occurred in the 1,024
+tokens before its context window. One bar:
 
     token               id  time  pitch
-    BOS                  1     0     60   a piece begins: in a silent bar of 4/4, on middle C
-    Bar                  3    96     60   a bar begins
-    TimeSig_4/4        927    96     60   it has four quarter notes
-    Position_0         400    96     60   at the first of its 96 positions, 24 per beat
-    Tempo_120.0        876    96     60   quarter notes per minute
-    Chord_C:maj        688    96     48   the harmony; its pitch is that of the root
+    BOS                  1     0     60   start of the piece: a silent bar of 4/4, on middle C
+    Bar                  3    96     60   start of a bar
+    TimeSig_4/4        927    96     60   four quarter notes to the bar
+    Position_0         400    96     60   the first of the bar's 96 positions, 24 per beat
+    Tempo_120.0        876    96     60   120 quarter notes per minute
+    Chord_C:maj        688    96     48   the harmony; its pitch is the root's
     Pitch_60            43    96     60   a note: middle C,
     Velocity_83        112    96     60   rather loud,
-    Duration_2.0.24    171    96     60   two beats and 0/24 of a beat long
-    Pitch_64            47    96     64   E sounds with it, for no Position lies between
+    Duration_2.0.24    171    96     60   lasting 2 + 0/24 beats
+    Pitch_64            47    96     64   E at the same time, as no Position comes between
     Velocity_83        112    96     64
     Duration_2.0.24    171    96     64
     Position_48        448   144     64   two beats later
@@ -52,21 +52,21 @@ Part I (sections 1 to 6) is the idea. Part II (sections 7 to 11) is the machiner
 To change ...                          look at ...
     a default, a flag                  1  Settings: every flag is a field there
     how a file is read                 2  parse_midi, make_piano
-    how music becomes tokens           3  read_piece, tokenize, which call all steps in order
-    what a token means, a new token    3  Tokenizer, Vocabulary
+    how music becomes tokens           3  read_piece and tokenize, which call each step in order
+    the tokens and what they mean      3  Tokenizer, Vocabulary
     the size or the layers             4  PianoGPT, Block
-    what is learned from               5  Batches, cut_windows
+    what the model trains on           5  Batches, cut_windows
     the optimizer, the learning rate   5  make_optimizer, learning_rate
     how the next token is chosen       6  RULES
     how bars are filled in             5  move_gaps; 6  GapWriting
 
 Shapes: B sequences, T tokens, C = n_embd channels, nh heads of size hs = C / nh, V tokens in the
-vocabulary; (B T, C) has a row for each token of all sequences.
+vocabulary; (B T, C) is (B, T, C) flattened to one row per token.
 
-The checkpoint is one safetensors file: tensors, and a JSON text with everything else (see
-Checkpoint). It contains no code. A resumed run equals an uninterrupted one bit for bit on the
-same CPU with the same number of threads: batch i is computed from the seed, i, the music and the
-settings alone, and all other state is in the checkpoint.
+The checkpoint is a single safetensors file: tensors, plus a JSON string with everything else (see
+Checkpoint). It contains no code. On the same CPU with the same number of threads, a resumed run
+equals an uninterrupted one bit for bit: batch i depends only on the seed, i, the music and the
+settings, and all other state is in the checkpoint.
 
 References: Huang & Yang 2020 (REMI), Fradet et al. 2021 (MidiTok), Vaswani et al. 2017 (the
 Transformer), Su et al. 2021 (rotary positions), Shazeer 2020 (SwiGLU), Jordan et al. 2024 (Muon).
@@ -102,14 +102,14 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 
-# ---- Ctrl-C is handled before the libraries load, which takes seconds. You may skip to Part I.
+# ---- Handle Ctrl-C even while libraries load, which takes seconds. Feel free to skip to Part I.
 
-unfinished: set[Path] = set()  # files that are deleted if a signal ends the program
-main_process = 0  # its id: a worker that was forked inherits the handlers, but only exits
+unfinished: set[Path] = set()  # files to delete if a signal ends the program
+main_process = 0  # its PID; forked workers inherit the handlers, but must only exit
 
 
 def stop_at_once(number: int, frame) -> None:
-    """Handle a signal while there is nothing to save: leave no worker and no half of a file."""
+    """Handle a signal while there is nothing to save: leave no workers or half-written files."""
     try:
         if os.getpid() == main_process:
             for worker in multiprocessing.active_children():
@@ -118,11 +118,11 @@ def stop_at_once(number: int, frame) -> None:
                 path.unlink(missing_ok=True)
             os.write(2, b"pianogpt: stopped\n")
     finally:
-        os._exit(128 + number)  # also where the terminal is gone, and nothing can be written
+        os._exit(128 + number)  # even if the terminal is gone, and nothing can be written
 
 
 def signal_handlers() -> dict[int, Callable]:
-    """The handlers of Ctrl-C, SIGTERM and SIGHUP by number; nohup's, which ignores, is left out."""
+    """The handlers of Ctrl-C, SIGTERM and SIGHUP by number, except for ignored signals (nohup)."""
     handlers = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -132,7 +132,7 @@ def signal_handlers() -> dict[int, Callable]:
 
 
 def handle_signals(handlers: dict[int, Callable]) -> None:
-    """Install handlers of signals by number."""
+    """Install signal handlers, given by signal number."""
     global main_process
     main_process = os.getpid()
     for number, handler in handlers.items():
@@ -141,7 +141,7 @@ def handle_signals(handlers: dict[int, Callable]) -> None:
 
 if __name__ == "__main__":
     handle_signals(dict.fromkeys(signal_handlers(), stop_at_once))
-elif __name__ == "__mp_main__":  # a worker that was not forked: the main process ends it
+elif __name__ == "__mp_main__":  # a spawned (not forked) worker: the main process stops it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 try:
@@ -163,23 +163,23 @@ except ImportError as e:
 
 VERSION = "2.0"
 PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets both
-RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0  # number of this process
+RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0  # index of this process
 
 
 class UserError(Exception):
-    """A mistake that the user can fix; its text is one sentence that says how."""
+    """A mistake that the user can fix; the message is one sentence that says how."""
 
 
 def say(text: str, stream: str = "stdout") -> None:
-    """Print one line above the progress bar, on rank 0."""
+    """Print one line above the progress bar, on rank 0 only."""
     if RANK != 0:
         return
-    # The name of a file may hold characters that no terminal should get.
+    # File names may contain characters that must not reach a terminal.
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     try:
         tqdm.write(text, file=getattr(sys, stream))
         getattr(sys, stream).flush()
-    except OSError:  # the output pipe is closed, or the disk is full: go on in silence
+    except OSError:  # the output pipe is closed, or the disk is full: carry on silently
         setattr(sys, stream, io.StringIO())
 
 
@@ -199,9 +199,9 @@ def progress_bar(*args, **kwargs) -> tqdm:
 
 
 def setting(default, text: str, low=None, high=10**9, off=False, resumable=False):
-    """A field that becomes a flag.
+    """A dataclass field that becomes a command-line flag.
 
-    low, high: its limits; off: 0 is allowed too, and switches it off; resumable: a resumed run may
+    low, high: its limits; off: 0 is also allowed, and turns it off; resumable: a resumed run may
     change it.
     """
     metadata = {"text": text, "low": low, "high": high, "off": off, "resumable": resumable}
@@ -212,63 +212,63 @@ def setting(default, text: str, low=None, high=10**9, off=False, resumable=False
 class ProgramSettings:
     """What to do, and where."""
 
-    generate: bool = setting(False, "write music (train first if no pianogpt.safetensors is here)")
-    evaluate: str = setting("", "folder of MIDI files to measure the model on")
-    export: str = setting("", "write the best weights to this file, in 16 bits, to share")
-    about: str = setting("", "note to export with the weights, such as training music, license")
+    generate: bool = setting(False, "generate music; train first if no pianogpt.safetensors exists")
+    evaluate: str = setting("", "folder of MIDI files to evaluate the model on")
+    export: str = setting("", "file to export the best weights to, in 16 bits, for sharing")
+    about: str = setting("", "note to store in the export: training music, license, ...")
     checkpoint: str = setting("pianogpt.safetensors", "file that holds the model")
     midi_dir: str = setting("my_midis", "folder of MIDI files to train on, at any depth")
     cache_dir: str = setting(".pianogpt-cache", "folder for tokenized files; empty: no cache")
-    init_from: str = setting("", "trained model to start from, by 300 small steps on your music")
+    init_from: str = setting("", "trained model to fine-tune on your music, in 300 small steps")
     fresh: bool = setting(False, "start over; an existing checkpoint is renamed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...; auto: cuda or cpu")
     float32: bool = setting(False, "train in float32 even where bfloat16 is faster")
     compile: bool | None = setting(
-        None, "torch.compile the model; by default on a CPU, for runs that are long enough"
+        None, "torch.compile the model; by default only on a CPU, for runs long enough to benefit"
     )
 
 
 @dataclass
 class SampleSettings:
-    """The music that is written."""
+    """The music to generate."""
 
-    num_samples: int = setting(3, "pieces to write", 1, 100_000)
+    num_samples: int = setting(3, "number of pieces to generate", 1, 100_000)
     prompt: str = setting("", "MIDI file to continue, or to rewrite in part")
     prompt_bars: int = setting(0, "bars of the prompt to use; 0: all of it", 0)
-    continuation_only: bool = setting(False, "leave the prompt out of the file")
-    rewrite: str = setting("", "bars of the prompt to write anew, as 9-12 or 3-4,9; others stay")
+    continuation_only: bool = setting(False, "leave the prompt out of the output file")
+    rewrite: str = setting("", "bars of the prompt to rewrite, like 9-12 or 3-4,9; others stay")
     bars: int = setting(
-        0, "bars of the piece with its prompt; 0: it ends after 8 to 24 new bars", 0
+        0, "total bars, including the prompt; 0: the piece ends after 8 to 24 new bars", 0
     )
-    chords: str = setting("", 'chords to follow, one per bar, over and over: "C Am F,G7 C"')
-    style: str = setting("", "style to write in; the line styles: names those that a model knows")
+    chords: str = setting("", 'chords to follow, bar by bar, repeated to the end: "C Am F,G7 C"')
+    style: str = setting("", 'style to write in; the "styles:" line lists those a model knows')
     guidance: float = setting(
-        1.0, "how strongly to follow --style; 1: as learned; else it takes twice the time", 0, 9
+        1.0, "how strongly to follow --style; 1: as learned; other values take twice as long", 0, 9
     )
     division: int = setting(
-        0, "notes begin on N-ths of a quarter (4: 16ths); 0: as in the prompt, or anywhere", 0, 48
+        0, "start notes on N-ths of a quarter (4: 16ths); 0: as in the prompt, or anywhere", 0, 48
     )
     tempo: float = setting(0.0, "quarter notes per minute; 0: the model decides", 4, 1000, off=True)
     temperature: float = setting(
         0.85,
-        "randomness of pitches and chords; rhythm and loudness are drawn as learned; "
-        "0: always the likeliest token of any kind, so there is only one piece",
+        "randomness of pitches and chords; rhythm and loudness are sampled as learned; "
+        "0: always the likeliest token, rhythm included, so only one piece",
         0.01,
         10,
         off=True,
     )
-    top_k: int = setting(0, "draw from the K likeliest tokens; 0: from all", 0)
+    top_k: int = setting(0, "sample from the K likeliest tokens; 0: from all", 0)
     top_p: float = setting(
-        0.0, "draw from the likeliest tokens that together have this probability; 0: from all", 0, 1
+        0.0, "sample from the likeliest tokens that add up to this probability; 0: from all", 0, 1
     )
     min_p: float = setting(
-        0.0, "draw from tokens at least this likely, relative to the likeliest; 0: from all", 0, 1
+        0.0, "sample from tokens at least this likely relative to the likeliest; 0: from all", 0, 1
     )
-    samples_dir: str = setting("samples", "folder for the new files; nothing is overwritten")
+    samples_dir: str = setting("samples", "folder for the generated files; nothing is overwritten")
 
     @property
     def pieces(self) -> int:
-        """How many pieces are written: at temperature 0 all would be the same, so there is one."""
+        """Number of pieces to generate; just one at temperature 0, where all would be the same."""
         return 1 if self.temperature == 0 else self.num_samples
 
 
@@ -276,14 +276,14 @@ class SampleSettings:
 class DataSettings:
     """The training music."""
 
-    val_percent: float = setting(10.0, "percent of the works held out for validation", 0, 99)
-    piece_is_folder: bool = setting(False, "treat all files of a folder as one work")
-    transpose: int = setting(5, "transpose training music by up to N semitones", 0, 24)
+    val_percent: float = setting(10.0, "percentage of works held out for validation", 0, 99)
+    piece_is_folder: bool = setting(False, "treat all files in a folder as one work")
+    transpose: int = setting(5, "transpose training music randomly by up to N semitones", 0, 24)
     style_from_folder: bool = setting(
-        False, "the first folder below --midi-dir names the style of its files"
+        False, "each folder directly inside --midi-dir is the style of its files"
     )
     gap_percent: float = setting(
-        25.0, "percent of the training windows with two bar lines that teach --rewrite", 0, 100
+        25.0, "percentage of training windows with two bar lines that teach --rewrite", 0, 100
     )
 
 
@@ -291,8 +291,8 @@ class DataSettings:
 class TokenSettings:
     """How music becomes tokens."""
 
-    grid: int = setting(24, "positions per beat; 24 holds triplets and 32nd notes exactly", 1, 48)
-    velocities: int = setting(32, "levels of loudness", 1, 127)
+    grid: int = setting(24, "positions per beat; 24 fits triplets and 32nd notes exactly", 1, 48)
+    velocities: int = setting(32, "loudness levels", 1, 127)
 
 
 @dataclass
@@ -302,7 +302,7 @@ class ModelSettings:
     n_layer: int = setting(4, "layers", 1, 1000)
     n_head: int = setting(4, "attention heads per layer", 1, 1000)
     n_embd: int = setting(128, "channels", 2, 65_536)
-    block_size: int = setting(256, "context in tokens", 8, 65_536)
+    block_size: int = setting(256, "context length in tokens", 8, 65_536)
 
 
 @dataclass
@@ -313,18 +313,18 @@ class TrainSettings:
     batch_size: int = setting(16, "sequences per step", 1, 100_000)
     lr: float = setting(3e-4, "peak learning rate; make_optimizer scales it", 0, 1, resumable=True)
     warmup: int = setting(
-        200, "steps in which the learning rate rises; at most a fifth", 0, resumable=True
+        200, "steps of learning-rate warmup; capped at a fifth of all steps", 0, resumable=True
     )
     weight_decay: float = setting(1.0, "weight decay of blocks and head; 0: off", 0)
-    eval_every: int = setting(250, "steps between validation losses", 1, resumable=True)
+    eval_every: int = setting(250, "steps between validations", 1, resumable=True)
     save_every: int = setting(0, "steps between saves; 0: every two minutes", 0, resumable=True)
     accumulate: int = setting(1, "split each batch into N parts to save memory", 1, resumable=True)
-    seed: int = setting(0, "random seed; --generate draws one if none is given", 0, 2**31 - 1)
+    seed: int = setting(0, "random seed; --generate picks one if none is given", 0, 2**31 - 1)
 
 
 @dataclass
 class Settings:
-    """Every setting, in the groups of --help."""
+    """All settings, grouped as in --help."""
 
     program: ProgramSettings = field(default_factory=ProgramSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
@@ -340,7 +340,7 @@ def flag(name: str) -> str:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UserError for a setting that is out of its limits or contradicts another."""
+    """Raise UserError for a setting that is out of range or contradicts another."""
     for group in vars(settings).values():
         for f in fields(group):
             low = f.metadata["low"]
@@ -354,82 +354,82 @@ def check_settings(settings: Settings) -> None:
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
-# ---- 2. Reading: the bytes of a MIDI file become the notes of one piano
+# ---- 2. Reading: from the bytes of a MIDI file to the notes of one piano
 
 MOST_BEATS = 12  # in a bar
-TIME_SIGNATURES = dict.fromkeys((4, 8, 16), (1, MOST_BEATS))  # beat unit: least and most beats
-LONGEST_NOTE = 24  # quarter notes; of recorded performances, one note in 6,000 is longer
-# 19.8 to 304 quarter notes per minute in steps of 2 %, about the least that one hears.
+TIME_SIGNATURES = dict.fromkeys((4, 8, 16), (1, MOST_BEATS))  # beat unit: fewest and most beats
+LONGEST_NOTE = 24  # quarter notes; in recorded performances, one note in 6,000 is longer
+# 19.8 to 304 quarter notes per minute in steps of 2%, about the smallest audible change.
 TEMPO_STEP = 1.02
 TEMPO_RANGE = (120 / TEMPO_STEP**91, 120 * TEMPO_STEP**47)
 TEMPO_STEPS = 91 + 1 + 47
-LOWEST_KEY = 21  # MIDI pitches of a piano's outer keys
+LOWEST_KEY = 21  # MIDI pitches of a piano's outermost keys
 HIGHEST_KEY = 108
-# The kinds of messages in a MIDI file that are used
+# The kinds of MIDI message that are used
 NOTE_OFF = 0x80
-NOTE_ON = 0x90  # with velocity 0 also a note off
+NOTE_ON = 0x90  # with velocity 0, this too is a note off
 CONTROL = 0xB0
 DATA_BYTES = {NOTE_OFF: 2, NOTE_ON: 2, 0xA0: 2, CONTROL: 2, 0xC0: 1, 0xD0: 1, 0xE0: 2}
-SYSTEM_EXCLUSIVE = (0xF0, 0xF7)  # a message, and the continuation of one
+SYSTEM_EXCLUSIVE = (0xF0, 0xF7)  # a message, and a continuation of one
 META = 0xFF
-END_OF_TRACK = 0x2F  # kinds of meta events
+END_OF_TRACK = 0x2F  # kinds of meta event
 SET_TEMPO = 0x51
 TIME_SIGNATURE = 0x58
 KEY_SIGNATURE = 0x59
-DRUMS = 9  # the channel of the drums, from 0 on
-SUSTAIN = 64  # controllers: the right pedal
-RESET = 121  # all controllers
-ALL_OFF = (123, 120)  # all notes, all sound
-PEDAL_DOWN = 64  # values of a controller from here on mean down
-# Files that forget to lift the pedal would smear their notes. Longer presses are ignored.
+DRUMS = 9  # the drum channel, counting from 0
+SUSTAIN = 64  # controller numbers: the right pedal
+RESET = 121  # reset all controllers
+ALL_OFF = (123, 120)  # all notes off, all sound off
+PEDAL_DOWN = 64  # controller values from here up mean the pedal is down
+# Longer presses are ignored: a file that forgets to lift the pedal would smear its notes.
 LONGEST_PEDAL = 48  # quarter notes
-# Quarter notes; if it is still down at the last note, the file may just have forgotten to lift it.
+# Quarter notes, for a pedal still down at the last note: the file may simply never lift it.
 LONGEST_LAST_PEDAL = 16
-LONGEST_PIECE = 86_400  # seconds, which is a day; also the limit in quarter notes
-MOST_TICKS = 2**31 - 1  # symusic has 32 bits for a time
-# What tokens cannot say, in words
+LONGEST_PIECE = 86_400  # seconds, i.e. a day; also the limit in quarter notes
+MOST_TICKS = 2**31 - 1  # symusic stores times in 32 bits
+# What tokens cannot represent, as reported to the user
 OUT_OF_RANGE = "notes outside the piano's range dropped"
 TEMPO_CHANGED = "tempos outside 20 to 300 changed"
 STRIKES_MERGED = "repeated notes in one grid position merged"
 
-Notes = dict[str, np.ndarray]  # symusic's columns of notes: time, duration, pitch, velocity
+Notes = dict[str, np.ndarray]  # symusic's note columns: time, duration, pitch, velocity
 
 
 class MidiEvent(NamedTuple):
-    """A message of a MIDI file."""
+    """A message in a MIDI file."""
 
-    tick: int  # since the beginning
+    tick: int  # from the start of the file
     track: int
-    kind: int  # NOTE_ON, NOTE_OFF, CONTROL, or the number of a meta event, which is below 0x80
-    channel: int  # 0 to 15; 0 of a meta event
+    kind: int  # NOTE_ON, NOTE_OFF, CONTROL, or the type of a meta event, which is below 0x80
+    channel: int  # 0 to 15; 0 for a meta event
     data: bytes
 
 
 @dataclass
 class MidiFile:
-    """What a MIDI file says about its music."""
+    """The musical content of a MIDI file."""
 
     tpq: int  # ticks per quarter note
-    events: list[MidiEvent]  # of all tracks by tick; those of one tick in the order of the file
-    uncounted_tracks: int  # how many more there are than the header says
+    events: list[MidiEvent]  # of all tracks, sorted by tick; ties keep the file's order
+    uncounted_tracks: int  # how many more there are than the header claims
 
     def meta_events(self, kind: int, length: int) -> Iterator[tuple[int, bytes]]:
-        """(tick, data) of the meta events of a kind with at least `length` bytes."""
+        """(tick, data) of each meta event of one kind with at least `length` bytes of data."""
         for event in self.events:
             if event.kind == kind and len(event.data) >= length:
                 yield event.tick, event.data
 
     def tempos(self) -> dict[int, float]:
-        """{tick: quarter notes per minute}; of several at one tick the last one counts."""
+        """{tick: quarter notes per minute}; if a tick has several, the last one counts."""
         tempos = {}
         for tick, data in self.meta_events(SET_TEMPO, 3):
-            microseconds = int.from_bytes(data[:3], "big")  # in a quarter note
+            microseconds = int.from_bytes(data[:3], "big")  # per quarter note
             if microseconds:
                 tempos[tick] = 60e6 / microseconds
         return tempos
 
     def time_signatures(self) -> dict[int, tuple[int, int]]:
-        """{tick: (beats in a bar, beat unit)} of the time signatures."""
+        """{tick: (beats per bar, beat unit)} of the time signatures."""
         metres = {}
         for tick, data in self.meta_events(TIME_SIGNATURE, 2):
             beats, exponent = data[:2]
@@ -438,7 +438,7 @@ class MidiFile:
         return metres
 
     def key_signatures(self) -> dict[int, tuple[int, int]]:
-        """{tick: (sharps, is_minor)} of the key signatures; flats are negative."""
+        """{tick: (sharps, is_minor)} of the key signatures; flats count as negative sharps."""
         keys = {}
         for tick, data in self.meta_events(KEY_SIGNATURE, 2):
             sharps = int.from_bytes(data[:1], "big", signed=True)
@@ -448,16 +448,17 @@ class MidiFile:
 
 
 def read_number(data: bytes, at: int) -> tuple[int, int]:
-    """Read a number of seven bits a byte, as times and lengths are; returns it, and where it ends.
+    """Read a variable-length number, such as a time or length; returns it and where it ends.
 
-    Raises UserError. This and all that read_track calls raise IndexError if the data end too soon.
+    It has seven bits per byte. Raises UserError. Like everything that read_track calls, it raises
+    IndexError if the data ends too soon.
     """
     value = 0
     for place in range(at, at + 4):
         value = value << 7 | data[place] & 0x7F
         if data[place] < 0x80:
             return value, place + 1
-    raise UserError("damaged: a number of more than 4 bytes")
+    raise UserError("damaged: a number longer than 4 bytes")
 
 
 def read_values(data: bytes, at: int, kind: int) -> bytes:
@@ -473,10 +474,10 @@ def read_values(data: bytes, at: int, kind: int) -> bytes:
 
 
 def read_meta(data: bytes, at: int) -> tuple[int, bytes, int]:
-    """The kind and the content of a meta event, and where it ends. Raises as read_values does."""
+    """The kind and content of a meta event, and where it ends. Raises UserError or IndexError."""
     kind = data[at]
     if kind >= 0x80:
-        raise UserError(f"damaged: a meta event {kind:#x}, which no MIDI file may have")
+        raise UserError(f"damaged: a meta event {kind:#x}, which MIDI files do not allow")
     length, at = read_number(data, at + 1)
     return kind, data[at : at + length], at + length
 
@@ -484,17 +485,17 @@ def read_meta(data: bytes, at: int) -> tuple[int, bytes, int]:
 def read_track(data: bytes, track: int) -> list[MidiEvent]:
     """The notes, control changes and meta events of a track.
 
-    System exclusive messages, which are for one synthesizer alone, are passed over. Raises
+    System exclusive messages, which are meant for one particular synthesizer, are skipped. Raises
     UserError, or IndexError if the track is cut off.
     """
     events = []
     tick = 0
     at = 0
-    running = 0  # status byte of the last channel message; the next one omits it if it is the same
+    running = 0  # status byte of the last channel message, which the next may omit if it is equal
     while at < len(data):
         delta = data[at]
         at += 1
-        if delta >= 0x80:  # most have one byte; a call for each would cost a fifth of the time
+        if delta >= 0x80:  # most are one byte; a call for each would cost a fifth of the time
             delta, at = read_number(data, at - 1)
         tick += delta
         status = data[at]
@@ -507,7 +508,7 @@ def read_track(data: bytes, track: int) -> list[MidiEvent]:
             length, at = read_number(data, at + 1)
             at += length
         elif status > SYSTEM_EXCLUSIVE[0]:
-            raise UserError(f"damaged: a message {status:#x}, which no MIDI file may have")
+            raise UserError(f"damaged: a message {status:#x}, which MIDI files do not allow")
         else:
             if status >= 0x80:
                 running = status
@@ -517,13 +518,13 @@ def read_track(data: bytes, track: int) -> list[MidiEvent]:
             if kind in (NOTE_OFF, NOTE_ON, CONTROL):
                 events.append(MidiEvent(tick, track, kind, running & 0x0F, values))
             at += len(values)
-    if at > len(data):  # the last message or meta event goes on after the end
+    if at > len(data):  # the last message or meta event runs past the end
         raise IndexError
     return events
 
 
 def unwrap(data: bytes) -> bytes:
-    """The MIDI file in a RIFF (.rmi) or MacBinary wrapper; other data as it is."""
+    """The MIDI file inside a RIFF (.rmi) or MacBinary wrapper; other data unchanged."""
     if data[:4] == b"RIFF" and data[8:12] == b"RMID":
         return data[max(0, data.find(b"MThd")) :]
     if data[128:132] == b"MThd":
@@ -534,9 +535,9 @@ def unwrap(data: bytes) -> bytes:
 def parse_midi(data: bytes) -> MidiFile:
     """The bytes of a MIDI file as events. Raises UserError.
 
-    A file is a row of chunks: a name of four bytes, a length, and as many bytes as that says. The
-    header gives the number of tracks. Some programs count too few, so all that are there are read;
-    if there are fewer, the file was cut off.
+    A file is a series of chunks: a four-byte name, a length, and that many bytes of data. The
+    header gives the number of tracks. Some programs count too few, so every track found is read;
+    if there are fewer than the header says, the file was cut off.
     """
     data = unwrap(data)
     if data[:4] != b"MThd" or len(data) < 14:
@@ -545,11 +546,11 @@ def parse_midi(data: bytes) -> MidiFile:
     tracks = int.from_bytes(data[10:12], "big")
     tpq = int.from_bytes(data[12:14], "big")
     if form == 2:
-        raise UserError("MIDI format 2, several songs in one file: save each by itself")
+        raise UserError("MIDI format 2, several songs in one file: save each one separately")
     if tpq >= 0x8000:
-        raise UserError("its time is in film frames (SMPTE), not in notes: save it with a tempo")
+        raise UserError("it is timed in film frames (SMPTE), not in beats: save it with a tempo")
     if tpq == 0:
-        raise UserError("no ticks in a quarter note")
+        raise UserError("zero ticks per quarter note")
     events = []
     found = 0
     at = 8 + int.from_bytes(data[4:8], "big")
@@ -569,7 +570,7 @@ def parse_midi(data: bytes) -> MidiFile:
                 raise UserError(f"damaged: track {found} is cut off") from None
             events += track_events
     if found < tracks:
-        raise UserError(f"damaged: {count(found, 'track')} of {tracks}")
+        raise UserError(f"damaged: only {count(found, 'track')} of {tracks}")
     events.sort(key=lambda event: event.tick)
     return MidiFile(tpq, events, found - tracks)
 
@@ -585,20 +586,20 @@ class PlayedNote:
 
 
 class Channel:
-    """One of the 16 channels of a MIDI file: keys, and a pedal that holds their notes."""
+    """One of the 16 channels of a MIDI file: its keys, and the pedal that sustains their notes."""
 
     def __init__(self, tpq: int):
         self.notes: list[PlayedNote] = []
-        # By (track, pitch), the oldest first: two hands in two tracks may hold the same key.
+        # By (track, pitch), oldest first: two hands in two tracks may hold down the same key.
         self.keys_down: dict[tuple[int, int], list[PlayedNote]] = {}
-        self.lifted_at: dict[tuple[int, int], int] = {}  # ticks, of the keys that were lifted
-        self.ringing: list[PlayedNote] = []  # their keys are up, the pedal holds them
+        self.lifted_at: dict[tuple[int, int], int] = {}  # tick when each key was last lifted
+        self.ringing: list[PlayedNote] = []  # their keys are up, but the pedal holds them
         self.pedal_down_at: int | None = None
         self.longest_pedal = LONGEST_PEDAL * tpq
         self.ignored_pedals = 0
 
     def play(self, event: MidiEvent) -> None:
-        """Do what one message says."""
+        """Carry out one message."""
         first, second = event.data
         if event.kind == CONTROL:
             self.control(event.tick, number=first, value=second)
@@ -612,7 +613,7 @@ class Channel:
             self.lift_key(event.tick, (event.track, first))
 
     def control(self, tick: int, number: int, value: int) -> None:
-        """A control change."""
+        """Carry out a control change."""
         if number in ALL_OFF:
             for key in list(self.keys_down):
                 self.lift_forgotten(key)
@@ -625,21 +626,21 @@ class Channel:
             self.lift_pedal(tick)
 
     def lift_key(self, tick: int, key: tuple[int, int]) -> None:
-        """The oldest note of a key ends, or rings on if the pedal is down."""
+        """End the oldest note of a key, or let it ring if the pedal is down."""
         if not self.keys_down.get(key):
             return
         self.lifted_at[key] = tick
         note = self.keys_down[key].pop(0)
         note.end = tick
-        # A pedal that goes down in the moment when a note ends does not catch it.
+        # A pedal that goes down at the very moment a note ends does not catch it.
         if self.pedal_down_at is not None and self.pedal_down_at < tick:
             self.ringing.append(note)
 
     def lift_forgotten(self, key: tuple[int, int]) -> None:
         """End the notes of a key that were struck before it was last lifted.
 
-        A note off ends the oldest note, see lift_key. Where one is missing, all that follow would
-        end the note before theirs.
+        A note off ends the oldest note (see lift_key). If one is missing, every later one would
+        end the note before its own.
         """
         down = self.keys_down.get(key, [])
         lifted_at = self.lifted_at.get(key, 0)
@@ -647,7 +648,7 @@ class Channel:
             self.lift_key(lifted_at, key)
 
     def lift_pedal(self, tick: int) -> None:
-        """The ringing notes end here, or with their keys, if no pianist holds a pedal so long."""
+        """End the ringing notes here, or with their keys if no pianist holds a pedal so long."""
         if self.pedal_down_at is None:
             return
         if tick - self.pedal_down_at <= self.longest_pedal:
@@ -659,20 +660,20 @@ class Channel:
         self.pedal_down_at = None
 
     def finish(self, tick: int, longest_pedal: int) -> None:
-        """The music is over: lift all keys that are still down, and the pedal."""
+        """End the music: lift all keys that are still down, and the pedal."""
         self.longest_pedal = longest_pedal
         self.control(tick, ALL_OFF[0], 0)
 
 
 def select(notes: Notes, index: np.ndarray) -> Notes:
-    """The notes at an index."""
+    """The notes that an index array selects."""
     return {column: values[index] for column, values in notes.items()}
 
 
 def merge_unisons(notes: Notes) -> Notes:
-    """Notes by pitch, then time; a key struck twice at once is one note.
+    """Notes sorted by pitch, then time; simultaneous strikes of a key become one note.
 
-    It has the loudest velocity and the longest duration.
+    It gets the loudest velocity and the longest duration.
     """
     notes = select(notes, np.lexsort((notes["time"], notes["pitch"])))
     is_new = (np.diff(notes["pitch"]) > 0) | (np.diff(notes["time"]) > 0)
@@ -684,7 +685,7 @@ def merge_unisons(notes: Notes) -> Notes:
 
 
 def repair_overlaps(notes: Notes) -> Notes:
-    """Notes by time, then pitch; striking a key that still sounds ends its old note."""
+    """Notes sorted by time, then pitch; striking a key that still sounds ends its old note."""
     notes = merge_unisons(notes)
     same_key = np.diff(notes["pitch"]) == 0
     until_struck_again = np.where(same_key, np.diff(notes["time"]), np.iinfo(np.int32).max)
@@ -695,7 +696,7 @@ def repair_overlaps(notes: Notes) -> Notes:
 def play_notes(midi: MidiFile) -> tuple[Notes, int]:
     """The notes of all channels but the drums as they sound, and how many pedals were ignored.
 
-    Raises UserError if there are none.
+    Raises UserError if there are no notes, or if they go on for too long.
     """
     channels: dict[int, Channel] = {}
     has_drums = False
@@ -733,10 +734,10 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
 
 
 def split_metre(sixteenths: int, unit: int) -> list[tuple[int, int]]:
-    """A bar of `sixteenths` 16th notes as metres of the vocabulary, (beats, beat unit).
+    """A bar of `sixteenths` 16th notes as metres in the vocabulary, (beats, beat unit).
 
-    Nearly always one; 15/8 is 12/8 and 3/8. The beat that has 24 positions is a quarter at most,
-    so 2/2 is 4/4.
+    Nearly always just one, but 15/8 becomes 12/8 and 3/8. A beat, with its 24 positions, is at
+    most a quarter note, so 2/2 becomes 4/4.
     """
     unit = min(max(unit, 4), 16)
     if sixteenths * unit % 16:
@@ -751,11 +752,11 @@ def split_metre(sixteenths: int, unit: int) -> list[tuple[int, int]]:
 def list_stretches(
     metres: dict[int, tuple[int, int]], end: int
 ) -> list[tuple[int, tuple[int, int]]]:
-    """(tick where it ends, (beats, beat unit)) of each stretch of one metre, up to the tick end.
+    """(end tick, (beats, beat unit)) of each stretch in a single metre, up to the tick `end`.
 
-    metres: {tick: (beats, beat unit)} as the file has them; one that is said again is no change.
+    metres: {tick: (beats, beat unit)} as in the file; repeating a metre does not change it.
     """
-    starts = {0: metres.get(0, (4, 4))}  # 4/4 holds until the first one
+    starts = {0: metres.get(0, (4, 4))}  # 4/4 applies until the first one
     for tick, metre in metres.items():
         if tick < end and metre != list(starts.values())[-1]:
             starts[tick] = metre
@@ -769,8 +770,8 @@ def list_bars(
     """The bars of a file, (start, length, beat unit), and {change: number of stretches}.
 
     metres: {tick: (beats, beat unit)}; end: of the music, in ticks. Starts and lengths are in 16th
-    notes; a bar line between two of them moves to the nearest. A bar in the middle of which the
-    metre changes ends there.
+    notes; a bar line that falls between two 16ths moves to the nearest. If the metre changes in
+    the middle of a bar, the bar ends there.
     """
     bars = []
     moved = 0
@@ -792,12 +793,12 @@ def list_bars(
         start = until
     return bars, {
         "time signatures split into shorter bars": split,
-        "time signatures moved to a 16th note": moved,
+        "time signatures rounded to 16th notes": moved,
     }
 
 
 def sign_bars(bars: list[tuple[int, int, int]], tpq: int) -> list[TimeSignature]:
-    """The time signatures of the vocabulary that bars, as list_bars gives them, need."""
+    """The time signatures, all in the vocabulary, for bars as returned by list_bars."""
     signatures = []
     last = None
     for start, length, unit in bars:
@@ -810,7 +811,7 @@ def sign_bars(bars: list[tuple[int, int, int]], tpq: int) -> list[TimeSignature]
 
 
 def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
-    """A MIDI file as a score of one piano, and {change: how many}. Raises UserError."""
+    """A MIDI file as a score for one piano, and {change: how many}. Raises UserError."""
     struck, ignored = play_notes(midi)
     notes = repair_overlaps(struck)
     too_long = notes["duration"] > LONGEST_NOTE * midi.tpq
@@ -820,7 +821,7 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
     track.notes = Note.from_numpy(**notes)
     piano = Score(midi.tpq)
     piano.tracks.append(track)
-    # Only notes decide how long music is: what follows them says nothing.
+    # The music ends with its last note: anything after that is ignored.
     end = piano.end()
     tempos = [(tick, tempo) for tick, tempo in midi.tempos().items() if tick < end]
     piano.tempos = [Tempo(tick, tempo) for tick, tempo in tempos]
@@ -830,9 +831,9 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
     piano.time_signatures = sign_bars(bars, midi.tpq)
     on_piano = (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
     changes = {
-        "tracks read that the header does not count": midi.uncounted_tracks,
-        "notes struck together on one key merged": len(struck["time"]) - len(notes["time"]),
-        "pedals held too long for a pianist ignored": ignored,
+        "tracks read beyond the number in the header": midi.uncounted_tracks,
+        "simultaneous notes on one key merged": len(struck["time"]) - len(notes["time"]),
+        "implausibly long pedals ignored": ignored,
         OUT_OF_RANGE: int((~on_piano).sum()),
         f"notes longer than {LONGEST_NOTE} quarter notes shortened": int(too_long.sum()),
         TEMPO_CHANGED: sum(not TEMPO_RANGE[0] <= tempo <= TEMPO_RANGE[1] for _, tempo in tempos),
@@ -840,14 +841,14 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
     return piano, changes | metre_changes
 
 
-# ---- 3. Music: what every token says, from one piano to ids and back
+# ---- 3. Music: what every token means, from one piano to ids and back
 
-LONGEST_SILENCE = 32  # quarter notes; empty bars that make it longer are cut
+LONGEST_SILENCE = 32  # quarter notes; empty bars beyond that are cut
 MIDDLE_C = 60
-TPQ = 480  # ticks per quarter note in the files that are written
-ROOT_OCTAVE = 48  # a chord's root counts as a pitch from 48 to 59, where a left hand plays
+TPQ = 480  # ticks per quarter note in the output files
+ROOT_OCTAVE = 48  # a chord's root is given a pitch from 48 to 59, where a left hand plays
 
-CHORD_QUALITIES = {  # MidiTok's name: the symbol after the root, semitones above the root
+CHORD_QUALITIES = {  # MidiTok's name: (suffix after the root, semitones above the root)
     "maj": ("", (0, 4, 7)),
     "min": ("m", (0, 3, 7)),
     "dim": ("dim", (0, 3, 6)),
@@ -857,7 +858,7 @@ CHORD_QUALITIES = {  # MidiTok's name: the symbol after the root, semitones abov
     "7min": ("m7", (0, 3, 7, 10)),
     "7halfdim": ("m7b5", (0, 3, 6, 10)),
 }
-# How else musicians write a suffix: the same chord, and chords of which it is the nearest.
+# Other suffixes that musicians write: (for the same chord, for chords it comes closest to).
 CHORD_SPELLINGS = {
     "": ("M maj major", "5 6 69 6/9 2 4 add9 sus sus2 sus4"),
     "m": ("min mi minor -", "m6 min6 madd9"),
@@ -874,7 +875,7 @@ NO_CHORD = "N.C."
 
 
 def list_chords() -> tuple[list[str], np.ndarray]:
-    """Symbols of all chords, and the pitch classes of each as a unit vector, (chords, 12)."""
+    """The symbols of all chords, and their pitch classes as unit vectors, (chords, 12)."""
     symbols = []
     templates = []
     for suffix, semitones in CHORD_QUALITIES.values():
@@ -886,18 +887,18 @@ def list_chords() -> tuple[list[str], np.ndarray]:
 
 
 CHORD_SYMBOLS, CHORD_TEMPLATES = list_chords()  # in the order of their token ids
-# Weights of find_chords. A fit is a cosine: 1 if only the notes of a chord sound, equally long.
-FIT_OF_NO_CHORD = 0.75  # two notes of a triad reach 0.82, one note 0.58
-ROOT_IN_BASS = 0.02  # a bonus that breaks ties: C and E alone fit C and Am equally well
-SEVENTH_COST = 0.08  # so that a passing note makes no seventh chord
-CHANGE_COST = 0.06  # so that an ornament is no change of harmony
+# Weights in find_chords. A fit is a cosine: 1 if just the chord's notes sound, all equally long.
+FIT_OF_NO_CHORD = 0.75  # two notes of a triad score 0.82, one note 0.58
+ROOT_IN_BASS = 0.02  # a bonus to break ties: C and E alone fit C and Am equally well
+SEVENTH_COST = 0.08  # so that a passing note does not make a seventh chord
+CHANGE_COST = 0.06  # so that an ornament is not a change of harmony
 
 # How well each pitch class fits C major and C minor (Krumhansl & Kessler, 1982)
 KEY_PROFILES = {
     "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
     "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
 }
-# The same for all 24 keys, of zero mean and unit length: dot products rank as correlations do.
+# The same for all 24 keys, with zero mean and unit norm: dot products rank like correlations.
 KEY_TEMPLATES = np.array([np.roll(p, tonic) for p in KEY_PROFILES.values() for tonic in range(12)])
 KEY_TEMPLATES -= KEY_TEMPLATES.mean(axis=1, keepdims=True)
 KEY_TEMPLATES /= np.linalg.norm(KEY_TEMPLATES, axis=1, keepdims=True)
@@ -907,7 +908,7 @@ MINOR_TONICS = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B"]
 
 @dataclass
 class Piece:
-    """One file as tokens, or the reason why it gave none."""
+    """One file as tokens, or the reason it yielded none."""
 
     path: str = ""  # relative to the folder, with forward slashes
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # BOS ... EOS, (T,)
@@ -915,9 +916,9 @@ class Piece:
     pitch: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))  # MIDI, (T,)
     notes: int = 0
     seconds: float = 0.0
-    changes: dict[str, int] = field(default_factory=dict)  # what tokens cannot say: how often
+    changes: dict[str, int] = field(default_factory=dict)  # what tokens cannot represent: how often
     problem: str = ""  # why the file was skipped
-    work: str = ""  # name of the musical work of which this is one recording
+    work: str = ""  # name of the musical work that this is a recording of
     style: str = ""  # its name, or empty
     split: str = ""  # "train", "validation" or "test"
 
@@ -925,10 +926,10 @@ class Piece:
 def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
     """The harmony of each of n beats: indices into CHORD_SYMBOLS, or its length for no chord.
 
-    beats: n + 1 ticks; tpq: ticks per quarter note. A beat is a vector: the square root of how
-    long each pitch class sounds. A chord fits by the cosine of its template with that vector. A
-    sequence of chords scores the sum of the fits, weighted by the lengths of the beats, minus
-    CHANGE_COST per change; the best one is found by dynamic programming (Viterbi).
+    beats: the ticks of their n + 1 boundaries; tpq: ticks per quarter note. Each beat is a vector:
+    the square root of how long each pitch class sounds. A chord's fit is the cosine between its
+    template and that vector. A sequence of chords scores the sum of its fits, weighted by beat
+    length, minus CHANGE_COST per change; dynamic programming (Viterbi) finds the best one.
     """
     roll = track.pianoroll(modes=["frame"], encode_velocity=False)[0]  # (128, ticks): keys down
     # 120 is a multiple of 12 above the highest key.
@@ -943,11 +944,11 @@ def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
     fits[roots == bass[:, None] % 12] += ROOT_IN_BASS
     fits -= SEVENTH_COST * is_seventh
     fits = np.column_stack([fits, np.full(len(fits), FIT_OF_NO_CHORD)])
-    fits *= sounding.any(1)[:, None]  # silence fits every chord
+    fits *= sounding.any(1)[:, None]  # silence fits every chord equally
     fits *= np.diff(beats)[:, None] / tpq
 
-    came_from = np.zeros(fits.shape, int)  # the best chord before each chord at each beat
-    total = np.zeros(fits.shape[1])  # the best score of a sequence that ends with each chord
+    came_from = np.zeros(fits.shape, int)  # the best predecessor of each chord at each beat
+    total = np.zeros(fits.shape[1])  # the best score of any sequence that ends in each chord
     for beat, fit in enumerate(fits):
         best = total.argmax()
         stays = total >= total[best] - CHANGE_COST
@@ -959,13 +960,13 @@ def find_chords(track: Track, beats: np.ndarray, tpq: int) -> np.ndarray:
     return np.array(path[::-1])
 
 
-# After this token the model writes what belongs in a gap. It occurs only in the windows that the
+# After this token the model writes the contents of a gap. It occurs only in the windows that the
 # model reads (see move_gaps, GapWriting): no piece contains it, and the grammar never allows it.
 FILL = "Fill_None"
 
 
 class Tokenizer(miditok.REMI):
-    """MidiTok's REMI, with a Chord token at the first note of each bar and of each harmony."""
+    """MidiTok's REMI, with a Chord token at the first note of each bar and each new harmony."""
 
     def __init__(self, settings: TokenSettings):
         coarse = max(1, settings.grid // 2)
@@ -974,7 +975,7 @@ class Tokenizer(miditok.REMI):
                 pitch_range=(LOWEST_KEY, HIGHEST_KEY),
                 special_tokens=["PAD", "BOS", "EOS"],
                 num_velocities=settings.velocities,
-                # In beats; where the beat is a 16th, a quarter note has four.
+                # In beats, of which a quarter note has four where the beat is a 16th.
                 beat_res={(0, 4): settings.grid, (4, 12): coarse, (12, 4 * LONGEST_NOTE): 1},
                 use_chords=True,
                 chord_tokens_with_root_note=True,
@@ -991,7 +992,7 @@ class Tokenizer(miditok.REMI):
         )
         self.add_to_vocab(FILL)
         # The vocabulary now has Chord tokens. From here on find_chords replaces MidiTok's own
-        # detection, which finds only close positions whose notes begin together.
+        # detection, which only finds close-position chords whose notes start together.
         self.config.use_chords = False
 
     def _create_chords_tokens(self):
@@ -1032,7 +1033,7 @@ class Kind(IntEnum):
     FILL = 11
 
 
-MIDITOK_KINDS = {  # what the words of MidiTok begin with
+MIDITOK_KINDS = {  # by the prefix of MidiTok's word for a token
     "PAD": Kind.PAD,
     "BOS": Kind.BOS,
     "EOS": Kind.EOS,
@@ -1047,7 +1048,7 @@ MIDITOK_KINDS = {  # what the words of MidiTok begin with
     "Fill": Kind.FILL,
 }
 
-MAY_FOLLOW = {  # REMI's grammar: the kinds that may come after a kind
+MAY_FOLLOW = {  # REMI's grammar: the kinds that may follow each kind
     Kind.PAD: [Kind.PAD],
     Kind.BOS: [Kind.BAR],
     Kind.EOS: [Kind.PAD],
@@ -1063,15 +1064,15 @@ MAY_FOLLOW = {  # REMI's grammar: the kinds that may come after a kind
 
 
 class State(NamedTuple):
-    """Where the music stands after a token; int arrays (B,), one number for each sequence."""
+    """The state of the music after a token; int arrays (B,), one number per sequence."""
 
     kind: np.ndarray  # of the token, a Kind
     position: np.ndarray  # in the bar, in grid positions
     bar_length: np.ndarray  # in grid positions
     beat_unit: np.ndarray  # 4: a beat is a quarter note; 8: an eighth
-    pitch: np.ndarray  # of the last note; after a Chord token, of its root
-    chord: np.ndarray  # id of the last Chord token in this bar; 0: there was none
-    tempo: np.ndarray  # id of the last Tempo token; 0: there was none
+    pitch: np.ndarray  # of the last note; after a Chord token, of the chord's root
+    chord: np.ndarray  # id of the last Chord token in this bar; 0: none yet
+    tempo: np.ndarray  # id of the last Tempo token; 0: none yet
     bar: np.ndarray  # number of Bar tokens so far
     bar_start: np.ndarray  # time at which the bar began, in grid positions
 
@@ -1081,14 +1082,14 @@ class State(NamedTuple):
         return self.bar_start + self.position
 
 
-SAYS_NOTHING = -1  # in Vocabulary.says: the token leaves a number of the state as it is
+SAYS_NOTHING = -1  # in Vocabulary.says: the token leaves this number of the state unchanged
 
 
 class Vocabulary:
-    """What an id says, what state the music is in after it, and which ids may come next.
+    """What each id means, the state of the music after it, and which ids may come next.
 
     words (V,): the tokens as MidiTok spells them, in the order of their ids
-    table (9, V): a row for each number of a State: what a token sets it to, or SAYS_NOTHING
+    table (9, V): a row for each number of a State: what each token sets it to, or SAYS_NOTHING
     says: the same rows by name; says.pitch[id] is the pitch that a token sets
     may_follow (kinds, V) bool: MAY_FOLLOW, with a column for each id instead of each kind
     """
@@ -1128,16 +1129,16 @@ class Vocabulary:
         self.has_key = CHORD_TEMPLATES[:, self.key_pitches % 12] > 0  # (chords, keys)
 
     def ids_of_kind(self, name: str) -> slice:
-        """The ids of a kind of token, which lie in a row."""
+        """The ids of one kind of token, which are contiguous."""
         ids = self.tokenizer.token_ids_of_type(name)
         assert sorted(ids) == [*range(min(ids), max(ids) + 1)], name
         return slice(min(ids), max(ids) + 1)
 
     def meaning(self, token_id: int, name: str, value: str) -> State:
-        """What one token, the word name_value, says, as a row of numbers."""
+        """The meaning of one token, whose word is name_value, as a row of numbers."""
         row = State(MIDITOK_KINDS[name], *[SAYS_NOTHING] * (len(State._fields) - 1))
         if name == "BOS":
-            # It begins a silent bar of 4/4 before the first one, on middle C.
+            # It opens a silent bar of 4/4 before the first real one, on middle C.
             return State(Kind.BOS, 0, 4 * self.grid, 4, MIDDLE_C, 0, 0, bar=0, bar_start=0)
         if name == "Bar":
             return row._replace(position=0, chord=0)
@@ -1158,7 +1159,7 @@ class Vocabulary:
         return row
 
     def advance(self, state: State | None, ids: np.ndarray) -> State:
-        """The state after one more token of each sequence, ids (B,); from None it must be BOS."""
+        """The state after one more token per sequence, ids (B,); a state of None requires BOS."""
         said = self.table[:, ids]  # (numbers, B)
         if state is None:
             assert (ids == self.bos_id).all()
@@ -1171,7 +1172,7 @@ class Vocabulary:
     def trace(self, ids: np.ndarray) -> State:
         """The state after each token of a piece, ids (T,) from BOS on: advance(), all at once."""
         assert ids[0] == self.bos_id
-        said = self.table[:, ids]  # (numbers, T); BOS, the first, says all of them
+        said = self.table[:, ids]  # (numbers, T); BOS, which comes first, sets them all
         said_at = np.where(said == SAYS_NOTHING, 0, np.arange(len(ids)))
         last_said_at = np.maximum.accumulate(said_at, axis=1)
         state = State(*np.take_along_axis(said, last_said_at, axis=1))
@@ -1181,17 +1182,17 @@ class Vocabulary:
         return state._replace(bar=is_bar.cumsum(), bar_start=bar_start)
 
     def legal(self, state: State) -> np.ndarray:
-        """(B, V) bool: the ids that may come next by REMI's grammar.
+        """(B, V) bool: the ids that may come next under REMI's grammar.
 
-        Kinds follow as in MAY_FOLLOW, positions go forward inside the bar, and notes of one moment
-        go from low to high.
+        Kinds follow one another as in MAY_FOLLOW, positions move forward within the bar, and
+        simultaneous notes go from low to high.
         """
         legal = self.may_follow.take(state.kind, axis=0)
         at = self.later_positions
-        if legal[:, self.later_ids.start].any():  # a Position may come at all
+        if legal[:, self.later_ids.start].any():  # a Position may come in some sequence
             is_later = (at > state.position[:, None]) & (at < state.bar_length[:, None])
             legal[:, self.later_ids] &= is_later
-        # After a note, which ends with its Duration, comes a higher one at the same moment.
+        # A Duration ends a note; only a higher one may follow at the same moment.
         is_over = state.kind == Kind.DURATION
         if is_over.any():
             least = np.where(is_over, state.pitch + 1, 0)
@@ -1199,27 +1200,27 @@ class Vocabulary:
         return legal
 
     def may_come(self, state: State, token_id: int) -> bool:
-        """Whether the kind of a token may follow in any of the sequences."""
+        """Whether a token of this kind may come next in any of the sequences."""
         return self.may_follow[state.kind, token_id].any()
 
     def bar_lines(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The places of the n Bar tokens of a piece, ids (T,); its n + 1 bar lines in quarters."""
+        """Indices of the n Bar tokens of a piece, ids (T,); its n + 1 bar lines in quarters."""
         state = self.trace(np.append(ids, self.bar_id))
         bars = np.flatnonzero(state.kind == Kind.BAR)
         before = bars - 1  # the last token of each bar
         beats = state.bar_length[before] / self.grid
         quarters = beats * 4 / state.beat_unit[before]
-        return bars[:-1], quarters.cumsum() - quarters[0]  # the first is the silent bar of BOS
+        return bars[:-1], quarters.cumsum() - quarters[0]  # without the silent bar of BOS
 
     def quarters(self, ids: np.ndarray) -> np.ndarray:
-        """When each token of a piece, ids (T,), stands, in quarter notes from the first bar on."""
+        """The time of each token of a piece, ids (T,), in quarter notes from its first bar on."""
         state = self.trace(ids)
         _, lines = self.bar_lines(ids)
         beats = state.position / self.grid
         return lines[np.maximum(0, state.bar - 1)] + beats * 4 / state.beat_unit
 
     def chord_changes(self, ids: np.ndarray) -> list[tuple[float, str]]:
-        """(quarter note, symbol) of each change of harmony in a piece, ids (T,)."""
+        """(time in quarter notes, symbol) of each change of harmony in a piece, ids (T,)."""
         symbols = [*CHORD_SYMBOLS, NO_CHORD]
         quarters = self.quarters(ids)
         changes = []
@@ -1232,37 +1233,37 @@ class Vocabulary:
         return changes
 
     def length_of(self, word: str) -> float:
-        """The grid positions that a Duration token lasts."""
+        """The length of a Duration token, in grid positions."""
         beats, parts, of = map(int, word.removeprefix("Duration_").split("."))
         return (beats + parts / of) * self.grid
 
     def metre_of(self, token_id: int) -> tuple[int, int]:
-        """The beats in a bar and the beat unit that a TimeSig token says."""
+        """The beats per bar and the beat unit of a TimeSig token."""
         beats, unit = self.words[token_id].removeprefix("TimeSig_").split("/")
         return int(beats), int(unit)
 
     def tempo_of(self, token_id: int) -> float:
-        """The tempo that a Tempo token says, in quarter notes per minute."""
+        """The tempo of a Tempo token, in quarter notes per minute."""
         return float(self.words[token_id].removeprefix("Tempo_"))
 
     def quantize(self, piano: Score) -> Score:
-        """A one-track score on the grid, as the tokens can represent it. Raises UserError."""
+        """A one-track score rounded to what the tokens can represent. Raises UserError."""
         quantized = self.tokenizer.preprocess_score(piano)
         if not quantized.tracks:
             raise UserError("no notes within the range of a piano")
-        notes = merge_unisons(quantized.tracks[0].notes.numpy())  # the grid can merge two strikes
+        notes = merge_unisons(quantized.tracks[0].notes.numpy())  # two strikes may now coincide
         # MidiTok orders the notes of a chord by length; the grammar wants low to high.
         notes = select(notes, np.lexsort((notes["pitch"], notes["time"])))
         quantized.tracks[0].notes = Note.from_numpy(**notes)
         return quantized
 
     def encode(self, quantized: Score) -> np.ndarray:
-        """The ids (T,) of a quantized score, with BOS and without EOS."""
+        """The ids (T,) of a quantized score, with BOS but without EOS."""
         [sequence] = self.tokenizer.encode(quantized, no_preprocess_score=True)
         return np.array([self.bos_id, *sequence.ids], np.int16)
 
     def decode(self, ids: np.ndarray, first_tempo: float | None = None) -> Score:
-        """The score of a piece, ids (T,). If it has no EOS, no note sounds past the last bar.
+        """The score of a piece, ids (T,). Without EOS, notes are cut at the end of the last bar.
 
         first_tempo: the tempo before the first Tempo token; by default that token's own, or 120.
         """
@@ -1287,11 +1288,11 @@ class Vocabulary:
 def cut_silence(ids: np.ndarray, vocab: Vocabulary, longest: float) -> tuple[np.ndarray, int]:
     """ids with long silences shortened, and the number of empty bars that were removed.
 
-    longest: quarter notes of empty bars in a row that are kept. In an empty bar no note begins, and
-    no tempo. Empty bars at the end are removed and not counted.
+    longest: the longest run of empty bars to keep, in quarter notes. In an empty bar, no note
+    begins and no tempo is set. Empty bars at the end are removed but not counted.
     """
     opening, *bars = np.split(ids, np.flatnonzero(ids == vocab.bar_id))
-    while len(bars[-1]) == 2:  # Bar and TimeSig alone
+    while len(bars[-1]) == 2:  # only Bar and TimeSig
         bars.pop()
     kept = [opening]
     silence = 0.0
@@ -1305,7 +1306,7 @@ def cut_silence(ids: np.ndarray, vocab: Vocabulary, longest: float) -> tuple[np.
 
 
 def read_piece(data: bytes, vocab: Vocabulary) -> Piece:
-    """The bytes of a MIDI file as a piece without a path. Raises UserError if it has no music."""
+    """The bytes of a MIDI file as a Piece that has no path yet. Raises UserError."""
     piano, changes = make_piano(parse_midi(data))
     return tokenize(piano, changes, vocab)
 
@@ -1313,9 +1314,9 @@ def read_piece(data: bytes, vocab: Vocabulary) -> Piece:
 def tokenize(
     piano: Score, changes: dict[str, int], vocab: Vocabulary, silence: float = LONGEST_SILENCE
 ) -> Piece:
-    """A one-track score as a piece without a path; changes: see make_piano. Raises UserError.
+    """A one-track score as a Piece that has no path yet. Raises UserError.
 
-    silence: quarter notes of empty bars in a row; more are cut.
+    changes: see make_piano; silence: the longest run of empty bars to keep, in quarter notes.
     """
     quantized = vocab.quantize(piano)
     merged = piano.note_num() - quantized.note_num()
@@ -1323,7 +1324,7 @@ def tokenize(
     ids, bars_cut = cut_silence(vocab.encode(quantized), vocab, silence)
     ids = np.append(ids, np.int16(vocab.eos_id))
     state = vocab.trace(ids)
-    changes = changes | {STRIKES_MERGED: merged, "bars of long silences cut": bars_cut}
+    changes = changes | {STRIKES_MERGED: merged, "empty bars cut from long silences": bars_cut}
     return Piece(
         ids=ids,
         time=state.time.astype(np.int32),
@@ -1335,33 +1336,33 @@ def tokenize(
 
 
 def parse_bars(text: str, bars: int) -> list[tuple[int, int]]:
-    """The bars of --rewrite, "3-4,9", as (first, last) from 1 on; bars: those of the piece.
+    """The bars of --rewrite, such as "3-4,9", as (first, last) pairs that count from 1.
 
-    Raises UserError if there are no such bars, or none to keep.
+    bars: how many the piece has. Raises UserError if there are no such bars, or none to keep.
     """
     stretches = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if not match:
-            raise UserError(f'--rewrite: cannot read "{part}": write 9-12, or 3-4,9')
+            raise UserError(f'--rewrite: cannot read "{part}": write it like 9-12 or 3-4,9')
         first = int(match[1])
         last = int(match[2] or first)
         if last < first:
             raise UserError(f"--rewrite {text}: write the first bar before the last one")
         if first < 1 or last > bars:
-            raise UserError(f"--rewrite {text}: write bars from 1 to {bars}, which the prompt has")
+            raise UserError(f"--rewrite {text}: the prompt only has bars 1 to {bars}")
         if stretches and first <= stretches[-1][1]:
-            raise UserError(f"--rewrite {text}: write the bars in order, each one once")
+            raise UserError(f"--rewrite {text}: list the bars in order, each only once")
         stretches.append((first, last))
     if sum(last - first + 1 for first, last in stretches) == bars:
-        raise UserError(f"--rewrite {text}: these are all bars of the prompt: keep some")
+        raise UserError(f"--rewrite {text}: these are all bars of the prompt: leave some out")
     return stretches
 
 
 def parse_chord(symbol: str) -> tuple[int | None, bool]:
-    """The index in CHORD_SYMBOLS of a symbol as musicians write it, None if it is none.
+    """The index in CHORD_SYMBOLS of a symbol as musicians write it, or None if it is not one.
 
-    Also whether it is that chord exactly; C9 is read as C7, and C/E without its bass.
+    Also returns whether it is that chord exactly: C9 is read as C7, and C/E without its bass.
     """
     symbol = symbol.replace("♯", "#").replace("♭", "b")
     match = re.fullmatch(r"([A-Ga-g])([#b]?)(.*?)(/[A-Ga-g][#b]?)?", symbol)
@@ -1379,28 +1380,28 @@ def parse_chord(symbol: str) -> tuple[int | None, bool]:
 def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
     """Chord symbols -> (bars, 12) indices into CHORD_SYMBOLS, one for each twelfth of a bar.
 
-    A bar stands between spaces, its chords between commas: "C F,G7". With bar lines it stands
-    between those: "| C | F G7 |". Also returns a remark for each symbol that is read as a simpler
-    chord. Raises UserError for a symbol that cannot be read.
+    Spaces separate bars, and commas the chords of a bar: "C F,G7". If there are bar lines, they
+    separate bars, and spaces the chords: "| C | F G7 |". Also returns a remark for each symbol
+    that is read as a simpler chord. Raises UserError for a symbol that cannot be read.
     """
     text = re.sub(r"\s-\s", " ", text)
     bars = text.split()
     if "|" in text:
         bars = [",".join(cell.split()) for cell in text.split("|") if cell.strip()]
-    twelfths = []  # of bars, so that a bar divides into 2, 3, 4, 6 or 12
+    twelfths = []  # of a bar, so that it divides into 2, 3, 4, 6 or 12 parts
     remarks = []
     for bar in bars:
         symbols = bar.split(",")
         if 12 % len(symbols):
             raise UserError(
-                f'--chords: cannot read "{bar}": write 1, 2, 3, 4, 6 or 12 chords in a bar'
+                f'--chords: cannot read "{bar}": write 1, 2, 3, 4, 6 or 12 chords per bar'
             )
         for symbol in symbols:
             index, is_exact = parse_chord(symbol)
             if index is None:
                 raise UserError(
                     f'--chords: cannot read "{symbol}" in "{bar}": write C, Am, F#dim, Eaug, '
-                    "Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 is half a bar each"
+                    "Bb7, Cmaj7, Dm7 or Bm7b5; F,G7 gives each half a bar"
                 )
             if not is_exact:
                 remarks.append(f"{symbol} is read as {CHORD_SYMBOLS[index]}")
@@ -1409,16 +1410,16 @@ def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
 
 
 def closest_keys(sounding: np.ndarray) -> np.ndarray:
-    """The keys of B pieces, (B,): 0 to 11 are C to B major, 12 to 23 C to B minor.
+    """The keys of B pieces, (B,): 0 to 11 are C to B major, 12 to 23 are C to B minor.
 
     sounding (B, 12): how long each pitch class sounds. The key is the one whose profile correlates
-    best with that (Krumhansl & Schmuckler). Of silence it is C major.
+    best with that (Krumhansl & Schmuckler). For silence it is C major.
     """
     return (sounding @ KEY_TEMPLATES.T).argmax(axis=1)
 
 
 def find_key(score: Score) -> tuple[KeySignature, str]:
-    """The key of a one-track score that has notes, as a signature and in words."""
+    """The key of a non-empty one-track score, as a key signature and in words."""
     notes = score.tracks[0].notes.numpy()
     sounding = np.bincount(notes["pitch"] % 12, notes["duration"], 12)
     is_minor, tonic = divmod(int(closest_keys(sounding[None])[0]), 12)

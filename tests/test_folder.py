@@ -188,7 +188,7 @@ def test_stray_note_or_absurd_tempo_does_not_flood_the_corpus(tmp_path):
     stray = [[*notes, (3600, 1, 72, 80), (3640, 1, 60, 80)]]
     piece = pg.read_piece(write_midi(tmp_path / "stray.mid", stray).read_bytes(), VOCAB)
     assert piece.notes == 27
-    assert piece.changes["bars of long silences cut"] == 888 + 1
+    assert piece.changes["empty bars cut from long silences"] == 888 + 1
     onsets = [n.time / 1920 for n in VOCAB.decode(piece.ids).tracks[0].notes]
     assert onsets[24:] == [3, 12, 21], "eight empty bars are left of each silence"
 
@@ -202,7 +202,7 @@ def test_broken_files_are_used_or_reported_and_the_good_ones_used():
     for kind in ("long", "pedal never lifted", "zero length", "many metres", "not UTF-8"):
         assert outcomes[kind] == {"used"}
     assert outcomes["only drums"] == {"only drums"}
-    assert outcomes["zero ticks"] == {"no ticks in a quarter note"}
+    assert outcomes["zero ticks"] == {"zero ticks per quarter note"}
     assert outcomes["a folder"] == outcomes["a pipe"] == outcomes["a link"] == {"not a file"}
 
 

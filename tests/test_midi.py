@@ -189,7 +189,7 @@ def test_no_bar_line_moves(metres, lines, words, split, vocab):
     assert found[-1] >= 24
     assert metres == words[:last]
     assert piece.changes["time signatures split into shorter bars"] == split
-    assert piece.changes["time signatures moved to a 16th note"] == 0
+    assert piece.changes["time signatures rounded to 16th notes"] == 0
     assert notes_of(vocab.decode(piece.ids)) == [(n / 2, n / 2 + 0.5, 40 + n) for n in range(48)]
 
 
@@ -206,7 +206,7 @@ def test_metre_that_no_16th_fits_moves_its_line_a_little_and_says_so(vocab):
     lines, metres = bars_of(piece, vocab)
     assert lines == [0, 4, 7, 10, 13]
     assert metres == ["4/4", "3/4", "3/4", "3/4"]
-    assert piece.changes["time signatures moved to a 16th note"] == 1
+    assert piece.changes["time signatures rounded to 16th notes"] == 1
 
 
 def test_random_changes_of_metre_lose_no_note(vocab):
@@ -276,7 +276,7 @@ def test_wrapped_file_is_opened(data):
 def test_tracks_that_the_header_does_not_count_are_read_and_counted(vocab):
     piece = pg.read_piece(GOOD[:11] + b"\1" + GOOD[12:], vocab)
     assert piece.notes == 2
-    assert piece.changes["tracks read that the header does not count"] == 1
+    assert piece.changes["tracks read beyond the number in the header"] == 1
 
 
 def broken(events):
@@ -287,19 +287,21 @@ def broken(events):
 DAMAGED = {
     "not a MIDI file": b"MThd\0\0\0\6",
     "damaged: track 2 is cut off": GOOD[:-7],
-    "damaged: 2 tracks of 3": GOOD[:11] + b"\3" + GOOD[12:],
-    "damaged: 0 tracks of 2": GOOD[:14],
+    "damaged: only 2 tracks of 3": GOOD[:11] + b"\3" + GOOD[12:],
+    "damaged: only 0 tracks of 2": GOOD[:14],
     "damaged: a value above 127": broken(b"\0\x90\x3c\x80"),
     "damaged: a message without a status byte": broken(b"\0\x3c\x50"),
-    "damaged: a message 0xf5, which no MIDI file may have": broken(b"\0\xf5"),
-    "damaged: a meta event 0x90, which no MIDI file may have": broken(b"\0\xff\x90\x02\xff\x40"),
-    "damaged: a number of more than 4 bytes": broken(b"\xff\xff\xff\xff\x7f\x90\x3c\x50"),
+    "damaged: a message 0xf5, which MIDI files do not allow": broken(b"\0\xf5"),
+    "damaged: a meta event 0x90, which MIDI files do not allow": broken(b"\0\xff\x90\x02\xff\x40"),
+    "damaged: a number longer than 4 bytes": broken(b"\xff\xff\xff\xff\x7f\x90\x3c\x50"),
     "damaged: track 1 is cut off": broken(b"\0\x90\x3c"),
-    "no ticks in a quarter note": GOOD[:12] + b"\0\0" + GOOD[14:],
-    "its time is in film frames (SMPTE), not in notes: save it with a tempo": (
+    "zero ticks per quarter note": GOOD[:12] + b"\0\0" + GOOD[14:],
+    "it is timed in film frames (SMPTE), not in beats: save it with a tempo": (
         GOOD[:12] + b"\xe7\x28" + GOOD[14:]
     ),
-    "MIDI format 2, several songs in one file: save each by itself": (GOOD[:9] + b"\2" + GOOD[10:]),
+    "MIDI format 2, several songs in one file: save each one separately": (
+        GOOD[:9] + b"\2" + GOOD[10:]
+    ),
 }
 
 

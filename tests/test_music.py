@@ -224,16 +224,16 @@ def test_what_tokens_cannot_say_is_counted(tmp_path, vocab):
     score.dump_midi(path)
     piece = read(path, vocab)
     assert piece.changes == {
-        "tracks read that the header does not count": 0,
-        "notes struck together on one key merged": 1,
-        "pedals held too long for a pianist ignored": 1,
+        "tracks read beyond the number in the header": 0,
+        "simultaneous notes on one key merged": 1,
+        "implausibly long pedals ignored": 1,
         "notes outside the piano's range dropped": 1,
         "notes longer than 24 quarter notes shortened": 1,
         "tempos outside 20 to 300 changed": 2,
         "time signatures split into shorter bars": 1,
-        "time signatures moved to a 16th note": 1,
+        "time signatures rounded to 16th notes": 1,
         "repeated notes in one grid position merged": 1,
-        "bars of long silences cut": 0,
+        "empty bars cut from long silences": 0,
     }
     assert piece.notes == 3
     assert not any(read(write_midi(tmp_path / "b.mid", scale()), vocab).changes.values())
