@@ -2909,24 +2909,24 @@ def write_together(
 # ---- 7. Folder: find files, read them in worker processes, cache, join recordings, split
 
 SPLITS = ("train", "validation", "test")
-SAME_MUSIC = 24  # melodic intervals in a row that recordings of one work share
-SAME_DIFFERENT = 8  # of them at least, so that scales and trills do not count
-HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
-HASH_PART = 2**20  # intervals that are hashed at once, to save memory
-COMPARED_BITS = 4  # all passages are compared in 2^4 parts, one after another, to save memory
-NO_HASH = np.uint64(2**64 - 1)  # of no passage; it is above all others
+SAME_MUSIC = 24  # recordings that share a run of this many melodic intervals are one work
+SAME_DIFFERENT = 8  # distinct intervals the run must have, so that scales and trills do not count
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, with random-looking bits
+HASH_PART = 2**20  # intervals hashed at a time, to save memory
+COMPARED_BITS = 4  # passages are compared in 2^4 batches, one after another, to save memory
+NO_HASH = np.uint64(2**64 - 1)  # stands for "no passage"; sorts above every other hash
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
-FILE_SECONDS = 120  # a file of a million notes takes 20
-FILE_MEGABYTES = 16  # the largest piano files have 1
-WORKER_GIGABYTES = 4  # of memory for one file
-UNREAD = "unread"  # stands for the hash of a file that cannot be read
+FILE_SECONDS = 120  # time limit for reading a file; a million notes take 20
+FILE_MEGABYTES = 16  # size limit of a file; the largest piano files have 1
+WORKER_GIGABYTES = 4  # memory limit for reading a file
+UNREAD = "unread"  # in place of the hash of a file that cannot be read
 CACHE_FORMAT = "pianogpt cache 1"
-CACHE_SECONDS = 20  # of reading that a crash may cost
+CACHE_SECONDS = 20  # a crash loses at most this much reading
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that path always holds all of the old bytes or all of the new ones."""
-    new = Path(f"{path}.tmp")  # what a killed run left there is overwritten
+    """Write a file so that path always holds either all the old bytes or all the new ones."""
+    new = Path(f"{path}.tmp")  # overwrites whatever a killed run left there
     unfinished.add(new)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2944,7 +2944,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def hash_tensors(text: str, tensors: dict[str, Tensor]) -> str:
-    """A checksum of a text, and of the names and values of tensors."""
+    """A checksum over a text and the names and values of tensors."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -2953,7 +2953,7 @@ def hash_tensors(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, form: str, values, tensors: dict[str, Tensor]) -> None:
-    """Write tensors, and values as JSON, to a safetensors file; form: what kind of file it is."""
+    """Write tensors, plus values as JSON, to a safetensors file; form: what kind of file it is."""
     text = json.dumps(values)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"format": form, "json": text, "sha256": hash_tensors(text, tensors)}
@@ -2961,14 +2961,14 @@ def save_tensors(path: Path, form: str, values, tensors: dict[str, Tensor]) -> N
 
 
 def load_tensors(path: Path, form: str) -> tuple:
-    """The values and the tensors that save_tensors wrote; an error if the file is damaged.
+    """The values and tensors that save_tensors wrote. Raises an error if the file is damaged.
 
     The tensors are memory-mapped: they are read once for the checksum, but take no memory.
     """
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != form:
-            raise ValueError("not of this version")
+            raise ValueError("not in the format of this version")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     text = metadata["json"]
     if metadata["sha256"] != hash_tensors(text, tensors):
@@ -2977,9 +2977,9 @@ def load_tensors(path: Path, form: str) -> tuple:
 
 
 def find_files(folder: Path) -> dict[Path, str]:
-    """{MIDI file: hash of its content} of a folder, at any depth, links followed; by path.
+    """{MIDI file: hash of its content} in a folder, at any depth, sorted by path; follows links.
 
-    The hash of what cannot be read is "unread". Raises UserError.
+    The hash of a file that cannot be read is "unread". Raises UserError.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: make it, or name another")
@@ -2992,16 +2992,16 @@ def find_files(folder: Path) -> dict[Path, str]:
     for root, folders, names in os.walk(folder, onerror=say_unlisted, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
-            say(f"{root} leads to a folder that is read already")
+            say(f"{root} leads to a folder that has already been read")
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders + names:  # a folder called x.mid is skipped by name
+        for name in folders + names:  # also lists a folder called x.mid, to report it as skipped
             if Path(name).suffix.lower() in MIDI_SUFFIXES and not name.startswith("."):
                 found.append(Path(root, name))
     if not found:
-        raise UserError(f"no MIDI file under {folder}: put some there, or name another")
+        raise UserError(f"no MIDI file under {folder}: put some there, or name another folder")
     contents = {}
     for path in sorted(found):
         try:
@@ -3012,7 +3012,7 @@ def find_files(folder: Path) -> dict[Path, str]:
 
 
 def list_contents(files: dict[Path, str], folder: Path) -> list[str]:
-    """ "hash name" of the files of a folder, by which changes are noticed."""
+    """ "hash name" of each file in a folder; comparing these lines shows what has changed."""
     return [f"{content} {path.relative_to(folder).as_posix()}" for path, content in files.items()]
 
 
@@ -3031,9 +3031,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_file(path: Path, vocab: Vocabulary) -> tuple[Piece, str]:
-    """A file as a piece without a path, and a hash of its content.
+    """A file as a piece, with its path not yet set, and a hash of its content.
 
-    The hash is empty if the piece has a problem that may pass, as when memory is short.
+    The hash is empty if the problem may be temporary, such as a lack of memory.
     """
     content = ""
     try:
@@ -3046,18 +3046,18 @@ def read_file(path: Path, vocab: Vocabulary) -> tuple[Piece, str]:
         return Piece(problem="not enough memory"), ""
     except OSError as e:
         return Piece(problem=e.strerror or str(e)), ""
-    except Exception as e:  # a mistake of this script, which must not look like one of the file
+    except Exception as e:  # a bug in this script, which must not be blamed on the file
         raise RuntimeError(f"reading {path} failed") from e
 
 
-worker_vocab: Vocabulary | None = None  # of a worker process
+worker_vocab: Vocabulary | None = None  # set in worker processes only
 
 
 def start_worker(vocab: Vocabulary) -> None:
-    """Give a worker process its vocabulary and its limit of memory."""
+    """Give a worker process its vocabulary and its memory limit."""
     global worker_vocab
     worker_vocab = vocab
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's way to end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # instead of the main process's handler
     if sys.platform == "linux":
         import resource
 
@@ -3074,7 +3074,7 @@ def read_in_worker(path: Path) -> tuple[Piece, str]:
     return read_file(path, worker_vocab)
 
 
-# What may happen to a worker, and what that says about its file.
+# What can go wrong in a worker, and how that is reported for its file.
 WORKER_PROBLEMS = {
     WorkerTimeout: "takes too long to read",
     ProcessExpired: "crashed its reader",
@@ -3083,27 +3083,27 @@ WORKER_PROBLEMS = {
 
 
 def worker_problem(error: Exception) -> str:
-    """The entry of WORKER_PROBLEMS for an error, which may be of a class below."""
+    """The entry of WORKER_PROBLEMS for an error; subclasses count as their base class."""
     return next(text for kind, text in WORKER_PROBLEMS.items() if isinstance(error, kind))
 
 
 @contextmanager
 def start_pool(workers: int, vocab: Vocabulary) -> Iterator[ProcessPool]:
-    """Worker processes that know a vocabulary, until the end of the block. Raises UserError."""
-    # fork starts a worker in no time, but is not safe on macOS, and Windows has none.
+    """A pool of worker processes, with a vocabulary, for the block. Raises UserError."""
+    # fork starts a worker almost instantly, but it is unsafe on macOS and missing on Windows.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with ProcessPool(workers, 0, start_worker, (vocab,), context) as pool:
             try:
                 yield pool
             finally:
-                pool.stop()  # also when not all results were taken
+                pool.stop()  # even if some results were never collected
     except BrokenProcessPool:
-        raise UserError("no process can be started to read files: close other programs") from None
+        raise UserError("cannot start a process to read files: close other programs") from None
 
 
 def read_in_workers(paths: list[Path], vocab: Vocabulary) -> Iterator[tuple[Path, Piece, str]]:
-    """Yield (path, piece, hash) for each path; a file that crashes or hangs its worker says so."""
+    """Yield (path, piece, hash) for each path; if a worker crashes or hangs, its piece says so."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -3119,9 +3119,9 @@ def read_in_workers(paths: list[Path], vocab: Vocabulary) -> Iterator[tuple[Path
 
 
 def cache_folder(cache_dir: str, vocab: Vocabulary) -> Path:
-    """Where pieces are cached that this script and these libraries read with this vocabulary.
+    """The cache folder for this vocabulary, this script and the installed libraries.
 
-    Editing sections 2 and 3 changes how files are read, and so the folder.
+    Editing section 2 or 3 may change how files are read, so it also changes the folder.
     """
     source = Path(__file__).read_text(encoding="utf-8")
     _, _, rest = source.partition("# ---- 2. Reading")
@@ -3132,7 +3132,7 @@ def cache_folder(cache_dir: str, vocab: Vocabulary) -> Path:
 
 
 def save_pieces(cache: Path, pieces: dict[str, Piece]) -> None:
-    """Write pieces, {hash of the file: piece}, to a new file of the cache."""
+    """Write pieces, {hash of the file: piece}, to a new file in the cache."""
     heads = []
     for content, piece in pieces.items():
         values = {k: v for k, v in vars(piece).items() if not isinstance(v, np.ndarray)}
@@ -3143,7 +3143,7 @@ def save_pieces(cache: Path, pieces: dict[str, Piece]) -> None:
 
 
 def load_pieces(cache: Path) -> dict[str, Piece]:
-    """All that save_pieces wrote, memory-mapped; a damaged file is left out."""
+    """Everything that save_pieces wrote, memory-mapped; damaged cache files are ignored."""
     pieces = {}
     for path in cache.glob("*.safetensors"):
         with suppress(Exception):
@@ -3162,15 +3162,15 @@ def load_pieces(cache: Path) -> dict[str, Piece]:
 def read_folder(
     folder: Path, vocab: Vocabulary, cache_dir: str, files: dict[Path, str] | None = None
 ) -> list[Piece]:
-    """Every MIDI file under a folder as a piece, by path; cached by content.
+    """Every MIDI file under a folder as a piece, sorted by path; cached by content.
 
-    files: what find_files(folder) gave, if that is known; a file that could not be read this time
-    becomes UNREAD in it.
+    files: the result of find_files(folder), if known; a file that cannot be read this time is
+    marked UNREAD in it.
     """
     files = files or find_files(folder)
     cache = cache_folder(cache_dir, vocab) if cache_dir else None
     known = load_pieces(cache) if cache else {}
-    # Copies, as two files may have one content
+    # Copies, because two files may have the same content
     pieces = {path: replace(known[content]) for path, content in files.items() if content in known}
     new = [path for path in files if path not in pieces]
     unsaved = {}
@@ -3181,7 +3181,7 @@ def read_folder(
         if content:
             unsaved[content] = piece
         else:
-            files[path] = UNREAD  # its problem may pass; then it counts as a new file
+            files[path] = UNREAD  # its problem may be temporary; the file will count as new
         is_due = time.monotonic() - saved > CACHE_SECONDS or len(pieces) == len(files)
         if cache and unsaved and is_due:
             try:
@@ -3197,7 +3197,7 @@ def read_folder(
 
 
 def say_changes(changes: dict[str, int]) -> None:
-    """Say what tokens cannot represent, and how often."""
+    """Report what the tokens could not represent, and how often."""
     changed = [f"{change}: {number:,}" for change, number in changes.items() if number]
     if changed:
         say("changed: " + ", ".join(changed))
@@ -3206,7 +3206,7 @@ def say_changes(changes: dict[str, int]) -> None:
 def read_music(
     folder: Path, vocab: Vocabulary, cache_dir: str, files: dict[Path, str] | None = None
 ) -> list[Piece]:
-    """The pieces of a folder that have music; says what was skipped and changed."""
+    """The pieces in a folder that contain music; reports what was skipped or changed."""
     found = read_folder(folder, vocab, cache_dir, files)
     pieces = [piece for piece in found if not piece.problem]
     skipped = [f"{piece.path} ({piece.problem})" for piece in found if piece.problem]
@@ -3231,10 +3231,10 @@ def read_music(
 
 
 def count_different(intervals: np.ndarray) -> np.ndarray:
-    """For each place, how many different intervals are among the SAME_MUSIC from there on, (N,).
+    """How many distinct intervals there are among the SAME_MUSIC from each place on, (N,).
 
-    Each kind is counted where it first stands in a passage. So interval n counts in the passages
-    that begin after the previous one of its kind, and at n at the latest.
+    A passage counts each distinct interval at its first occurrence. So interval n counts in the
+    passages that start after its previous occurrence, and at n at the latest.
     """
     N = len(intervals)
     by_kind = np.argsort(intervals, kind="stable")
@@ -3253,8 +3253,8 @@ def count_different(intervals: np.ndarray) -> np.ndarray:
 def hash_passages(intervals: np.ndarray) -> np.ndarray:
     """A hash of the SAME_MUSIC intervals from each place on; (N,) uint8 -> uint64.
 
-    It is NO_HASH where a piece ends before the passage does, and where the passage has fewer than
-    SAME_DIFFERENT different intervals. The last places, where no passage fits, are left out.
+    It is NO_HASH where the passage would run past the end of its piece, or has fewer than
+    SAME_DIFFERENT distinct intervals. The last places, where no passage fits, are left out.
     """
     N = max(0, len(intervals) - SAME_MUSIC + 1)
     hashes = np.zeros(N, np.uint64)
@@ -3267,20 +3267,20 @@ def hash_passages(intervals: np.ndarray) -> np.ndarray:
 
 
 class Groups:
-    """The numbers 0 to N - 1 in groups that can be joined (union-find); one of each is its name."""
+    """Union-find: the numbers 0 to N - 1 in groups; each group is named by one of its members."""
 
     def __init__(self, N: int):
-        self.same = list(range(N))  # for each number another of its group, or itself
+        self.same = list(range(N))  # for each number, another member of its group, or itself
 
     def __getitem__(self, n: int) -> int:
         """The group of a number."""
         while self.same[n] != n:
-            self.same[n] = self.same[self.same[n]]  # so that the next search is shorter
+            self.same[n] = self.same[self.same[n]]  # path halving: shortens the next search
             n = self.same[n]
         return n
 
     def join(self, one: int, two: int) -> None:
-        """Make two groups one."""
+        """Merge the groups of two numbers."""
         self.same[self[one]] = self[two]
 
     def numpy(self) -> np.ndarray:
@@ -3295,9 +3295,9 @@ def pairs_that_share(
     piece_of: np.ndarray,
     works: np.ndarray,
 ) -> list[list[int]]:
-    """Pairs of pieces that share one of the passages at these places, one for a pair of works.
+    """Pairs of pieces that share one of the passages at these places; one pair per pair of works.
 
-    piece_of: the number of each interval's piece; works: the work of each piece so far.
+    piece_of: the number of the piece that each interval is in; works: each piece's work so far.
     """
     places = places[np.argsort(hashes[places])]
     is_same = hashes[places[1:]] == hashes[places[:-1]]
@@ -3307,15 +3307,15 @@ def pairs_that_share(
     both = both[:, first[one[first] != two[first]]]
     # (pairs, SAME_MUSIC) each
     passage, other = intervals[both[:, :, None] + np.arange(SAME_MUSIC)]
-    is_equal = (passage == other).all(axis=1)  # equal hashes may be chance
+    is_equal = (passage == other).all(axis=1)  # equal hashes may be a coincidence
     return piece_of[both[:, is_equal]].T.tolist()
 
 
 def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
-    """Give recordings of the same music, in any key, the same work.
+    """Assign recordings of the same music, in any key, to the same work.
 
     A work is named by the lowest hash of its passages. So its name, which decides whether it is
-    held out, comes from its music, not from what lies beside it.
+    held out, depends on its own music, not on what else is in the folder.
     """
     of_pieces = [np.frombuffer(pitch_intervals(piece.ids, vocab), np.uint8) for piece in pieces]
     intervals = np.concatenate([np.empty(0, np.uint8), *of_pieces])
@@ -3329,9 +3329,9 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
     works = Groups(len(pieces))
     first_of: dict[str | bytes, int] = {}
     for n, piece in enumerate(pieces):
-        works.join(n, first_of.setdefault(piece.work, n))  # as split_pieces has put them together
-        works.join(n, first_of.setdefault(piece.ids.tobytes(), n))  # copies, however short
-    # Some of all passages at a time, to save memory: those whose hashes begin with the same bits
+        works.join(n, first_of.setdefault(piece.work, n))  # as already grouped by split_pieces
+        works.join(n, first_of.setdefault(piece.ids.tobytes(), n))  # exact copies, however short
+    # To save memory, passages are compared in batches: those whose hashes begin with the same bits
     part_of = (hashes >> np.uint64(64 - COMPARED_BITS)).astype(np.uint8)
     for part in range(2**COMPARED_BITS):
         places = np.flatnonzero((part_of == part) & (hashes != NO_HASH))
@@ -3352,7 +3352,7 @@ def join_recordings(pieces: list[Piece], vocab: Vocabulary) -> None:
 
 
 def read_split_tables(pieces: list[Piece], folder: Path) -> dict[Path, str]:
-    """{path: split} of the files that MAESTRO's tables list, beside the pieces or above them."""
+    """{path: split} of the files in MAESTRO's tables, found beside the pieces or above them."""
     places = {parent for piece in pieces for parent in Path(piece.path).parents}
     splits = {}
     for place in sorted(places):
@@ -3363,14 +3363,14 @@ def read_split_tables(pieces: list[Piece], folder: Path) -> dict[Path, str]:
                     for row in csv.DictReader(text.splitlines()):
                         splits[table.parent / (row.get("midi_filename") or "")] = row.get("split")
                 except csv.Error as e:
-                    raise UserError(f"{table} is no table ({e}): mend or remove it") from None
+                    raise UserError(f"{table} is not a table ({e}): fix or remove it") from None
     return splits
 
 
 def given_splits(pieces: list[Piece], folder: Path) -> dict[str, str]:
-    """{work: split} by MAESTRO's tables and by folders of that name; "" where neither says it.
+    """{work: split} from MAESTRO's tables and from folders named after a split; "" if unassigned.
 
-    A work that is given to two splits is held out.
+    A work assigned to several splits gets the last of them in SPLITS, so it is held out.
     """
     table = read_split_tables(pieces, folder)
     splits = dict.fromkeys((piece.work for piece in pieces), "")
@@ -3384,10 +3384,10 @@ def given_splits(pieces: list[Piece], folder: Path) -> dict[str, str]:
 
 
 def hold_out(works: list[str], percent: float) -> list[str]:
-    """The works to validate on, a percentage of all; of two or more at least one, and not all.
+    """The works to validate on, a percentage of all; of two or more, at least one but never all.
 
-    A hash of its name alone decides about a work, so a new one moves no old one, unless there are
-    so few that the one with the lowest number is taken.
+    A work is chosen by a hash of its name alone, so a new work never moves an old one, unless
+    there are so few that the one with the lowest hash is taken.
     """
     numbers = {work: hashlib.sha256(os.fsencode(work)).hexdigest() for work in works}
     limit = 2**32 * percent / 100
@@ -3411,28 +3411,28 @@ def split_pieces(pieces: list[Piece], folder: Path, data: DataSettings, vocab: V
         piece.split = splits[piece.work] or "train"
 
 
-# ---- 8. Prompts and samples: the music that is continued, the files that are written
+# ---- 8. Prompts and samples: the music to continue, the files to write
 
-# Texts at the bar lines where the prompt gives way to new music, and comes back
+# Markers at the bar lines where new music takes over from the prompt, and where the prompt resumes
 PROMPT_ENDS = "end of prompt"
 PROMPT_GOES_ON = "prompt goes on"
 INTERVAL_ZERO = 128  # a melodic interval of n semitones is stored as the byte 128 + n
 PIECE_END = 255  # the byte after the intervals of a piece
-# How two hands share the notes, see split_hands: in semitones, fitted to scores of two staves
+# How two hands share the notes (see split_hands), in semitones; fitted to two-staff scores
 HAND_REACH = 4.5  # from a hand's middle key; beyond it the effort grows faster
-HAND_SLOPE = 0.1  # effort of each semitone
-HAND_MOVE = 0.7  # effort of each semitone that a hand moves, if there is no time for it
-HANDS_APART = 5  # the two middle keys are at least this far apart
-TOO_CLOSE = 1000  # the effort if they are not
+HAND_SLOPE = 0.1  # effort per semitone of that distance
+HAND_MOVE = 0.7  # effort per semitone that a hand moves when it has no time to move
+HANDS_APART = 5  # least distance between the two middle keys
+TOO_CLOSE = 1000  # effort if they are closer
 LEFT_HOME = 54  # the usual place of the left hand
-LEFT_AWAY = 0.03  # effort of each semitone away from it
+LEFT_AWAY = 0.03  # effort per semitone away from it
 
 
 def hands_of_tracks(midi: MidiFile) -> list[tuple[float, int, bool]]:
-    """(quarter note, pitch, whether the left hand plays it) of each note of a file of two hands.
+    """(quarter note, pitch, whether the left hand plays it) of each note in a two-hand file.
 
-    Its notes lie in exactly two tracks, or two channels of a track; the one with the lower mean
-    pitch is the left hand. Of any other file the list is empty.
+    Such a file has notes in exactly two tracks, or two channels of one track; the one with the
+    lower mean pitch is the left hand. For any other file the list is empty.
     """
     of_hands: dict[tuple[int, int], list[tuple[float, int]]] = {}
     for event in midi.events:
@@ -3451,26 +3451,26 @@ def hands_of_tracks(midi: MidiFile) -> list[tuple[float, int, bool]]:
 class Prompt:
     """The music to continue, or to rewrite in part, and what its file says about it.
 
-    Times are in ticks: TPQ per quarter note; with --rewrite a multiple of the file's own ticks, so
-    that kept notes stay exact.
+    Times are in ticks: TPQ per quarter note, or, with --rewrite, a multiple of the file's own
+    resolution, so that kept notes stay exact.
     """
 
-    piano: Score  # as the file has it, at these ticks
+    piano: Score  # as in the file, but in these ticks
     ids: np.ndarray  # (T,) from BOS on, without EOS
     end: int  # tick of the bar line where it ends
     tempos: list[Tempo]  # at least one
     time_signatures: list[TimeSignature]  # at least one
     key_signatures: list[KeySignature]
-    changes: dict[str, int]  # what tokens cannot say: how often
+    changes: dict[str, int]  # what tokens cannot represent: how often
     hands: list[tuple[float, int, bool]]  # see hands_of_tracks
-    # the bars that are written anew, (first, last) from 1 on; none: the music is continued
+    # the bars to rewrite, as (first, last), counted from 1; if empty, the music is continued
     rewritten: list[tuple[int, int]] = field(default_factory=list)
 
 
 def signs_before(end: int, signs: dict[int, tuple], make: Callable, scale: float) -> list:
-    """The tempos or signatures of a file, {tick: values}, that stand before a tick.
+    """The tempos or signatures of a file, {tick: values}, before the tick `end`, for symusic.
 
-    make: a class of symusic; scale: its ticks per tick of the file.
+    make: their symusic class; scale: ticks of the result, and of `end`, per tick of the file.
     """
     made = []
     for tick, values in signs.items():
@@ -3481,10 +3481,10 @@ def signs_before(end: int, signs: dict[int, tuple], make: Callable, scale: float
 
 
 def early_limit(piano: Score, state: State, bar: int, grid: int) -> float:
-    """How many quarter notes before the end of a bar a note is rounded into the next bar.
+    """How close to the end of a bar a note is rounded into the next bar, in quarter notes.
 
-    Half a grid position. MidiTok rounds twice if the piece has a finer beat unit than the bar: to
-    positions of that unit first. bar: from 1 on; state: of all tokens, (T,).
+    Half a grid position. If the piece has a finer beat unit than the bar, MidiTok rounds twice:
+    first to positions of the finer unit. bar: counted from 1; state: after each token, (T,).
     """
     last_token = np.flatnonzero(state.bar == bar)[-1]
     unit = state.beat_unit[last_token]
@@ -3496,7 +3496,7 @@ def early_limit(piano: Score, state: State, bar: int, grid: int) -> float:
 
 
 def cut_notes(track: Track, end: int, early: float) -> None:
-    """End the notes of a track at a bar line; drop those after it or up to `early` ticks before."""
+    """End a track's notes at a bar line; drop those from `early` ticks before it on."""
     notes = track.notes.numpy()
     notes = select(notes, notes["time"] < end - early)
     notes["duration"] = np.minimum(notes["duration"], end - notes["time"])
@@ -3506,7 +3506,7 @@ def cut_notes(track: Track, end: int, early: float) -> None:
 def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
     """The first bars of a piece, ids (T,) without EOS; empty if they hold no notes.
 
-    They are decoded and encoded again, so that notes end where the music is cut.
+    They are decoded and re-encoded, so that notes end where the music is cut.
     """
     starts, _ = vocab.bar_lines(ids)
     if bars < len(starts):
@@ -3517,14 +3517,14 @@ def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
     ids = vocab.encode(vocab.quantize(score))
     signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
     silent_bar = [vocab.bar_id, ids[signatures[-1]]]
-    missing = bars - int((ids == vocab.bar_id).sum())  # silent bars at the end count
+    missing = bars - int((ids == vocab.bar_id).sum())  # restores silent bars at the end
     return np.append(ids, silent_bar * missing).astype(np.int16)
 
 
 def let_ring(ids: np.ndarray, vocab: Vocabulary, end: float) -> np.ndarray:
-    """ids (T,) of a piece with bars after its last onset, while notes sound; end: in quarters.
+    """ids (T,) of a piece, with bars added after its last onset for notes that still sound.
 
-    A bar is added if notes sound for more than half of it.
+    end: when the last note ends, in quarter notes. A bar is added if more than half of it sounds.
     """
     metre_id = ids[np.flatnonzero(ids == vocab.bar_id)[-1] + 1]
     beats, unit = vocab.metre_of(metre_id)
@@ -3535,7 +3535,7 @@ def let_ring(ids: np.ndarray, vocab: Vocabulary, end: float) -> np.ndarray:
 
 
 def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
-    """The prompt up to a bar line, where sounding notes end. Raises UserError."""
+    """The prompt up to a bar line, where notes that still sound are cut. Raises UserError."""
     path = Path(sample.prompt)
     try:
         midi = parse_midi(read_bytes(path))
@@ -3547,15 +3547,15 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     starts, lines = vocab.bar_lines(all_ids)
     bars = sample.prompt_bars or len(starts)
     if bars > len(starts):
-        raise UserError(f"{path} is only {count(len(starts), 'bar')}: ask for less")
+        raise UserError(f"{path} has only {count(len(starts), 'bar')}: ask for fewer")
     rewritten = parse_bars(sample.rewrite, bars) if sample.rewrite else []
     if 0 < sample.bars <= bars:
-        raise UserError(f"the prompt alone is {count(bars, 'bar')}: ask for a longer piece")
+        raise UserError(f"the prompt alone has {count(bars, 'bar')}: pass a larger --bars")
     ids = first_bars(all_ids, bars, vocab)
     if not len(ids):
         raise UserError(f"the first {count(bars, 'bar')} of {path} hold no notes: ask for more")
 
-    factor = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exactly
+    factor = math.ceil(TPQ / midi.tpq)  # a multiple of the file's ticks keeps its notes exact
     ticks = factor * midi.tpq if sample.rewrite else TPQ
     scale = ticks / midi.tpq
     end = round(lines[bars] * ticks)
@@ -3563,7 +3563,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
     if bars < len(starts):
         early = early_limit(piano, vocab.trace(ids), bars, vocab.grid) * ticks
         cut_notes(piano.tracks[0], end, early)
-    kept = {TEMPO_CHANGED}  # what comes back as it was, see restore_prompt and fill_score
+    kept = {TEMPO_CHANGED}  # restored later, see restore_prompt and fill_score
     if sample.rewrite:
         kept |= {OUT_OF_RANGE, STRIKES_MERGED}
     tempos = {0: (120.0,)} | {tick: (tempo,) for tick, tempo in midi.tempos().items()}
@@ -3582,16 +3582,16 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
 
 
 def metre_goes_on(prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> bool:
-    """Whether new music, ids (T,) from a Bar token on, begins in the last metre of a prompt."""
+    """Whether new music, ids (T,) from a Bar token on, begins in the prompt's last metre."""
     old = prompt.time_signatures[-1]
     in_tokens = split_metre(round(16 * old.numerator / old.denominator), old.denominator)
     return in_tokens == [vocab.metre_of(new_ids[1])]  # after the Bar token
 
 
 def restore_prompt(score: Score, prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> None:
-    """Write the prompt's own tempos and signatures into its part of a score.
+    """Restore the prompt's own tempos and signatures in its part of a score.
 
-    The tokens round tempos, turn 2/2 into 4/4 and hold no key signature.
+    Tokens round tempos, turn 2/2 into 4/4 and have no key signatures.
     """
     score.tempos = prompt.tempos + [t for t in score.tempos if t.time >= prompt.end]
     metres = list(prompt.time_signatures)
@@ -3613,9 +3613,9 @@ def continue_alone(prompt: Prompt, vocab: Vocabulary, new_ids: np.ndarray) -> Sc
 
 
 def sign_key(score: Score, new_key: KeySignature, begin: int) -> None:
-    """Add the signature of the key that was heard, from the tick begin on, if it is another one."""
+    """Add the signature of the detected key, from the tick `begin` on, if it is a different key."""
     signatures = score.key_signatures
-    # G flat and F sharp, 12 apart, are one key.
+    # G flat and F sharp, 12 fifths apart, are the same key.
     if not signatures:
         signatures.append(new_key)
     elif (signatures[-1].key - new_key.key) % 12:
@@ -3624,10 +3624,10 @@ def sign_key(score: Score, new_key: KeySignature, begin: int) -> None:
 
 
 def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
-    """New notes that fit between kept ones of the same key; all times in ticks.
+    """New notes that fit between the kept notes on the same key; all times in ticks.
 
-    A new note ends where its key is struck again. If a kept note holds its key, it is left out,
-    unless the key is lifted within `late` ticks, a rounding error: then it begins there.
+    A new note ends when its key is struck again. It is dropped if a kept note holds its key,
+    unless that note ends within `late` ticks, a rounding error: then the new note begins there.
     """
     fitting = []
     for n in range(len(new["time"])):
@@ -3645,7 +3645,7 @@ def fit_between(new: Notes, kept: Notes, late: int) -> Notes:
 
 
 def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
-    """The prompt's score with its rewritten bars replaced by those of a piece, ids (T,)."""
+    """The prompt's score, with the rewritten bars taken from a piece, ids (T,)."""
     score = prompt.piano.copy()
     ticks = score.tpq
     written = vocab.decode(ids).resample(ticks, min_dur=1).tracks[0].notes.numpy()
@@ -3676,24 +3676,24 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
 
 
 def reach(keys: np.ndarray, middles: np.ndarray) -> np.ndarray:
-    """The effort of keys for a hand at each of some middle keys, (keys, middles)."""
+    """The effort for a hand to play each key from each middle key, (keys, middles)."""
     distance = np.abs(keys[:, None] - middles)
     return HAND_SLOPE * distance + np.maximum(0, distance - HAND_REACH) ** 1.5
 
 
 def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
-    """Which notes, in order of time, the left hand plays, (N,) bool.
+    """Which notes, given in order of time, the left hand plays, (N,) bool.
 
-    known (N,): 1 for the left hand and 0 for the right one, where that is known, else -1
+    known (N,): 1 for the left hand, 0 for the right, -1 where that is unknown
     tpq: ticks per quarter note
 
     Each hand has a place, its middle key, and plays the keys that are nearer to it than to the
-    other hand. The hands move over the keyboard with the least effort, which is found by dynamic
-    programming (Viterbi). Effort is the sum of: for each key that is struck or held, its distance
-    from the nearer hand; for each move of a hand, its distance, and more if there is little time;
+    other hand. Dynamic programming (Viterbi) finds how the hands move over the keyboard with the
+    least total effort. Effort is the sum of: for each key struck or held, its distance from the
+    nearer hand; for each move of a hand, its distance, which costs more the less time there is;
     and for the left hand, its distance from its usual place.
     """
-    left = np.arange(28, 76, 2)  # middle keys that the left hand may have, (L,)
+    left = np.arange(28, 76, 2)  # candidate middle keys of the left hand, (L,)
     right = np.arange(44, 100, 2)  # (R,)
     of_left = reach(notes["pitch"], left)  # (N, L)
     of_right = reach(notes["pitch"], right)  # (N, R)
@@ -3711,10 +3711,10 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
     struck = np.split(np.arange(len(notes["time"])), first[1:])  # the notes of each onset
     hurry = 1 / (1 + np.diff(onsets, prepend=onsets[0]) / tpq)
     ends = notes["time"] + notes["duration"]
-    down = np.empty(0, int)  # the notes that sound
-    total = np.zeros(too_close.shape)  # the effort of the best way to each pair of places
-    came_from = []  # for each onset, the places before it, (L, R) indices of each hand
-    # At each onset first the left hand moves, then the right one, then both play.
+    down = np.empty(0, int)  # the notes that are sounding
+    total = np.zeros(too_close.shape)  # the least effort to reach each pair of places
+    came_from = []  # for each onset, each hand's best previous place: indices (L, R)
+    # At each onset, the left hand moves first, then the right; then both play.
     for n, new in enumerate(struck):
         down = np.append(down[ends[down] > onsets[n]], new)
         effort = np.minimum(of_left[down, :, None], of_right[down, None])  # (notes, L, R)
@@ -3725,7 +3725,7 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
         came = (moved_left.argmin(axis=0), moved_right.argmin(axis=1))
         came_from.append([place.astype(np.int8) for place in came])
 
-    # Back along the best way. The left hand moved first, so now it moves last.
+    # Trace the best path backward. The left hand moved first, so here it moves last.
     plays_left = np.zeros(len(ends), bool)
     at_left, at_right = np.unravel_index(total.argmin(), total.shape)
     for n in reversed(range(len(onsets))):
@@ -3738,10 +3738,10 @@ def split_hands(notes: Notes, known: np.ndarray, tpq: int) -> np.ndarray:
 
 
 def match_hands(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray:
-    """The hands of notes as the prompt's file has them, (N,): as split_hands takes them.
+    """Which hand plays each note in the prompt's file, (N,): the `known` of split_hands.
 
-    A note of the file is the same one if it has the same key and, in quarter notes, nearly the same
-    time: tokens round it to the grid.
+    Two notes are the same one if they have the same key and, in quarter notes, nearly the same
+    time, because tokens round times to the grid.
     """
     known = np.full(len(notes["time"]), -1)
     by_key = defaultdict(list)
@@ -3752,14 +3752,14 @@ def match_hands(notes: Notes, prompt: Prompt, tpq: int, grid: int) -> np.ndarray
         mine = np.flatnonzero((notes["pitch"] == pitch) & (notes["time"] < prompt.end))
         time = notes["time"][mine] / tpq
         nearest = np.searchsorted((quarters[:-1] + quarters[1:]) / 2, time)
-        # Half a position, and half of a finer one where early_limit says so.
+        # Half a grid position, plus half of one of a finer beat unit: see early_limit.
         is_same = np.abs(quarters[nearest] - time) <= 0.76 / grid
         known[mine[is_same]] = is_left[nearest[is_same]]
     return known
 
 
 def two_tracks(score: Score, prompt: Prompt | None, grid: int) -> list[Track]:
-    """The notes of a one-track score as two tracks, those of a prompt as its file has them."""
+    """A one-track score split into a track per hand; a prompt's notes as its file splits them."""
     notes = score.tracks[0].notes.numpy()
     known = np.full(len(notes["time"]), -1)
     if prompt:
@@ -3774,9 +3774,9 @@ def two_tracks(score: Score, prompt: Prompt | None, grid: int) -> list[Track]:
 
 
 def pitch_intervals(ids: np.ndarray, vocab: Vocabulary) -> bytes:
-    """The semitones from each note of a piece to the next, a byte each; PIECE_END follows.
+    """The semitones from each note of a piece to the next, one byte each, then PIECE_END.
 
-    The same in every key, so copied passages are found in it: see longest_known_run.
+    They are the same in every key, so transposed copies are found too: see longest_known_run.
     """
     is_pitch = vocab.says.kind[ids] == Kind.PITCH
     pitch = vocab.says.pitch[ids[is_pitch]]
@@ -3786,9 +3786,9 @@ def pitch_intervals(ids: np.ndarray, vocab: Vocabulary) -> bytes:
 
 
 def longest_known_run(mine: bytes, names: list[str], corpus: bytes) -> tuple[int, str]:
-    """How many notes in a row of a piece also stand in the corpus, in any key; in which piece.
+    """The most notes in a row that a piece shares with the corpus, in any key; with which piece.
 
-    mine: pitch_intervals of the piece; corpus: those of the pieces with these names, joined.
+    mine: pitch_intervals of the piece; corpus: those of the named pieces, concatenated.
     """
     length = 0
     found_at = 0
@@ -3805,7 +3805,7 @@ def longest_known_run(mine: bytes, names: list[str], corpus: bytes) -> tuple[int
 
 
 def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary) -> np.ndarray:
-    """What the model wrote of a piece, ids (T,)."""
+    """The part of a piece that the model wrote, ids (T,)."""
     if not prompt:
         return ids[1:]  # without BOS
     if not prompt.rewritten:
@@ -3819,19 +3819,19 @@ def new_part(ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary) -> np.nd
 
 @dataclass
 class Sample:
-    """One piece that was written."""
+    """One generated piece."""
 
     score: Score  # as it is saved, with its key and chords
     key: str  # in words
     bars: int
-    is_cut: bool  # it had not ended when it was as long as it may be
+    is_cut: bool  # it reached the length limit before it ended
     new_ids: np.ndarray  # (T,) what the model wrote, without the prompt
 
 
 def make_sample(
     ids: np.ndarray, prompt: Prompt | None, vocab: Vocabulary, sample: SampleSettings
 ) -> Sample | None:
-    """A piece of generate(), decoded; None if it has no notes."""
+    """A piece from generate(), decoded; None if it has no notes."""
     new_ids = new_part(ids, prompt, vocab)
     whole = vocab.decode(ids)
     if not whole.note_num():
@@ -3861,29 +3861,29 @@ def make_sample(
     return Sample(score, key, int((ids == vocab.bar_id).sum()), is_cut, new_ids)
 
 
-# ---- 9. Checkpoint: one file, its log, its lock; names that are free
+# ---- 9. Checkpoint: one file, its log, its lock; unused file names
 
 FORMAT = "pianogpt 13"
 OLDER_FORMATS = ("pianogpt 11", "pianogpt 12")
 STORED_GROUPS = ("data", "tokens", "model", "train")  # groups of settings in a checkpoint
 LOG_COLUMNS = ("step", "seconds", "train_loss", "val_loss", "val_nats_per_note")
-# Of a trainer that has not begun, see trainer_progress
+# The progress of a trainer that has not started, see trainer_progress
 NO_PROGRESS = {"step": 0, "begin": 0, "seconds": 0.0, "history": [], "losses": [], "optimizer": ""}
 
 
 @dataclass
 class Checkpoint:
-    """All that the file of a model holds."""
+    """Everything in the file of a model."""
 
     about: str  # what it started from, what it learned from
     settings: dict[str, dict]  # those of STORED_GROUPS
     vocabulary: list[str]  # V words in the order of their ids
-    folder: str  # where the music was
-    files: list[str]  # "hash name" of the MIDI files there, to notice changes
+    folder: str  # where the training music was
+    files: list[str]  # "hash name" of the MIDI files there, to detect changes
     pieces: list[str]  # names of the pieces it learned from
     held_out: list[str] = field(default_factory=list)  # hashes of files it did not learn from
-    styles: list[str] = field(default_factory=list)  # names; number 1 is the first
-    # How it was computed, which a resumed run keeps: "bfloat16", "compiled", and on what "device"
+    styles: list[str] = field(default_factory=list)  # their names; the first has number 1
+    # How it was computed, which a resumed run keeps: "bfloat16", "compiled" and the "device"
     machine: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)  # see trainer_progress
     # "weights/...", "average/...", "best/..." and "optimizer.../...", see trainer_tensors, and
@@ -3900,12 +3900,12 @@ class Checkpoint:
         return self.tensors["intervals"].numpy().tobytes()
 
     def list_pieces(self) -> list[tuple[str, bytes]]:
-        """(name, melodic intervals) of the pieces that it learned from."""
+        """(name, melodic intervals) of each piece it learned from."""
         intervals = self.intervals().split(bytes([PIECE_END]))
-        return list(zip(self.pieces, intervals, strict=False))  # after the last one nothing follows
+        return list(zip(self.pieces, intervals, strict=False))  # split adds an empty one at the end
 
     def add_pieces(self, pieces: list[tuple[str, bytes]]) -> None:
-        """Add (name, melodic intervals) of what it learned from, too."""
+        """Add (name, melodic intervals) of further pieces it learned from."""
         self.pieces += [name for name, _ in pieces]
         of_pieces = [intervals + bytes([PIECE_END]) for _, intervals in pieces]
         self.tensors["intervals"] = as_tensor(b"".join([self.intervals(), *of_pieces]))
@@ -3937,7 +3937,7 @@ def save_model(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, and beside it the whole training log. Raises OSError for the first."""
+    """Write a checkpoint, and its full training log beside it. Only the first may raise OSError."""
     save_model(path, checkpoint)
     lines = [",".join(LOG_COLUMNS)]
     for row in checkpoint.progress["history"]:
@@ -3959,7 +3959,7 @@ def is_older(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """What save_checkpoint wrote, on the CPU; nothing in the file can run. Raises UserError."""
+    """A checkpoint loaded to the CPU; nothing in the file can run as code. Raises UserError."""
     if not path.is_file():
         raise UserError(
             f"there is no checkpoint {path}: name another, or train it first, with --steps N"
@@ -3968,7 +3968,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         values, mapped = load_tensors(path, FORMAT)
         tensors = {}
         for name, tensor in mapped.items():
-            # A copy, as the file may change. Exported weights have 16 bits.
+            # A copy, as the mapped file may change. Exported weights have 16 bits.
             dtype = torch.float32 if name.startswith("best/") else tensor.dtype
             tensors[name] = tensor.to(dtype, copy=True)
         checkpoint = Checkpoint(**values, tensors=tensors)
@@ -3981,7 +3981,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if is_older(path):
             raise UserError(
                 f"{path} was written by an older version: python tests/convert.py {path} "
-                f"{path.stem}-new.safetensors makes a model of it to generate with"
+                f"{path.stem}-new.safetensors converts it to a model that can generate"
             ) from None
         reason = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({reason})") from None
@@ -3989,7 +3989,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def stored_settings(checkpoint: Checkpoint) -> Settings:
-    """The settings of a checkpoint; those that it does not hold are the defaults."""
+    """The settings of a checkpoint, with defaults for those it does not hold."""
     if checkpoint.settings.keys() != set(STORED_GROUPS):
         raise ValueError("its settings are not those of a model")
     settings = Settings()
@@ -4015,12 +4015,12 @@ def check_values(checkpoint: Checkpoint) -> None:
         raise ValueError("it does not say how it was computed")
     for text in itertools.chain([checkpoint.about, checkpoint.folder], *lists):
         if not isinstance(text, str) or "\0" in text:
-            raise ValueError(f"{text!r:.40} is no text")
+            raise ValueError(f"{text!r:.40} is not text")
     check_progress(progress)
 
 
 def check_progress(progress: dict) -> None:
-    """Raise an error for a value of trainer_progress that no training has."""
+    """Raise an error for a value of trainer_progress that no training can produce."""
     numbers = [progress["step"], progress["begin"], progress["seconds"], *progress["losses"]]
     for row in progress["history"]:
         if not {"step", "seconds", "train_loss"} <= row.keys() <= set(LOG_COLUMNS):
@@ -4028,14 +4028,14 @@ def check_progress(progress: dict) -> None:
         numbers += row.values()
     for number in numbers:
         if type(number) not in (int, float) or not 0 <= number < math.inf:
-            raise ValueError(f"{number!r:.40} is no number of a training")
+            raise ValueError(f"{number!r:.40} is not a number that training produces")
     for number in (progress["step"], progress["begin"]):
         if type(number) is not int:
-            raise ValueError(f"{number} is no number of a step")
+            raise ValueError(f"{number} is not a step number")
 
 
 def new_model(checkpoint: Checkpoint) -> PianoGPT:
-    """A model of the sizes that a checkpoint has."""
+    """A new model with the sizes of a checkpoint."""
     settings = stored_settings(checkpoint)
     V = len(checkpoint.vocabulary)
     return PianoGPT(settings.model, V, settings.tokens.grid, len(checkpoint.styles))
@@ -4044,8 +4044,8 @@ def new_model(checkpoint: Checkpoint) -> PianoGPT:
 def check_sizes(checkpoint: Checkpoint, sizes: ModelSettings) -> None:
     """Raise an error if a model of these sizes would be much larger than its weights in the file.
 
-    So that a stranger's file cannot take more memory than it has bytes. (A model on the "meta"
-    device takes none, but two seconds to load what that needs.)
+    This keeps an untrusted file from taking far more memory than its own size. (A model on the
+    "meta" device would take no memory, but loading what that needs takes two seconds.)
     """
     C = sizes.n_embd
     expected = {"style.weight": (1 + len(checkpoint.styles), C)}
@@ -4071,7 +4071,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
         if found != expected:
             raise ValueError(f"its {group} weights do not fit its settings")
         if not all(weight.isfinite().all() for weight in checkpoint.weights(group).values()):
-            raise ValueError(f"its {group} weights are no numbers")
+            raise ValueError(f"its {group} weights are not finite")
     for name, tensor in checkpoint.tensors.items():
         group, _, weight = name.partition("/")
         if group.startswith("optimizer.") and tensor.shape not in (expected[weight], ()):
@@ -4092,10 +4092,10 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> PianoGPT:
 
 
 def add_styles(checkpoint: Checkpoint, styles: list[str]) -> Checkpoint:
-    """A checkpoint with more styles, which do nothing yet; styles: those it has, then new ones."""
+    """A checkpoint with more styles, which have no effect yet; styles: its own, then new ones."""
     tensors = dict(checkpoint.tensors)
     for name, tensor in tensors.items():
-        if name.endswith("/style.weight") and tensor.dim() == 2:  # not a count of steps
+        if name.endswith("/style.weight") and tensor.dim() == 2:  # not a step count
             rows = torch.zeros(1 + len(styles), tensor.size(1))
             rows[: len(tensor)] = tensor
             tensors[name] = rows
@@ -4103,7 +4103,7 @@ def add_styles(checkpoint: Checkpoint, styles: list[str]) -> Checkpoint:
 
 
 def start_from(path: Path) -> Checkpoint:
-    """A checkpoint at step 0 with the best weights, the sizes and the tokens of another."""
+    """A checkpoint at step 0 with the best weights, model sizes and token settings of another."""
     base = load_checkpoint(path)
     tensors = {"intervals": base.tensors["intervals"]}
     for name, weight in base.weights("best").items():
@@ -4127,13 +4127,13 @@ def start_from(path: Path) -> Checkpoint:
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Within it no other run may train the checkpoint at path. Raises UserError if one does."""
+    """Keep other runs from training the checkpoint at path. Raises UserError if one already is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock", timeout=0)
     file = Path(lock.lock_file)
     try:
         lock.acquire()
-        while not file.exists():  # the run before deleted it just now, so others would not see it
+        while not file.exists():  # the previous run just deleted it, so others would not see it
             lock.release()
             lock.acquire()
     except Timeout:
@@ -4150,18 +4150,18 @@ def hold_lock(path: Path) -> Iterator[None]:
 
 
 def reserve(folder: Path, stem: str, suffix: str) -> Path:
-    """An empty file, folder/stem-001.suffix or the first number that no file has; its path."""
+    """Create an empty file, folder/stem-001.suffix or the first unused number; returns its path."""
     taken = {old.stem for old in folder.iterdir()}
     for number in itertools.count(1):
         path = folder / f"{stem}-{number:03d}{suffix}"
-        if path.stem not in taken and not Path(f"{path}.csv").exists():  # a log that was left
+        if path.stem not in taken and not Path(f"{path}.csv").exists():  # a leftover log
             with suppress(FileExistsError):
-                path.touch(exist_ok=False)  # now no other run gets it
+                path.touch(exist_ok=False)  # now no other run can take it
                 return path
 
 
 def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
-    """Write data to folder/stem-001.suffix, or the first number that no file has; the path."""
+    """Write data to folder/stem-001.suffix, or the first unused number; returns the path."""
     path = reserve(folder, stem, suffix)
     unfinished.add(path)
     try:
@@ -4176,20 +4176,20 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
 
 # ---- 10. Runs: train, generate, evaluate, export
 
-SEARCHED_NOTES = 6_000_000  # for the longest known run; a piece takes two seconds
-FEW_FILES = 20  # of which --init-from holds none out
-# The defaults with --init-from: few small steps, at a low rate, keep what was learned.
+SEARCHED_NOTES = 6_000_000  # searched for the longest known run, in two seconds per piece
+FEW_FILES = 20  # with fewer, --init-from holds none out
+# The defaults with --init-from: a few small steps at a low rate keep what was learned before.
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 2.4e-5, "eval_every": 25}
 
 
 def keep_sides(pieces: list[Piece], contents: list[str], checkpoint: Checkpoint) -> None:
-    """Keep each work in training, or out of it, as a checkpoint had it.
+    """Keep each work on its side of the checkpoint's split: trained on, or held out.
 
     contents: the hash of each piece's file.
     """
     held_out = set(checkpoint.held_out)
     known = {file.partition(" ")[0] for file in checkpoint.files}
-    trains: dict[str, bool] = {}  # by work; of a work with known files on both sides it is True
+    trains: dict[str, bool] = {}  # by work; True if it has known files on both sides
     for piece, content in zip(pieces, contents, strict=True):
         if content in known:
             trains[piece.work] = content not in held_out or trains.get(piece.work, False)
@@ -4202,12 +4202,12 @@ def keep_sides(pieces: list[Piece], contents: list[str], checkpoint: Checkpoint)
         return
     for piece in pieces:
         piece.split = moved.get(piece.work, piece.split)
-    say(f"split: {count(len(moved), 'work')} kept on the side of the earlier training")
+    say(f"split: {count(len(moved), 'work')} kept where the earlier training had them")
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP only joins a list; a second one ends all."""
+    """Only record the first Ctrl-C, SIGTERM or SIGHUP in the block; a second ends the program."""
     caught: list[int] = []
 
     old = signal_handlers()
@@ -4224,7 +4224,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 
 def from_rank_0(call: Callable):
-    """What call() returns on rank 0, for every rank; its UserError or OSError ends them all."""
+    """The result of call() on rank 0, on every rank; all ranks raise its UserError or OSError."""
     result = None
     if RANK == 0:
         try:
@@ -4248,14 +4248,14 @@ def print_block(values: dict) -> None:
 
 
 def name_styles(pieces: list[Piece]) -> None:
-    """Set the style of each piece: the name of its first folder, below train and the like."""
+    """Set the style of each piece: its top folder's name, not counting train and the like."""
     for piece in pieces:
         folders = [part for part in Path(piece.path).parts[:-1] if part not in SPLITS]
         piece.style = normalize("NFC", folders[0]) if folders else ""
 
 
 def list_styles(pieces: list[Piece], known: list[str]) -> list[str]:
-    """The names of styles: those that are known, then the new ones of these pieces; says them."""
+    """Style names: the known ones, then new ones in these pieces; prints those of the pieces."""
     files = Counter(piece.style for piece in pieces if piece.style)
     styles = known + sorted(files.keys() - set(known))
     if files:
@@ -4272,10 +4272,10 @@ def prepare_data(
 ) -> tuple[Corpus, Window, Checkpoint]:
     """The training music, the validation windows, and a checkpoint that has no weights yet.
 
-    files: what find_files gave, if that is known; checkpoint: one that is continued.
+    files: the result of find_files, if known; checkpoint: the one to continue, if any.
     """
     folder = Path(settings.program.midi_dir)
-    files = files or find_files(folder)  # before reading, so that a late file counts as new
+    files = files or find_files(folder)  # before reading, so that a file added later counts as new
     pieces = read_music(folder, vocab, settings.program.cache_dir, files)
     split_pieces(pieces, folder, settings.data, vocab)
     if settings.data.style_from_folder:
@@ -4292,8 +4292,8 @@ def prepare_data(
         raise UserError(f"no piece under {folder} is left to train on: all are held out")
     styles = list_styles(training, checkpoint.styles if checkpoint else [])
     if settings.data.style_from_folder and not styles:
-        raise UserError("--style-from-folder: no file lies in a folder of a style: make some")
-    find_style(settings.sample.style, styles)  # finds a mistake before the training
+        raise UserError("--style-from-folder: no file lies in a style's folder: make some")
+    find_style(settings.sample.style, styles)  # reports a mistake before training
     T = settings.model.block_size
     windows = cut_all_windows(make_corpus(validation, styles), T, T, vocab, LONGEST_VALIDATION)
     intervals = b"".join(pitch_intervals(piece.ids, vocab) for piece in training)
@@ -4316,7 +4316,7 @@ def prepare_data(
 
 
 def kind_of_device(device: torch.device) -> str:
-    """A device by what decides the bits of its results: "CPU with AVX512, AMX, 2 threads"."""
+    """What determines the exact results of a device: "CPU with AVX512, AMX, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -4327,7 +4327,7 @@ def kind_of_device(device: torch.device) -> str:
 
 
 def compiler_works() -> bool:
-    """Whether torch.compile finds all that it needs, such as a C++ compiler."""
+    """Whether torch.compile finds everything it needs, such as a C++ compiler."""
     try:
         torch.compile(F.silu)(torch.zeros(1))
     except RuntimeError:
@@ -4336,14 +4336,14 @@ def compiler_works() -> bool:
 
 
 def repays_compiling(settings: Settings, steps: int) -> bool:
-    """Whether compiling saves more time in `steps` steps than it takes."""
+    """Whether compiling saves more time over `steps` steps than it costs."""
     model = settings.model
     tokens = settings.train.batch_size * model.block_size
     return steps * tokens * model.n_layer * model.n_embd >= COMPILING_PAYS
 
 
 def choose_compiling(settings: Settings, device: torch.device, steps: int) -> bool:
-    """Whether to compile the blocks: as --compile says, else on a CPU if `steps` repay it."""
+    """Whether to compile the blocks: as --compile says, else on a CPU if `steps` steps repay it."""
     if settings.program.compile is not None:
         return settings.program.compile
     return device.type == "cpu" and repays_compiling(settings, steps) and compiler_works()
@@ -4356,7 +4356,7 @@ def make_trainer(
     checkpoint: Checkpoint | None = None,
     n_styles: int = 0,
 ) -> Trainer:
-    """A new trainer for a new run, or for one that a checkpoint continues.
+    """A new trainer, for a new run or for one that resumes a checkpoint.
 
     n_styles: how many the model has
     """
@@ -4368,7 +4368,7 @@ def make_trainer(
         compiled = choose_compiling(settings, device, settings.train.steps - done)
     here = kind_of_device(device)
     if used and used["device"] != here:
-        say(f"this is a {here}, not a {used['device']}: the run goes on, but not bit for bit")
+        say(f"this is a {here}, not a {used['device']}: the run continues, but not bit for bit")
     torch.manual_seed(settings.train.seed)
     model = PianoGPT(settings.model, len(vocab.words), vocab.grid, n_styles).to(device)
     return Trainer(model, settings.train, bfloat16 and has_fast_bfloat16(device), compiled)
@@ -4390,7 +4390,7 @@ def trainer_tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def trainer_progress(trainer: Trainer) -> dict:
-    """All else that changes in a trainer, as plain values."""
+    """Everything else that changes in a trainer, as plain values."""
     return {
         "step": trainer.step,
         "begin": trainer.begin,
@@ -4402,16 +4402,16 @@ def trainer_progress(trainer: Trainer) -> dict:
 
 
 def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Continue where another trainer was saved, bit for bit.
+    """Restore the state in which another trainer was saved, bit for bit.
 
-    Raises UserError if that one had another optimizer.
+    Raises UserError if that one used a different optimizer.
     """
     progress = checkpoint.progress
     used = type(trainer.optimizer).__name__
     if progress["optimizer"] not in (used, ""):
         raise UserError(
-            f"the checkpoint was trained by {progress['optimizer']}, not {used}: pass --fresh, or "
-            "--init-from it with another --checkpoint"
+            f"the checkpoint was trained with {progress['optimizer']}, not {used}: pass --fresh, "
+            "or --init-from it with another --checkpoint"
         )
     trainer.model.load_state_dict(checkpoint.weights("weights"))
     trainer.average.load_state_dict(checkpoint.weights("average"))
@@ -4431,32 +4431,32 @@ def resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def is_finished(checkpoint: Checkpoint) -> bool:
-    """Whether a run made all of its steps."""
+    """Whether a run has made all its steps."""
     return checkpoint.step == checkpoint.settings["train"]["steps"]
 
 
 def continue_from(checkpoint: Checkpoint, trainer: Trainer, learned: Checkpoint) -> None:
-    """Let a new trainer go on from a checkpoint; what that learned from joins `learned`."""
+    """Resume a checkpoint in a new trainer; add the pieces it learned from to `learned`."""
     resume(trainer, checkpoint)
     if is_finished(checkpoint):
         trainer.begin = trainer.step
     learned.about = checkpoint.about
     if checkpoint.files == learned.files:
-        learned.pieces = checkpoint.pieces  # also what it learned from earlier
+        learned.pieces = checkpoint.pieces  # including what it learned from earlier
         learned.tensors["intervals"] = checkpoint.tensors["intervals"]
         return
-    # Also what it learned from elsewhere, or from files that are gone.
+    # Include what it learned from other folders, or from files that are gone.
     known = {intervals for _, intervals in learned.list_pieces()}
     learned.add_pieces([piece for piece in checkpoint.list_pieces() if piece[1] not in known])
     if any("val_loss" in row for row in trainer.history):
-        say("the music has changed: earlier validation losses do not compare and are dropped")
+        say("the music has changed: earlier validation losses are not comparable and are dropped")
     for row in trainer.history:
         row.pop("val_loss", None)
         row.pop("val_nats_per_note", None)
 
 
 def set_aside(path: Path) -> None:
-    """Rename a checkpoint, if it is there, and its log to a name that is free."""
+    """Rename a checkpoint, if it exists, and its log to an unused name."""
     if not path.exists():
         return
     old = reserve(path.parent, f"{path.stem}-old", path.suffix)
@@ -4497,14 +4497,14 @@ def save_run(path: Path, learned: Checkpoint, trainer: Trainer) -> None:
 
 
 def save_last(path: Path, learned: Checkpoint, trainer: Trainer) -> None:
-    """save_run; if that fails, save among the temporary files, and raise UserError."""
+    """save_run; if that fails, save to the folder for temporary files and raise UserError."""
     try:
         save_run(path, learned, trainer)
     except OSError as e:
         say(f"cannot save {path} ({e.strerror})")
         other = reserve(Path(tempfile.gettempdir()), path.stem, path.suffix)
         save_run(other, learned, trainer)
-        raise UserError(f"saved {other} instead: move it to {path} to go on with it") from None
+        raise UserError(f"saved {other} instead: move it to {path} to continue") from None
 
 
 def train_model(
@@ -4545,7 +4545,7 @@ def train_model(
         try:
             trainer.train(batches, windows, lambda: bool(caught), save_and_go_on)
         except RuntimeError as e:
-            # Ctrl-C also ends the C++ compiler, which works before the first step.
+            # Ctrl-C also ends the C++ compiler, which runs before the first step.
             if not caught or not is_failed_compiling(e):
                 raise
             say("stopped before the first step")
@@ -4554,7 +4554,7 @@ def train_model(
         save_last(path, learned, trainer)
     if trainer.step < settings.train.steps:
         say(
-            f"stopped at step {trainer.step}, saved {path}: the same command continues, "
+            f"stopped at step {trainer.step}, saved {path}: to continue, repeat the command "
             "without --generate or --fresh"
         )
         return 128 + (caught[0] if caught else signal.SIGTERM)  # or another rank was stopped
@@ -4573,7 +4573,7 @@ def read_prompt_in_worker(sample: SampleSettings) -> Prompt:
 
 
 def find_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
-    """The prompt, read in a worker process; says what is lost of it. Raises UserError."""
+    """The prompt, read in a worker process; reports what tokens cannot keep. Raises UserError."""
     with start_pool(1, vocab) as pool:
         try:
             prompt = pool.schedule(read_prompt_in_worker, [sample], timeout=FILE_SECONDS).result()
@@ -4592,7 +4592,7 @@ def write_sample(
     checkpoint: Checkpoint,
     vocab: Vocabulary,
 ) -> None:
-    """Save a piece with a text that says what made it, and print a line about it."""
+    """Save a piece, with a marker that says how it was made, and print a line about it."""
     text = json.dumps(origin | {"key": sample.key})
     sample.score.markers.insert(0, TextMeta(0, f"PianoGPT {text}"))
     data = sample.score.dumps_midi()
@@ -4613,7 +4613,7 @@ def write_sample(
 
 
 def find_style(name: str, styles: list[str]) -> int:
-    """The number of a style of a model, 0 for none. Raises UserError if it has no such style."""
+    """A style's number in a model, 0 for none. Raises UserError if the model has no such style."""
     name = normalize("NFC", name)
     if not name:
         return 0
@@ -4632,7 +4632,7 @@ def write_music(
     device: torch.device,
     prompt: Prompt | None,
 ) -> int:
-    """Write the samples; 0, or 128 + the signal that stopped it. UserError if none has notes."""
+    """Generate the samples; 0, or 128 + the signal that stopped it. UserError if none has notes."""
     about = f" ({checkpoint.about})" if checkpoint.about else ""
     say(
         f"written by: {settings.program.checkpoint}, step {checkpoint.step} of "
@@ -4644,9 +4644,9 @@ def write_music(
     seed = settings.train.seed
     if "seed" not in given:
         seed = int(np.random.default_rng().integers(10**6))
-        say(f"seed: {seed}; with this --seed the pieces come again")
+        say(f"seed: {seed}; pass this --seed to get the same pieces again")
     if settings.sample.pieces < settings.sample.num_samples:
-        say("temperature 0: all pieces would be the same, so there is one")
+        say("temperature 0: all pieces would be the same, so only one is written")
     origin = asdict(settings.sample) | {"prompt": Path(settings.sample.prompt).name}
     origin["chords"] = origin["chords"][:LONGEST_MESSAGE]
     del origin["samples_dir"]
@@ -4674,19 +4674,19 @@ def write_music(
 def evaluate_folder(
     settings: Settings, checkpoint: Checkpoint, vocab: Vocabulary, device: torch.device
 ) -> int:
-    """Print the loss of a checkpoint on a folder; 0."""
+    """Print the loss of a checkpoint on the music in a folder; returns 0."""
     model = load_model(checkpoint, device)
     pieces = read_music(Path(settings.program.evaluate), vocab, settings.program.cache_dir)
     if settings.data.style_from_folder:
-        name_styles(pieces)  # a folder that is no style of the model counts as none
+        name_styles(pieces)  # a folder that is not one of the model's styles counts as none
     learned = {intervals for _, intervals in checkpoint.list_pieces()}
-    # Pieces whose music it learned, in any key and rhythm
+    # Pieces whose notes it was trained on, in any key and rhythm
     known = sum(pitch_intervals(piece.ids, vocab)[:-1] in learned for piece in pieces)
     T = settings.model.block_size
     loss = 0.0
     tokens = 0
     for piece in progress_bar(pieces, desc="evaluating", unit="piece"):
-        # The overlap of half a window is context for the next one.
+        # Windows overlap by half, which gives each its predecessor's second half as context.
         corpus = make_corpus([piece], checkpoint.styles)
         loss += evaluate(model, cut_all_windows(corpus, T, T // 2, vocab))
         tokens += len(piece.ids) - 1  # BOS is given
@@ -4705,9 +4705,9 @@ def evaluate_folder(
 
 
 def export_model(path: Path, checkpoint: Checkpoint, about: str) -> int:
-    """Write the best weights of a checkpoint, in 16 bits, and what generating needs; 0."""
+    """Export a checkpoint's best weights, in 16 bits, and all else that generating needs; 0."""
     if path.exists():
-        raise UserError(f"{path} is there already: name another file")
+        raise UserError(f"{path} already exists: name another file")
     tensors = {"intervals": checkpoint.tensors["intervals"]}
     for name, weight in checkpoint.weights("best").items():
         tensors[f"best/{name}"] = weight.half()
@@ -4726,7 +4726,7 @@ def compare_music(
     training: bool,
     files: dict[Path, str],
 ) -> None:
-    """Say how the files of the folder differ from what a checkpoint learned. Raises UserError."""
+    """Report how the folder differs from what a checkpoint learned from. Raises UserError."""
     folder = program.midi_dir
     learned = checkpoint.folder
     is_named = "midi_dir" in given
@@ -4750,7 +4750,7 @@ def compare_music(
 def open_checkpoint(
     path: Path, given: dict, program: ProgramSettings, stack: ExitStack
 ) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint, if there is one, and whether to train it; then the stack holds its lock.
+    """The checkpoint, if there is one, and whether to train it; if so, the stack holds its lock.
 
                               no checkpoint      unfinished     finished
         no mode               train              train on       say that it is finished
@@ -4758,8 +4758,8 @@ def open_checkpoint(
         with --steps N        train to N         train on to N  train on to N
         --evaluate, --export  an error           as it is       as it is
 
-    With --fresh there is none. One that is named must be there to generate, unless its music is
-    named too.
+    With --fresh there is none. With --generate, a checkpoint that is named must exist, unless
+    --midi-dir is given too.
     """
     must_exist = "checkpoint" in given and "midi_dir" not in given
     may_train = program.fresh or "steps" in given
@@ -4786,14 +4786,14 @@ def open_checkpoint(
 
 
 def find_music(program: ProgramSettings, given: dict) -> None:
-    """If my_midis/ is not here, take the one beside the script."""
+    """If there is no my_midis/ in the current folder, use the one beside the script."""
     beside = Path(__file__).parent / program.midi_dir
     if "midi_dir" not in given and not Path(program.midi_dir).exists() and beside.is_dir():
         program.midi_dir = str(beside)
 
 
 def check_wishes(settings: Settings, checkpoint: Checkpoint | None, training: bool) -> None:
-    """Say how chords are read. Raises UserError for music that the model could not write."""
+    """Report how chords are read. Raises UserError for requests the model cannot meet."""
     _, remarks = parse_chords(settings.sample.chords)
     if remarks:
         say(f"chords: {', '.join(remarks)}")
@@ -4811,21 +4811,21 @@ def check_samples_folder(folder: Path) -> None:
 
 
 def hold_out_none(settings: Settings) -> None:
-    """Hold nothing out of a few files that a trained model learns from.
+    """Hold nothing out when a trained model learns from only a few files.
 
-    The loss on one of ten works rises while the others are learned, so that the weights of the
-    first steps would be kept. --init-from ends after few steps at a small rate anyway.
+    The loss on one held-out work of ten rises while the others are learned, so the weights of the
+    first steps would be kept. --init-from stops after a few steps at a low rate anyway.
     """
     settings.data.val_percent = 0.0
-    say(f"fewer than {FEW_FILES} files: --val-percent is 0, all are learned")
+    say(f"fewer than {FEW_FILES} files: none are held out (--val-percent 0)")
 
 
 def look_at_folder(
     settings: Settings, given: dict, checkpoint: Checkpoint | None, training: bool
 ) -> dict[Path, str]:
-    """The files of the music folder, as find_files gives them; none if they do not matter.
+    """The files of the music folder, as from find_files; empty if they do not matter.
 
-    Says how they differ from what the checkpoint learned. Raises UserError.
+    Reports how they differ from those the checkpoint learned from. Raises UserError.
     """
     program = settings.program
     folder = Path(program.midi_dir)
@@ -4834,8 +4834,8 @@ def look_at_folder(
         if not knows_files:
             if "midi_dir" in given:
                 raise UserError(
-                    f"{program.checkpoint} was exported and only writes: omit --midi-dir, or pass "
-                    f"--init-from {program.checkpoint} and another --checkpoint to train it"
+                    f"{program.checkpoint} was exported and can only generate: omit --midi-dir, or "
+                    f"pass --init-from {program.checkpoint} and another --checkpoint to train it"
                 )
             return {}
         is_the_same = str(folder) == checkpoint.folder and folder.is_dir()
@@ -4846,7 +4846,7 @@ def look_at_folder(
     except UserError:
         if training or "midi_dir" in given:
             raise
-        return {}  # the music is gone by now
+        return {}  # the music is no longer there
     if knows_files:
         compare_music(program, given, checkpoint, training, files)
     return files
@@ -4860,8 +4860,8 @@ def train_and_write(
     vocab: Vocabulary,
     device: torch.device,
 ) -> int:
-    """Train if that is due, then write music if --generate asks for it; the exit code."""
-    # Find mistakes before the work begins.
+    """Train if needed, then generate if --generate is given; returns the exit code."""
+    # Report mistakes before the work begins.
     find_music(settings.program, given)
     check_wishes(settings, checkpoint, training)
     files = from_rank_0(lambda: look_at_folder(settings, given, checkpoint, training))
@@ -4880,7 +4880,7 @@ def train_and_write(
             return code
     elif not settings.program.generate:
         say(
-            f"{settings.program.checkpoint} has made its {count(checkpoint.step, 'step')}: pass a "
+            f"{settings.program.checkpoint} has done its {count(checkpoint.step, 'step')}: pass a "
             "larger --steps to train on, or --fresh to start over"
         )
     if settings.program.generate and RANK == 0:
@@ -4890,16 +4890,16 @@ def train_and_write(
     return 0
 
 
-# ---- 11. Command line: flags to settings, the device, errors to one sentence
+# ---- 11. Command line: from flags to settings, the device, errors as one sentence
 
-LONGEST_WAIT = timedelta(days=1)  # of the other processes while the first one reads a folder
+LONGEST_WAIT = timedelta(days=1)  # how long other processes wait while the first one reads a folder
 LONGEST_MESSAGE = 500  # characters; a file name in it may have 5,000
-# What --evaluate and --export take; all else is the checkpoint's
+# The flags that --evaluate and --export accept; all else comes from the checkpoint
 USED_TO_READ = ("about", "cache_dir", "checkpoint", "device")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """A flag for each setting; those not given are absent from the result."""
+    """A parser with a flag for each setting; flags not given are absent from its result."""
     parser = argparse.ArgumentParser(
         usage="python pianogpt.py [flags]",
         description=__doc__.split("\nHow it works:")[0],
@@ -4932,7 +4932,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> dict:
-    """{setting: value} of a command line. Raises UserError or ArgumentError."""
+    """{setting: value} from a command line. Raises UserError or ArgumentError."""
     given, unknown = make_parser().parse_known_args(argv)
     if unknown:
         raise UserError(f"there is no flag {unknown[0]}: --help lists all")
@@ -4951,7 +4951,7 @@ def check_flags(given: dict) -> None:
             raise UserError(f"{flag(name)} does nothing without {flag(needs[name])}")
     modes = [name for name in ("generate", "evaluate", "export") if name in given]
     if len(modes) > 1:
-        raise UserError(f"{' and '.join(map(flag, modes))} cannot be done at once")
+        raise UserError(f"{' and '.join(map(flag, modes))} cannot be combined")
     if modes and modes != ["generate"]:
         useless = [name for name in given if name not in (*modes, *USED_TO_READ)]
         if useless:
@@ -4965,9 +4965,9 @@ def check_flags(given: dict) -> None:
 
 
 def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) -> Settings:
-    """The settings in force: the command line's, else the checkpoint's, else the defaults.
+    """The settings to use: from the command line, else the checkpoint, else the defaults.
 
-    Raises UserError for one that differs from the checkpoint's and may not.
+    Raises UserError for a setting that differs from the checkpoint's but must not.
     """
     settings = Settings()
     for name, group in vars(settings).items():
@@ -4985,9 +4985,9 @@ def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) ->
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto: the NVIDIA GPU if there is one, else the CPU. UserError.
+    """The device of that name; auto: the NVIDIA GPU if there is one, else the CPU.
 
-    Each process of torchrun gets a GPU of its own.
+    Each process of torchrun gets its own GPU. Raises UserError if there is no such device.
     """
     try:
         if name == "auto":
@@ -4995,7 +4995,7 @@ def choose_device(name: str) -> torch.device:
         if name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         number = torch.zeros(1, device=name)
-        number.item()  # not every device, such as "meta", computes
+        number.item()  # some devices, such as "meta", cannot compute
         device = number.device
     except (RuntimeError, AssertionError):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
@@ -5010,7 +5010,7 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     program = make_settings(given, None, training=False).program
     path = Path(program.checkpoint)
     with suppress(OSError, RuntimeError):
-        path = path.resolve() if path.is_symlink() else path  # a link stays, and shares the lock
+        path = path.resolve() if path.is_symlink() else path  # keeps the link; shares the lock
     if path.is_symlink():
         raise UserError(f"{path} is a link that leads nowhere: name a file")
     if path.is_dir():
@@ -5018,7 +5018,7 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     device = choose_device(program.device)
     if PROCESSES > 1:
         if "MASTER_ADDR" not in os.environ:
-            raise UserError(f"WORLD_SIZE is {PROCESSES}: start several processes by torchrun")
+            raise UserError(f"WORLD_SIZE is {PROCESSES}: use torchrun to start several processes")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, program, stack))
@@ -5028,10 +5028,10 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     vocab = Vocabulary(settings.tokens)
     if checkpoint and checkpoint.vocabulary != vocab.words:
         raise UserError(
-            "the checkpoint's vocabulary is not this MidiTok's: install requirements.txt"
+            "the checkpoint's vocabulary does not match this MidiTok: install requirements.txt"
         )
     if RANK != 0 and (program.export or program.evaluate):
-        return 0  # one process does it
+        return 0  # rank 0 does it alone
     if program.export:
         return export_model(Path(program.export), checkpoint, program.about)
     if program.evaluate:
@@ -5040,7 +5040,7 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
 
 
 def open_streams() -> None:
-    """Let print work without stdout and stderr, and for names of files that are not text."""
+    """Make print work without stdout or stderr, and with file names that are not valid text."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, io.StringIO())
@@ -5049,30 +5049,30 @@ def open_streams() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is short, on a CPU or a GPU."""
+    """Whether an error means that memory has run out, on a CPU or a GPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # A CPU has only a text for this: on Linux, on Windows.
+    # On a CPU only the message tells; these are of Linux and Windows.
     texts = ("can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def is_failed_compiling(error: RuntimeError) -> bool:
-    """Whether torch.compile failed."""
-    # Named only here, because torch._dynamo takes two seconds to load.
+    """Whether an error means that torch.compile failed."""
+    # Mentioned only here, because loading torch._dynamo takes two seconds.
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
 
 @contextmanager
 def computing_errors() -> Iterator[None]:
-    """Within it what cannot be computed on this machine is a UserError that says what to do."""
+    """Turn what this machine cannot compute into a UserError that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
         if is_out_of_memory(e):
             raise UserError(
-                "there is not enough memory: pass --accumulate N, or smaller sizes; to write, pass "
-                "a smaller --num-samples"
+                "there is not enough memory: pass --accumulate N, or smaller sizes; to generate, "
+                "pass a smaller --num-samples"
             ) from None
         if is_failed_compiling(e):
             raise UserError("torch.compile does not work here: pass --no-compile") from None
@@ -5080,7 +5080,7 @@ def computing_errors() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program. Returns 0, or 2 for what the user can fix, or 128 + a signal's number."""
+    """Run the program; returns 0, 2 for what the user can fix, or 128 + a signal's number."""
     open_streams()
     try:
         return explain_errors(argv)
@@ -5090,7 +5090,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explain_errors(argv: list[str] | None) -> int:
-    """run_command; what the user can fix becomes a sentence and 2."""
+    """run_command; an error that the user can fix becomes one sentence and exit code 2."""
     try:
         with ExitStack() as stack, computing_errors():
             return run_command(argv, stack)
@@ -5102,7 +5102,7 @@ def explain_errors(argv: list[str] | None) -> int:
         problem = f"{problem[: LONGEST_MESSAGE // 2]} ... {problem[-LONGEST_MESSAGE // 2 :]}"
     say(f"pianogpt: {problem}", "stderr")
     if RANK != 0:
-        # Rank 0 has time to say this itself; then torchrun ends all ranks, and it is said once.
+        # Gives rank 0 time to report this first; then torchrun ends all ranks, so it is said once.
         time.sleep(2)
         print(f"pianogpt: on rank {RANK}: {problem}", file=sys.stderr)
     return 2

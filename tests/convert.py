@@ -101,7 +101,7 @@ def convert(old: str, new: str) -> None:
     """Convert the file. Raises UserError or OSError."""
     for path in (new, f"{new}.csv"):
         if Path(path).exists():
-            raise pg.UserError(f"{path} is there already: name another file")
+            raise pg.UserError(f"{path} already exists: name another file")
     with open(old, "rb") as file:
         is_zip = file.read(2) == b"PK"
     values, weights = (read_10 if is_zip else read_11)(old)

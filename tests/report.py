@@ -710,7 +710,7 @@ def run(argv: list[str] | None) -> None:
     vocab = pg.Vocabulary(settings.tokens)
     if checkpoint.vocabulary != vocab.words:
         raise pg.UserError(
-            "the checkpoint's vocabulary is not this MidiTok's: install requirements.txt"
+            "the checkpoint's vocabulary does not match this MidiTok: install requirements.txt"
         )
     device = pg.choose_device(settings.program.device)
     names = split_names(styles) if styles else []

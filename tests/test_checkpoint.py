@@ -227,7 +227,7 @@ def test_checkpoint_that_is_a_pipe_or_a_folder_is_refused_at_once(tmp_path):
 def test_checkpoint_of_another_program_or_version_is_refused(metadata, tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(safetensors.torch.save({"model": torch.zeros(3)}, metadata))
-    assert_refused(path, rf"{REFUSED} \(not of this version\)")
+    assert_refused(path, rf"{REFUSED} \(not in the format of this version\)")
 
 
 @pytest.mark.parametrize("optimizer, is_refused", [("SGD", True), ("OrthogonalAdamW", False)])

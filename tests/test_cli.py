@@ -274,9 +274,7 @@ def interrupt_at_ten(monkeypatch, line=""):
 
 def test_interrupted_run_equals_the_uninterrupted(trained, monkeypatch, capsys):
     assert interrupt_at_ten(monkeypatch, "--checkpoint b") == 130
-    stopped = (
-        "stopped at step 10, saved b: the same command continues, without --generate or --fresh"
-    )
+    stopped = "stopped at step 10, saved b: to continue, repeat the command, without --generate or --fresh"
     assert stopped in capsys.readouterr().out
     assert pianogpt("--midi-dir midi --checkpoint b --device cpu") == 0, "it holds all the rest"
     assert "from step 10 on" in capsys.readouterr().out
@@ -339,7 +337,7 @@ def test_signal_saves_says_how_to_continue_and_exits_with_128_and_its_number(fol
     for number, process in started.items():
         process.join(60)
         assert process.exitcode == 128 + number
-        assert "the same command continues" in Path(f"{number}.out").read_text()
+        assert "to continue, repeat the command" in Path(f"{number}.out").read_text()
         assert 10 <= step_of(f"{number}") < 1000
         error = Path(f"{number}.out.err").read_text()
         assert error == "", "no bar, no traceback, no library's warning"
@@ -399,7 +397,7 @@ def test_run_that_goes_on_elsewhere_says_that_it_is_not_the_same_bit_for_bit(
     capsys.readouterr()
     assert train("--steps 12") == 0
     out = capsys.readouterr().out
-    text = r"^this is a CPU with .*, not a CPU with wings: the run goes on, but not bit for bit$"
+    text = r"^this is a CPU with .*, not a CPU with wings: the run continues, but not bit for bit$"
     assert re.search(text, out, re.M)
     assert " parameters, float32, " in out
 
@@ -471,7 +469,7 @@ def test_weight_that_16_bits_cannot_hold_is_not_exported(trained, capsys):
     wide.tensors["best/norm.weight"][0] = math.nan
     pg.save_checkpoint(Path("wide"), wide)
     assert pianogpt("--generate --checkpoint wide") == 2
-    assert "its best weights are no numbers" in capsys.readouterr().err
+    assert "its best weights are not finite" in capsys.readouterr().err
 
 
 def test_finished_run_that_gets_more_steps_rises_to_its_rate_again(trained):
@@ -530,7 +528,7 @@ def test_several_processes_without_torchrun_are_a_sentence(trained, monkeypatch,
     monkeypatch.setattr(pg, "PROCESSES", 4)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert pianogpt("--midi-dir midi --steps 40") == 2
-    assert "WORLD_SIZE is 4: start several processes by torchrun" in capsys.readouterr().err
+    assert "WORLD_SIZE is 4: use torchrun to start several processes" in capsys.readouterr().err
 
 
 def test_long_message_is_cut(capsys):
@@ -572,7 +570,7 @@ def test_of_few_files_none_is_held_out_when_a_trained_model_learns_them(trained,
     line = f"--midi-dir midi --init-from {MODEL} --steps 3 --checkpoint"
     assert pianogpt(f"{line} a") == 0
     out = capsys.readouterr().out
-    assert "fewer than 20 files: --val-percent is 0, all are learned" in out
+    assert "fewer than 20 files: none are held out (--val-percent 0)" in out
     assert "the music has changed" not in out, "there are no losses yet"
     assert "12 train, 0 validation" in out
     assert pianogpt(f"{line} b --val-percent 10") == 0
@@ -616,7 +614,7 @@ def test_full_disk_is_said_and_training_continues_to_the_end(folder, here, monke
     assert train("--steps 9 --save-every 2") == 2
     out, err = capsys.readouterr()
     assert out.count(f"cannot save {MODEL} (No space left on device): training goes on") == 2
-    assert err == f"pianogpt: saved {other} instead: move it to {MODEL} to go on with it\n"
+    assert err == f"pianogpt: saved {other} instead: move it to {MODEL} to continue\n"
     assert (step_of(), step_of(other)) == (8, 9)
 
 
@@ -882,7 +880,7 @@ def test_full_memory_is_not_called_a_damaged_checkpoint(trained, monkeypatch, ca
 def test_exported_model_does_not_take_a_folder_of_music(trained, capsys):
     assert pianogpt("--export small") == 0
     assert pianogpt("--generate --checkpoint small --midi-dir midi") == 2
-    assert "small was exported and only writes: omit --midi-dir" in capsys.readouterr().err
+    assert "small was exported and can only generate: omit --midi-dir" in capsys.readouterr().err
 
 
 def test_checkpoint_that_cannot_be_set_aside_leaves_no_empty_file(trained, monkeypatch):
@@ -901,7 +899,7 @@ def test_machine_on_which_no_process_can_be_started_is_a_sentence(folder, here, 
         raise pg.BrokenProcessPool("no fork")
 
     monkeypatch.setattr(pg.ProcessPool, "map", schedule)
-    with pytest.raises(pg.UserError, match="no process can be started to read files"):
+    with pytest.raises(pg.UserError, match="cannot start a process to read files"):
         pg.read_folder(folder, pg.Vocabulary(pg.TokenSettings()), "")
 
 
@@ -1005,7 +1003,7 @@ def test_generating_leaves_an_unfinished_run_as_it_is_unless_steps_are_given(
 def test_finished_run_is_left_alone_and_says_how_to_train_further(trained, capsys):
     before = MODEL.read_bytes()
     assert pianogpt("") == 0
-    advice = f"{MODEL} has made its 30 steps: pass a larger --steps to train on, or --fresh to"
+    advice = f"{MODEL} has done its 30 steps: pass a larger --steps to train on, or --fresh to"
     assert advice in capsys.readouterr().out
     assert MODEL.read_bytes() == before
 
@@ -1085,7 +1083,7 @@ def test_works_stay_on_their_side_whatever_comes_into_the_folder(trained, vocab,
     settings.data.val_percent = 90.0
     _, _, learned = pg.prepare_data(settings, vocab, None, load())
     assert trained_on <= set(learned.pieces)
-    text = r"^split: \d+ works kept on the side of the earlier training$"
+    text = r"^split: \d+ works kept where the earlier training had them$"
     assert re.search(text, capsys.readouterr().out, re.M)
 
 
@@ -1216,8 +1214,11 @@ def times_of_files(folder):
         ("--evaluate midi --checkpoint new", "there is no checkpoint new: name another, or train"),
         ("--export a --checkpoint new", "there is no checkpoint new: name another, or train it"),
         ("--generate --checkpoint typo", "there is no checkpoint typo: name another, or train it"),
-        ("--generate --checkpoint shifted", "the checkpoint's vocabulary is not this MidiTok's"),
-        (f"--export {MODEL}", f"{MODEL} is there already: name another file"),
+        (
+            "--generate --checkpoint shifted",
+            "the checkpoint's vocabulary does not match this MidiTok",
+        ),
+        (f"--export {MODEL}", f"{MODEL} already exists: name another file"),
         (
             "--steps 99 --midi-dir midi --init-from shifted",
             f"{MODEL} did not start from shifted: pass another --checkpoint",
@@ -1241,8 +1242,8 @@ def times_of_files(folder):
         ("--top-k 8", "--top-k does nothing without --generate"),
         ("--about mine", "--about does nothing without --export"),
         ("--generate --prompt-bars 8", "--prompt-bars does nothing without --prompt"),
-        ("--generate --evaluate midi", "--generate and --evaluate cannot be done at once"),
-        ("--export a --evaluate midi", "--evaluate and --export cannot be done at once"),
+        ("--generate --evaluate midi", "--generate and --evaluate cannot be combined"),
+        ("--export a --evaluate midi", "--evaluate and --export cannot be combined"),
         ("--steps many", "--steps: invalid int value: 'many'"),
         ("--steps", "--steps: expected one argument"),
         ("--device tpu9", "there is no device tpu9 here: pass --device auto, or cpu"),
@@ -1271,11 +1272,11 @@ def times_of_files(folder):
         ),
         (
             "--generate --prompt midi/piece00.mid --prompt-bars 99",
-            "midi/piece00.mid is only 8 bars: ask for less",
+            "midi/piece00.mid has only 8 bars: ask for fewer",
         ),
         (
             "--generate --prompt midi/piece00.mid --bars 5",
-            "the prompt alone is 8 bars: ask for a longer piece",
+            "the prompt alone has 8 bars: pass a larger --bars",
         ),
         ("--generate --rewrite 3", "--rewrite does nothing without --prompt"),
         ("--generate --prompt midi/piece00.mid --rewrite ''", "--rewrite is empty: write a value"),
@@ -1290,7 +1291,7 @@ def times_of_files(folder):
         (f"{REWRITE} --prompt-bars 2", "--rewrite 3: the prompt only has bars 1 to 2"),
         (f"{NEW} {REWRITE} --gap-percent 0", "this model has not learned to --rewrite: train"),
         ("--generate --style Bach", "this model knows no styles: train one with --style-from-f"),
-        (f"{NEW} --style-from-folder --midi-dir midi", "no file lies in a folder of a style"),
+        (f"{NEW} --style-from-folder --midi-dir midi", "no file lies in a style's folder"),
         (f"{NEW} --generate --chords H", 'cannot read "H" in "H"'),
         ("--generate --chords 'C Hm'", 'cannot read "Hm" in "Hm": write C, Am,'),
         (f"{NEW} --generate --samples-dir bad/page.mid", "bad/page.mid cannot be used: File exi"),
@@ -1393,7 +1394,7 @@ def test_temperature_0_writes_one_piece_and_says_so_and_others_that_leave_no_cho
     trained, capsys
 ):
     [likeliest] = generate("--temperature 0 --bars 2 --num-samples 3")
-    said = "temperature 0: all pieces would be the same, so there is one"
+    said = "temperature 0: all pieces would be the same, so only one is written"
     assert said in capsys.readouterr().out
     assert likeliest.note_num()
     for line in ("--top-k 1", "--top-p 1e-6", "--min-p 1"):

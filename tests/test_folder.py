@@ -60,7 +60,7 @@ def test_links_to_folders_are_followed_once_and_loops_noticed(folder, tmp_path, 
     found = [path.relative_to(folder).as_posix() for path in pg.find_files(folder)]
     assert len(found) == 13
     assert found[0] in ("link/far.mid", "same/far.mid")
-    assert capsys.readouterr().out.count("leads to a folder that is read already") == 2
+    assert capsys.readouterr().out.count("leads to a folder that has already been read") == 2
 
 
 def test_hidden_link_to_a_folder_does_not_hide_it(folder, tmp_path, capsys):
@@ -162,7 +162,7 @@ def test_file_whose_problem_may_pass_counts_as_unread_and_not_as_learned(folder,
 
 def test_damaged_table_of_splits_is_a_sentence(folder, tmp_path):
     (tmp_path / "maestro.csv").write_text('midi_filename,split\n"' + "x" * 200_000)
-    with pytest.raises(pg.UserError, match=r"maestro\.csv is no table"):
+    with pytest.raises(pg.UserError, match=r"maestro\.csv is not a table"):
         pg.read_split_tables([pg.Piece(path="piece00.mid")], tmp_path)
 
 

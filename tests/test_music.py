@@ -487,8 +487,8 @@ REFUSED = {  # the file, what is asked for
     "none.mid cannot be continued .not a file": ("none", {}),
     "page.mid cannot be continued .not a MIDI file": ("page", {}),
     "the first 2 bars of .* hold no notes": ("late", {"prompt_bars": 2}),
-    "is only 8 bars: ask for less": ("scale", {"prompt_bars": 9}),
-    "the prompt alone is 8 bars: ask for a longer piece": ("scale", {"bars": 8}),
+    "has only 8 bars: ask for fewer": ("scale", {"prompt_bars": 9}),
+    "the prompt alone has 8 bars: pass a larger --bars": ("scale", {"bars": 8}),
 }
 
 
