@@ -588,8 +588,10 @@ class PlayedNote:
 class Channel:
     """One of the 16 channels of a MIDI file: its keys, and the pedal that sustains their notes."""
 
-    def __init__(self, tpq: int):
+    def __init__(self, tpq: int, unended: dict[tuple[int, int], int]):
+        """unended: by (track, pitch), how many notes have no note off."""
         self.notes: list[PlayedNote] = []
+        self.unended = unended
         # By (track, pitch), oldest first: two hands in two tracks may hold down the same key.
         self.keys_down: dict[tuple[int, int], list[PlayedNote]] = {}
         self.lifted_at: dict[tuple[int, int], int] = {}  # tick when each key was last lifted
@@ -637,20 +639,23 @@ class Channel:
             self.ringing.append(note)
 
     def lift_forgotten(self, key: tuple[int, int]) -> None:
-        """End the notes of a key that were struck before it was last lifted.
+        """End unended notes of a key that were struck before it was last lifted.
 
         A note off ends the oldest note (see lift_key). If one is missing, every later one would
         end the note before its own.
         """
         down = self.keys_down.get(key, [])
         lifted_at = self.lifted_at.get(key, 0)
-        while down and down[-1].start < lifted_at:
+        while down and down[-1].start < lifted_at and self.unended.get(key, 0) > 0:
+            self.unended[key] -= 1
             self.lift_key(lifted_at, key)
 
     def lift_pedal(self, tick: int) -> None:
         """End the ringing notes here, or with their keys if no pianist holds a pedal so long."""
         if self.pedal_down_at is None:
             return
+        for key in self.unended:
+            self.lift_forgotten(key)
         if tick - self.pedal_down_at <= self.longest_pedal:
             for note in self.ringing:
                 note.end = tick
@@ -693,12 +698,28 @@ def repair_overlaps(notes: Notes) -> Notes:
     return select(notes, np.lexsort((notes["pitch"], notes["time"])))
 
 
+def find_unended(events: list[MidiEvent]) -> dict[int, dict[tuple[int, int], int]]:
+    """{channel: {(track, pitch): how many more note ons than note offs}}, where there are more."""
+    surplus = Counter()
+    for event in events:
+        if event.kind in (NOTE_OFF, NOTE_ON):
+            pitch, velocity = event.data
+            is_on = event.kind == NOTE_ON and velocity > 0
+            surplus[event.channel, event.track, pitch] += 1 if is_on else -1
+    unended = defaultdict(dict)
+    for (channel, track, pitch), more in surplus.items():
+        if more > 0:
+            unended[channel][track, pitch] = more
+    return unended
+
+
 def play_notes(midi: MidiFile) -> tuple[Notes, int]:
     """The notes of all channels but the drums as they sound, and how many pedals were ignored.
 
     Raises UserError if there are no notes, or if they go on for too long.
     """
     channels: dict[int, Channel] = {}
+    unended = find_unended(midi.events)
     has_drums = False
     end = 0
     for event in midi.events:
@@ -712,7 +733,7 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
         if end > min(LONGEST_PIECE * midi.tpq, MOST_TICKS):
             raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
         if event.channel not in channels:
-            channels[event.channel] = Channel(midi.tpq)
+            channels[event.channel] = Channel(midi.tpq, unended[event.channel])
         channels[event.channel].play(event)
     ignored = 0
     rows = []
@@ -1385,9 +1406,13 @@ def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
     that is read as a simpler chord. Raises UserError for a symbol that cannot be read.
     """
     text = re.sub(r"\s-\s", " ", text)
+    text = re.sub(r"\s*,\s*", ",", text)
     bars = text.split()
     if "|" in text:
-        bars = [",".join(cell.split()) for cell in text.split("|") if cell.strip()]
+        cells = re.split(r"\|+", text.strip().strip("|"))
+        bars = [",".join(cell.split()) for cell in cells]
+    if "" in bars:
+        raise UserError("--chords: a bar is empty: write the chord of the bar before it again")
     twelfths = []  # of a bar, so that it divides into 2, 3, 4, 6 or 12 parts
     remarks = []
     for bar in bars:
@@ -3521,17 +3546,24 @@ def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
     return np.append(ids, silent_bar * missing).astype(np.int16)
 
 
-def let_ring(ids: np.ndarray, vocab: Vocabulary, end: float) -> np.ndarray:
+def let_ring(ids: np.ndarray, piano: Score, vocab: Vocabulary) -> np.ndarray:
     """ids (T,) of a piece, with bars added after its last onset for notes that still sound.
 
-    end: when the last note ends, in quarter notes. A bar is added if more than half of it sounds.
+    piano: the score of the piece. A bar is added if more than half of it sounds.
     """
-    metre_id = ids[np.flatnonzero(ids == vocab.bar_id)[-1] + 1]
-    beats, unit = vocab.metre_of(metre_id)
-    quarters = 4 * beats / unit
+    notes = piano.tracks[0].notes.numpy()
+    on_piano = (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
+    end = (notes["time"] + notes["duration"])[on_piano].max()  # in ticks
     _, lines = vocab.bar_lines(ids)
-    more = max(0, math.ceil((end - lines[-1]) / quarters - 0.5))
-    return np.append(ids, np.tile(np.array([vocab.bar_id, metre_id], ids.dtype), more))
+    start = round(lines[-1] * piano.tpq)
+    ringing = []
+    while True:
+        metre = [sign for sign in piano.time_signatures if sign.time <= start][-1]
+        length = piano.tpq * 4 * metre.numerator / metre.denominator
+        if end <= start + length / 2:
+            return np.append(ids, ringing).astype(ids.dtype)
+        ringing += [vocab.bar_id, vocab.id_of[f"TimeSig_{metre.numerator}/{metre.denominator}"]]
+        start += round(length)
 
 
 def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
@@ -3543,7 +3575,7 @@ def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
         piece = tokenize(piano, changes, vocab, silence=LONGEST_PIECE)
     except UserError as e:
         raise UserError(f"{path} cannot be continued ({e}): pass another --prompt") from None
-    all_ids = let_ring(piece.ids[:-1], vocab, piano.end() / midi.tpq)  # without EOS
+    all_ids = let_ring(piece.ids[:-1], piano, vocab)  # without EOS
     starts, lines = vocab.bar_lines(all_ids)
     bars = sample.prompt_bars or len(starts)
     if bars > len(starts):
@@ -3994,9 +4026,9 @@ def stored_settings(checkpoint: Checkpoint) -> Settings:
         raise ValueError("its settings are not those of a model")
     settings = Settings()
     for name in STORED_GROUPS:
+        defaults = asdict(getattr(settings, name))
         for key, value in checkpoint.settings[name].items():
-            default = getattr(getattr(settings, name), key)
-            if type(value) is not type(default):
+            if key not in defaults or type(value) is not type(defaults[key]):
                 raise ValueError(f"{key} is {value!r}")
             setattr(getattr(settings, name), key, value)
     return settings
@@ -4027,7 +4059,7 @@ def check_progress(progress: dict) -> None:
             raise ValueError("its history is incomplete")
         numbers += row.values()
     for number in numbers:
-        if type(number) not in (int, float) or not 0 <= number < math.inf:
+        if type(number) not in (int, float) or not 0 <= number < 1e15:
             raise ValueError(f"{number!r:.40} is not a number that training produces")
     for number in (progress["step"], progress["begin"]):
         if type(number) is not int:
@@ -4503,7 +4535,11 @@ def save_last(path: Path, learned: Checkpoint, trainer: Trainer) -> None:
     except OSError as e:
         say(f"cannot save {path} ({e.strerror})")
         other = reserve(Path(tempfile.gettempdir()), path.stem, path.suffix)
-        save_run(other, learned, trainer)
+        try:
+            save_run(other, learned, trainer)
+        except OSError:
+            other.unlink()
+            raise
         raise UserError(f"saved {other} instead: move it to {path} to continue") from None
 
 

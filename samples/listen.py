@@ -42,7 +42,7 @@ ROOM_LEVEL = 0.12
 SUFFIXES = (".mid", ".midi", ".kar")
 MOST_BARS = 20_000  # one every fifth of a second for an hour
 LONGEST = 3600  # seconds; an hour of sound takes 3 GB of memory while it is written
-TITLE = "Music by PianoGPT"  # of the page
+TITLE = "<title>Music by PianoGPT</title>"  # of the page
 # The markers that pianogpt.py sets: what made the piece, as JSON, and where the user's prompt gives
 # way to new music and comes back. Its other markers are chord symbols.
 MADE_BY = "PianoGPT "

@@ -7,6 +7,7 @@ resumed.
 """
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -67,14 +68,16 @@ def enlarge(weight: torch.Tensor, name: str, old: list[str], new: list[str]) -> 
 
 def check_format(path: str, form: str, *older: str) -> None:
     """Raise UserError if the format of a file is not one of these."""
+    if form == pg.FORMAT:
+        raise pg.UserError(f"{path} is of this version and needs no conversion")
     if form not in older:
-        raise pg.UserError(f"{path} is of the format {form}, which needs no conversion")
+        raise pg.UserError(f"{path} is not a checkpoint of a version that can be converted")
 
 
 def read_10(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The values of a checkpoint and the weights that had the lowest validation loss."""
     old = torch.load(path, map_location="cpu", weights_only=True)
-    check_format(path, old["format"], "pianogpt 10")
+    check_format(path, old.get("format", ""), "pianogpt 10")
     trainer = old["trainer"]
     dtype = trainer["best"]["head"].dtype
     weights = {k: v.to(dtype) for k, v in convert_weights(trainer["best"]).items()}
@@ -90,8 +93,8 @@ def read_10(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
 def read_11(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The same of a checkpoint of format 11 or 12."""
     with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        check_format(path, metadata["format"], *pg.OLDER_FORMATS)
+        metadata = file.metadata() or {}
+        check_format(path, metadata.get("format", ""), *pg.OLDER_FORMATS)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
     return json.loads(metadata["json"]), weights | {"intervals": tensors["intervals"]}
@@ -104,7 +107,10 @@ def convert(old: str, new: str) -> None:
             raise pg.UserError(f"{path} already exists: name another file")
     with open(old, "rb") as file:
         is_zip = file.read(2) == b"PK"
-    values, weights = (read_10 if is_zip else read_11)(old)
+    try:
+        values, weights = (read_10 if is_zip else read_11)(old)
+    except (pickle.UnpicklingError, RuntimeError, safetensors.SafetensorError):
+        raise pg.UserError(f"{old} is not a checkpoint") from None
     intervals = weights.pop("intervals")
     vocabulary = pg.Vocabulary(pg.TokenSettings(**values["settings"]["tokens"])).words
     tensors = {"intervals": intervals}

@@ -274,7 +274,7 @@ def interrupt_at_ten(monkeypatch, line=""):
 
 def test_interrupted_run_equals_the_uninterrupted(trained, monkeypatch, capsys):
     assert interrupt_at_ten(monkeypatch, "--checkpoint b") == 130
-    stopped = "stopped at step 10, saved b: to continue, repeat the command, without --generate or --fresh"
+    stopped = "stopped at step 10, saved b: to continue, repeat the command without --generate"
     assert stopped in capsys.readouterr().out
     assert pianogpt("--midi-dir midi --checkpoint b --device cpu") == 0, "it holds all the rest"
     assert "from step 10 on" in capsys.readouterr().out

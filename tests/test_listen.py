@@ -434,6 +434,12 @@ def test_page_of_the_user_is_not_replaced(tmp_path, capsys):
     assert (tmp_path / "index.html").read_text() == "<title>My band</title>"
 
 
+def test_page_of_the_user_that_only_mentions_the_program_is_not_replaced(tmp_path):
+    write_midi(tmp_path / "song.mid", A4_THEN_A5)
+    (tmp_path / "index.html").write_text("<title>My band</title> Music by PianoGPT")
+    assert run(tmp_path) == 2
+
+
 @pytest.mark.parametrize("text", ["[[1, 2]]", "[[null, 2]]", "[" * 100_000, "7"])
 def test_settings_that_are_none_are_left_out(tmp_path, text):
     markers = [TextMeta(0, f"PianoGPT {text}"), TextMeta(0, "C")]

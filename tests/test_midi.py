@@ -108,6 +108,21 @@ KEYS = {  # events of a track; the notes that are played
         [at(0, (0x90, 60, 80)), *note(1, 2), *control(4, 123, 0), *LATE],
         [(0, 1, 60), (1, 2, 60), (8, 9, 72)],
     ),
+    "repeated notes that overlap end one after another": (
+        [*note(0, 1.2), *note(1, 2.2), *note(2, 3.2), *LATE],
+        [(0, 1, 60), (1, 2, 60), (2, 3.2, 60), (8, 9, 72)],
+    ),
+    "a note off that is missing takes no pedal from the next note": (
+        [
+            at(0, (0x90, 60, 80)),
+            *note(1, 2),
+            *control(0.5, 64, 127),
+            *control(4, 64, 0),
+            *note(5, 6),
+            *LATE,
+        ],
+        [(0, 1, 60), (1, 4, 60), (5, 6, 60), (8, 9, 72)],
+    ),
     "velocity 0 ends a note": ([at(0, (0x90, 60, 80)), at(1, (0x90, 60, 0))], [(0, 1, 60)]),
     "all notes off lifts the keys": (
         [at(0, (0x90, 60, 80)), *control(2, 123, 0), *LATE],
@@ -360,6 +375,19 @@ def test_every_tempo_of_a_prompt_stands_where_it_stood(tempos, tmp_path, vocab):
     assert tempos_of(continued(prompt, vocab, words)) == [*first, new]
     alone = tempos_of(continued(prompt, vocab, continuation_only=True))
     assert alone == [(0, tempos[-1][1])], "the tempo at the cut goes on"
+
+
+def test_bars_in_which_a_prompt_rings_are_those_of_its_file(tmp_path, vocab):
+    sounding = track(metre(0, 3, 4), metre(6, 4, 4), note(0, 3), note(3, 14, 64))
+    prompt = prompt_of(tmp_path, vocab, sounding)
+    _, lines = vocab.bar_lines(prompt.ids)
+    assert lines.tolist() == [0, 3, 6, 10, 14]
+    assert prompt.end == 14 * pg.TPQ
+
+
+def test_note_that_no_piano_has_does_not_make_a_prompt_ring(tmp_path, vocab):
+    prompt = prompt_of(tmp_path, vocab, track(note(0, 4), note(4, 8), note(100, 120, 3)))
+    assert prompt.end == 8 * pg.TPQ
 
 
 def test_prompt_cut_before_a_tempo_does_not_have_it(tmp_path, vocab):

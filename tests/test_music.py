@@ -383,12 +383,15 @@ def test_chord_symbols_are_read_and_a_wrong_one_is_named():
     for wrong in ("H", "C H7", "C/H", "Cmaj99", "Cx", "C,,G", "C,D,E,F,G", "#", "im"):
         with pytest.raises(pg.UserError, match="cannot read"):
             pg.parse_chords(wrong)
+    for wrong in ("| C | | F |", "|", "| |"):
+        with pytest.raises(pg.UserError, match="a bar is empty"):
+            pg.parse_chords(wrong)
 
 
 SPELLED = {  # as musicians write it: what it is; in what is not said
     "c am f g": "C Am F G", "Cmin C-": "Cm Cm", "CM7 CΔ": "Cmaj7 Cmaj7", "C♯m E♭": "C#m Eb",
     "C|Am": "C Am", "C - Am": "C Am", "| C | Am |": "C Am", "bb b": "Bb B",
-    "B° Bo Cø": "Bdim Bdim Cm7b5", "C+": "Caug", "CM Cmaj": "C C",
+    "B° Bo Cø": "Bdim Bdim Cm7b5", "C+": "Caug", "CM Cmaj": "C C", "|| C || F, G | ": "C F",
 }  # fmt: skip
 SIMPLER = {"Csus4": "C", "C6": "C", "C/E": "C", "C9": "C7", "Am7/G": "Am7", "Dm9": "Dm7",
            "C6/9": "C", "G13": "G7", "Bdim7": "Bdim"}  # fmt: skip
