@@ -250,7 +250,7 @@ class SampleSettings:
     )
     tempo: float = setting(0.0, "quarter notes per minute; 0: the model decides", 4, 1000, off=True)
     temperature: float = setting(
-        0.85,
+        0.95,
         "randomness of pitches and chords; rhythm and loudness are sampled as learned; "
         "0: always the likeliest token, rhythm included, so only one piece",
         0.01,
@@ -1458,37 +1458,37 @@ def find_key(score: Score) -> tuple[KeySignature, str]:
 
 # ---- 4. Model: a causal Transformer that sees an id, a time and a pitch for each token
 
-PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones of a full turn; the first three ignore octaves
-RECENT = 3  # a note is three tokens, so each token is told the three before it
-MEMORY = 1024  # tokens before the window that are counted, to stay in key
-MANY_PIECES = 8  # from 8 at once on, a second thread and a cache in bfloat16 pay
-PAD = 0  # id of the PAD token, which stands where there is no token
-IGNORE = -100  # a target that is not scored
-QUERY_ROWS = 256  # queries whose attention is worked out together, see attend
-LOSS_ROWS = 256  # tokens whose logits fit into the processor's cache; all at once take longer
-# The logit of what cannot be. Not -inf: a softmax over nothing else would be undefined.
+PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per full turn; the first three ignore octaves
+RECENT = 3  # a note is three tokens, so each token also sees the three before it
+MEMORY = 1024  # tokens before the window whose ids are counted, to help stay in key
+MANY_PIECES = 8  # with 8 or more at once, a second thread and a bfloat16 cache pay off
+PAD = 0  # id of the PAD token, which fills places that have no token
+IGNORE = -100  # marks a target that is not scored
+QUERY_ROWS = 256  # queries whose attention is computed at a time, see attend
+LOSS_ROWS = 256  # tokens whose logits fit into the CPU cache; all at once would be slower
+# The logit of the impossible. Not -inf: if all were -inf, the softmax would be undefined.
 ILLEGAL = -1e9
 
 
 class Window(NamedTuple):
-    """What the model reads: B stretches of music of T tokens, and what came before them."""
+    """What the model reads: B stretches of music, T tokens each, and what came before them."""
 
     idx: Tensor  # (B, T) ids, int64; PAD after the end of a piece
-    time: Tensor  # (B, T) grid positions since the window began; TOKEN_BEATS is in it
-    pitch: Tensor  # (B, T) MIDI pitch: of the note, or the last one; of a chord its root, float32
+    time: Tensor  # (B, T) grid positions since the window began, plus TOKEN_BEATS per token
+    pitch: Tensor  # (B, T) MIDI pitch of the last note; after a Chord token, of its root; float32
     recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
-    # (B, V) how often each id came in the MEMORY tokens before the window / MEMORY; when a gap is
-    # filled, in all that the window leaves out on both sides
+    # (B, V) how often each id occurs in the MEMORY tokens before the window, divided by MEMORY;
+    # when a gap is being filled, in everything the window leaves out, on both sides
     before: Tensor
-    style: Tensor  # (B,) number of the style: 1 is the first of Checkpoint.styles, 0 none
-    targets: Tensor | None = None  # (B, T) the ids that follow; IGNORE where none is scored
+    style: Tensor  # (B,) number of the style: 1 for the first of Checkpoint.styles, 0 for none
+    targets: Tensor | None = None  # (B, T) the next ids; IGNORE where not scored
 
     def rows(self, part: slice) -> Window:
-        """Some of the B stretches."""
+        """A slice of the B stretches."""
         return Window(*(None if values is None else values[part] for values in self))
 
     def joined(self, other: Window) -> Window:
-        """These stretches and those of another window; without targets."""
+        """These stretches followed by those of another window, without targets."""
         columns = zip(self[:-1], other[:-1], strict=True)
         return Window(*(torch.cat(column) for column in columns))
 
@@ -1502,7 +1502,7 @@ class Window(NamedTuple):
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself, and so faster than in float32."""
+    """Whether a device supports bfloat16 natively, which makes it faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -1511,10 +1511,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 class KeyValueCache:
-    """The keys and values of the tokens of a window that were read so far, for each layer.
+    """Each layer's keys and values for the tokens of a window that have been read so far.
 
-    For many pieces they are stored in bfloat16 where that is fast: with 32 pieces, reading them is
-    half of a step's time, and 16 bits halve it. For few they fit into the processor's cache.
+    For many pieces, they are stored in bfloat16 where that is fast: with 32 pieces, reading them
+    takes half of a step's time, and 16 bits halve that. For a few, they fit into the CPU cache.
     """
 
     def __init__(self, model: PianoGPT, batch_size: int):
@@ -1528,7 +1528,7 @@ class KeyValueCache:
         self.length = 0  # tokens
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Store k and v of new tokens, (B, nh, T, hs); returns those of all tokens of the layer."""
+        """Store k and v of new tokens, (B, nh, T, hs); return those of all the layer's tokens."""
         T = k.size(2)
         end = self.length + T
         both = []
@@ -1539,38 +1539,39 @@ class KeyValueCache:
 
 
 def rotary_speeds(hs: int, grid: int) -> tuple[Tensor, Tensor]:
-    """Radians by which each channel turns per grid position and per semitone, (hs,) each.
+    """Radians that each channel turns per grid position and per semitone, (hs,) each.
 
-    RoPE turns queries and keys by angles, so that their dot product depends on the offset between
-    two tokens alone. In text the offset is a number of tokens. Here it is what one hears, a time
-    and an interval: a head can look one bar back, or an octave down. Channels i and i + hs / 2
-    turn as a pair. By default:
+    RoPE rotates queries and keys so that their dot product depends only on the offset between two
+    tokens. In text, that offset is a number of tokens. Here it is what one hears, a time and an
+    interval: a head can look one bar back, or an octave down. Channels i and i + hs / 2 rotate as
+    a pair. By default:
 
-        pairs 0 to 9      time     a turn in pi / 4 beats, ..., 3,100 beats
-        pairs 10 to 15    pitch    a turn in 12, 6, 4, 24, 48, 96 semitones
+        pairs 0 to 9      time     one turn per pi / 4 beats, ..., 3,100 beats
+        pairs 10 to 15    pitch    one turn per 12, 6, 4, 24, 48, 96 semitones
     """
     by_pitch = 2 * math.pi / torch.tensor(PITCH_PERIODS[: hs // 4])
     pairs = hs // 2 - len(by_pitch)
-    # The fastest turns one radian in a 32nd note, as RoPE's does in a token; 10,000 is its base.
+    # The fastest pair turns one radian per 32nd note, as RoPE's does per token; 10,000 is RoPE's
+    # base.
     by_time = 8 / grid * 10_000.0 ** -(torch.arange(pairs) / pairs)
     time_speed = torch.cat([by_time, torch.zeros_like(by_pitch)])
     pitch_speed = torch.cat([torch.zeros_like(by_time), by_pitch])
-    # The sine has the other sign for the first of a pair: see rotate.
+    # The first channel of each pair gets the negative sine: see rotate.
     return torch.cat([-time_speed, time_speed]), torch.cat([-pitch_speed, pitch_speed])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, hs) turned: a, b -> a cos - b sin, b cos + a sin, for each pair of channels."""
+    """x (..., T, hs) rotated: each pair of channels a, b -> a cos - b sin, b cos + a sin."""
     partner = x.roll(x.size(-1) // 2, dims=-1)
     return torch.addcmul(x * cos, partner, sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, (B, nh, T, hs), to S keys and values (B, nh, S, hs); T is S or 1.
+    """Causal attention of q, (B, nh, T, hs), to k and v, (B, nh, S, hs); T is S or 1.
 
-    Uses PyTorch's own attention, except when learning in bfloat16 on a CPU, where its gradient
-    takes three times as long as in float32. There attention is written out, for QUERY_ROWS
-    queries at a time, so that the first ones need no scores for keys that only later ones see.
+    Uses PyTorch's own attention, except when training in bfloat16 on a CPU, where its gradient
+    takes three times as long as in float32. There, attention is spelled out for QUERY_ROWS queries
+    at a time, so that early queries skip the scores of keys that only later ones can see.
     """
     T, hs = q.shape[-2:]
     learns_in_half = torch.is_grad_enabled() and q.dtype == torch.bfloat16
@@ -1613,7 +1614,7 @@ class Block(nn.Module):
         q, k = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))
         v = qkv[2]
         if cache is not None:
-            assert T == 1 or cache.length == 0, "several tokens at once only into an empty cache"
+            assert T == 1 or cache.length == 0, "only an empty cache takes several tokens at once"
             k, v = cache.extend(layer, k, v)  # (B, nh, all tokens so far, hs)
         y = attend(q.to(k.dtype), k, v)  # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(x.shape).to(x.dtype))
@@ -1640,7 +1641,7 @@ class PianoGPT(nn.Module):
         C = sizes.n_embd
         V = vocab_size
         self.embedding = nn.Embedding(V, C, padding_idx=PAD)
-        self.recent = nn.Parameter(torch.zeros(RECENT, C))  # weights of tokens before, oldest first
+        self.recent = nn.Parameter(torch.zeros(RECENT, C))  # weights of recent tokens, oldest first
         self.memory = nn.Linear(V, C, bias=False)
         self.style = nn.Embedding(1 + n_styles, C, padding_idx=0)
         self.norm_0 = nn.LayerNorm(C, elementwise_affine=False)
@@ -1654,18 +1655,18 @@ class PianoGPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw weights that keep the size of what they multiply.
+        """Draw weights that preserve the scale of what they multiply.
 
-        What is added to the tokens, recent ones, memory and style, begins at 0.
+        The terms added to a token's embedding (recent tokens, memory and style) start at 0.
         """
         for block in self.blocks:
             for linear in (block.qkv, block.expand):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             for linear in (block.proj, block.contract):
-                # Each layer adds twice to x. So scaled, the sum of all of them keeps its size.
+                # Each layer adds to x twice. With this scale, depth does not change the sum's size.
                 residual_scale = (2 * self.sizes.n_layer) ** -0.5
                 nn.init.normal_(linear.weight, std=residual_scale * linear.in_features**-0.5)
-        # Small logits: the first loss is ln V, that of a uniform guess.
+        # Small logits, so that the first loss is about ln V, that of a uniform guess.
         nn.init.normal_(self.head.weight, std=0.1 * self.head.in_features**-0.5)
         # norm_0 follows, so 0.02 (as in GPT-2) only sets how fast embeddings change at first.
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -1674,7 +1675,7 @@ class PianoGPT(nn.Module):
         nn.init.zeros_(self.style.weight)
 
     def embed(self, window: Window) -> Tensor:
-        """Embeddings (B, T, C): of each token and the RECENT before it, of memory and style."""
+        """Embeddings (B, T, C): each token's plus the RECENT before it, memory and style."""
         T = window.idx.size(1)
         idx = torch.cat([window.recent, window.idx], dim=1)
         tokens = self.embedding(idx)  # (B, RECENT + T, C)
@@ -1685,20 +1686,20 @@ class PianoGPT(nn.Module):
         return self.norm_0(x + of_all[:, None])
 
     def turn(self, window: Window) -> tuple[Tensor, Tensor]:
-        """cos and sin, (B, 1, T, hs), of the angles of tokens."""
+        """cos and sin, (B, 1, T, hs), of each token's rotation angles."""
         time = window.time[:, None, :, None]  # the same for all heads and channels
         pitch = window.pitch[:, None, :, None]
         angle = torch.addcmul(time * self.time_speed, pitch, self.pitch_speed)
         return angle.cos(), angle.sin()
 
     def forward(self, window: Window, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits of the next ids, (B, T, V); or if the window has targets, the loss.
+        """Logits of the next ids, (B, T, V), or, if the window has targets, the loss.
 
-        The loss is the cross-entropy in nats, summed over all targets but IGNORE. With a cache,
-        the window's tokens continue those in the cache, and are added to it.
+        The loss is the cross-entropy in nats, summed over all targets except IGNORE. With a
+        cache, the window's tokens continue those in the cache and are added to it.
         """
         B, T = window.idx.shape
-        x = self.embed(window).flatten(0, 1)  # (B T, C): in three dimensions, Linear is slower
+        x = self.embed(window).flatten(0, 1)  # (B T, C): Linear is slower in three dimensions
         cos, sin = self.turn(window)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)
@@ -1717,34 +1718,34 @@ class PianoGPT(nn.Module):
 
 # ---- 5. Learning: windows, transposition, the optimizer, the trainer
 
-OPENING_EVERY = 8  # every eighth window begins a piece, because writing always starts there
-SHUFFLED = 64  # groups of windows whose order is drawn at once
-STYLE_DROPPED = 0.1  # of the windows, so that the model also learns to write in any style
-LONGEST_VALIDATION = 128  # windows, spread evenly over held-out music
-# Beats that each token adds to the time, so that tokens of one moment have an order; 3 beats over a
-# window of 256 tokens, little beside the music's own time.
+OPENING_EVERY = 8  # every eighth window is the start of a piece, where generation always starts
+SHUFFLED = 64  # groups of windows that are shuffled together
+STYLE_DROPPED = 0.1  # share of windows that hide their style, to also learn to write without one
+LONGEST_VALIDATION = 128  # at most this many windows, spread evenly over the held-out music
+# Beats that each token adds to the time, so that simultaneous tokens have an order. It adds up to 3
+# beats over a window of 256 tokens, which is little compared to the music's own time.
 TOKEN_BEATS = 0.0125
-# Peak learning rates as multiples of --lr, found by search at the default sizes. They fall with
-# the fan-in, over which a matrix sums, so that one --lr suits every width.
+# Peak learning rates as multiples of --lr, found by search at the default sizes. Those of blocks
+# and head shrink with the fan-in (how many terms a matrix sums), so that one --lr suits any width.
 BLOCK_RATE = 94  # matrices of the blocks: / sqrt(fan-in), as their steps are orthogonal
-HEAD_RATE = 2150  # head: / fan-in, as AdamW moves all weights of a sum in one direction
+HEAD_RATE = 2150  # head: / fan-in, as AdamW's steps can all push a sum in the same direction
 EMBEDDING_RATE = 168  # embedding, memory and style
 REST_RATE = 63  # norms and the weights of recent tokens
-# Each step, averaged weights move 10 / (10 + step) of the way to the weights, so that they span
-# about the last tenth of the steps so far.
+# At each step, the averaged weights move 10 / (10 + step) of the way to the current weights, so
+# that they average over about the last tenth of the steps so far.
 AVERAGE_SPEED = 10
-# Compiling takes up to 50 s the first time, and 8 s later. A step of the default sizes then takes
-# 40 ms less: 200 steps repay the later ones, 1,250 the first, and the default run has 900. Counted
-# are steps x tokens of a batch x layers x channels.
+# Compiling takes up to 50 s the first time, and 8 s after that. A step at the default sizes is then
+# 40 ms faster, so 8 s pay off after 200 steps and 50 s after 1,250; the default run has 900. The
+# unit is steps x tokens per batch x layers x channels.
 COMPILING_PAYS = 900 * (16 * 256) * (4 * 128)
-DIVERGED = 3  # times the loss of a uniform guess, with which a model begins
-SAVE_SECONDS = 120  # between checkpoints: what a crash may cost
+DIVERGED = 3  # times the loss of a uniform guess, which is where a new model starts
+SAVE_SECONDS = 120  # between checkpoints; a crash loses at most about this much training
 
 
 class Corpus(NamedTuple):
-    """Pieces one after another, as flat arrays on the training device."""
+    """Pieces laid end to end, as flat arrays on the training device."""
 
-    ids: Tensor  # (N,) integers, for learning int16: BOS ... EOS BOS ... EOS
+    ids: Tensor  # (N,) integers, int16 in training: BOS ... EOS BOS ... EOS
     time: Tensor  # (N,) int32, grid positions since the piece began
     pitch: Tensor  # (N,) int16
     offsets: Tensor  # (pieces + 1,) int64: piece n is offsets[n] : offsets[n + 1]
@@ -1756,10 +1757,10 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(pieces: list[Piece], styles: list[str] | None = None) -> Corpus:
-    """The tokens of pieces, one piece after another; styles: names, the first has number 1."""
+    """Pieces laid end to end; styles: their names, of which the first gets number 1."""
     numbers = {name: n for n, name in enumerate(styles or [], 1)}
     lengths = [len(piece.ids) for piece in pieces]
-    empty = Piece()  # gives an empty list of pieces its types
+    empty = Piece()  # provides the dtypes if there are no pieces
     return Corpus(
         torch.from_numpy(np.concatenate([empty.ids, *(piece.ids for piece in pieces)])),
         torch.from_numpy(np.concatenate([empty.time, *(piece.time for piece in pieces)])),
@@ -1770,10 +1771,10 @@ def make_corpus(pieces: list[Piece], styles: list[str] | None = None) -> Corpus:
 
 
 def transpose(ids: Tensor, shifts: Tensor, vocab: Vocabulary) -> tuple[Tensor, Tensor]:
-    """ids (B, T) with row b moved by shifts[b] semitones; by how much each pitch moves, (B, T).
+    """ids (B, T) with row b transposed by shifts[b] semitones, and each token's shift, (B, T).
 
-    A shift is made smaller where it would move a note off the piano. The root of a chord moves
-    around its octave: five semitones above G is the C below.
+    A shift is reduced where it would move a note off the piano. The root of a chord wraps around
+    within its octave: five semitones above G is the C below.
     """
     keys = vocab.pitch_ids
     chords = vocab.rooted_chord_ids
@@ -1782,7 +1783,7 @@ def transpose(ids: Tensor, shifts: Tensor, vocab: Vocabulary) -> tuple[Tensor, T
     lowest = ids.masked_fill(~is_note, keys.stop - 1).amin(1)
     highest = ids.masked_fill(~is_note, keys.start).amax(1)
     shifts = shifts.clamp(keys.start - lowest, keys.stop - 1 - highest)[:, None]
-    root = (ids - chords.start) % 12  # twelve ids in a row have one quality
+    root = (ids - chords.start) % 12  # twelve ids in a row share one quality
     moves = torch.where(is_chord, (root + shifts) % 12 - root, shifts)  # (B, T)
     return torch.where(is_note | is_chord, ids + moves, ids), moves
 
@@ -1790,11 +1791,11 @@ def transpose(ids: Tensor, shifts: Tensor, vocab: Vocabulary) -> tuple[Tensor, T
 def cut_windows(
     corpus: Corpus, starts: Tensor, block_size: int, vocab: Vocabulary, shifts: Tensor | None = None
 ) -> Window:
-    """The windows that begin at starts (B,), in tokens of the corpus, with targets.
+    """The windows that begin at starts (B,), indices into the corpus; with targets.
 
     A window stays inside one piece. Places after the end of the piece are PAD and not scored;
-    places before its beginning are not counted. shifts (B,): semitones by which each window is
-    transposed; BOS moves with it, because only its distance to the notes is seen.
+    places before its beginning are not counted. shifts (B,): semitones by which to transpose each
+    window; the pitch of BOS moves too, because the model sees only its distance from the notes.
     """
     device = starts.device
     piece = torch.searchsorted(corpus.offsets, starts, right=True) - 1
@@ -1825,20 +1826,20 @@ def cut_windows(
 
 
 def draw_gaps(ids: Tensor, chance: float, rng: np.random.Generator, vocab: Vocabulary) -> Tensor:
-    """Where a gap begins and ends in each window, ids (B, T): places (B, 2); 0, 0: no gap.
+    """Draw where a gap begins and ends in each window, ids (B, T): (B, 2); 0, 0 is no gap.
 
-    A gap goes from one bar line to a later one, all pairs being equally likely; the end of a piece
-    counts as a bar line. chance: of a gap, in windows with two bar lines or more.
+    A gap runs from one bar line to a later one, with all pairs equally likely; the end of a piece
+    counts as a bar line. chance: how likely a gap is, in windows with at least two bar lines.
     """
     draws = torch.from_numpy(rng.random((3, len(ids)), np.float32))  # 0 to 1
     first_draw, second_draw, gap_draw = draws.to(ids.device)
     is_line = (ids == vocab.bar_id) | (ids == vocab.eos_id)
-    is_line[:, [0, -1]] = False  # something comes before the gap, and something after it
+    is_line[:, [0, -1]] = False  # leave something before the gap and something after it
     lines = is_line.sum(1)
-    # The numbers of two different lines
+    # The numbers of two distinct lines
     one = (first_draw * lines).long()
     two = (second_draw * (lines - 1)).long()
-    two += two >= one  # skip the first one
+    two += two >= one  # skip the one already drawn
     pair = torch.stack([one, two], dim=1).sort(dim=1).values  # (B, 2)
     number = is_line.cumsum(1) - 1  # of each line
     is_chosen = is_line[:, None] & (number[:, None] == pair[:, :, None])  # (B, 2, T)
@@ -1848,18 +1849,18 @@ def draw_gaps(ids: Tensor, chance: float, rng: np.random.Generator, vocab: Vocab
 
 
 def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
-    """The windows with each gap moved behind what follows it, as a task: fill it.
+    """The windows with each gap moved behind what follows it, as a fill-in exercise.
 
-    gaps (B, 2): where it begins and ends; 0, 0: no gap. For a gap of the tokens d e:
+    gaps (B, 2): where each begins and ends; 0, 0 is no gap. If the gap is the tokens d e:
 
         tokens    a b c d e f g h         moved     a b c f g FILL d e
         targets   b c d e f g h i         targets   b c d g h d    e f
 
-    Each token keeps its time, its pitch and its target, which is what follows it in the music: c
-    learns d, so nothing learns to jump from c to f. FILL has the time and the pitch of the gap's
-    first token, and that token as its target. The last token (h) gives way to FILL. Between the gap
-    and the next note or chord, tokens have the pitch of the last note in it, which must not be
-    told: they get that of FILL.
+    Each token keeps its time, its pitch and its target, which is what follows it in the music: the
+    target of c is still d, so the model never learns to jump from c to f. FILL has the time and the
+    pitch of the gap's first token, and that token as its target. The last token (h) makes room for
+    FILL. Tokens between the gap and the next note or chord have the pitch of the gap's last note;
+    so as not to give that note away, they get FILL's pitch instead.
     """
     T = window.idx.size(1)
     begin = gaps[:, :1]
@@ -1869,10 +1870,10 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
     rank[place >= end] = 1  # after it; then comes FILL, which has rank 2
     rank[(place >= begin) & (place < end)] = 3  # the gap
     rank[window.idx == PAD] = 4
-    rank[:, -1] = 5  # gives way to FILL
-    with_fill = torch.cat([rank, torch.full_like(begin, 2)], dim=1)  # FILL has the place T
+    rank[:, -1] = 5  # makes room for FILL
+    with_fill = torch.cat([rank, torch.full_like(begin, 2)], dim=1)  # FILL is at index T
     order = with_fill.argsort(dim=1, stable=True)[:, :T]
-    order = torch.where(end > begin, order, place)  # without a gap as it was
+    order = torch.where(end > begin, order, place)  # no gap: keep the order
 
     says_pitch = torch.from_numpy(vocab.says.pitch != SAYS_NOTHING).to(gaps.device)[window.idx]
     is_after = place >= end
@@ -1881,7 +1882,7 @@ def move_gaps(window: Window, gaps: Tensor, vocab: Vocabulary) -> Window:
     pitch = torch.where(is_after & ~has_said & (end > 0), fill_pitch, window.pitch)
 
     def move(values: Tensor, of_fill: Tensor) -> Tensor:
-        """Values (B, T), and that of FILL (B, 1), in the new order."""
+        """Values (B, T), and FILL's (B, 1), in the new order."""
         return torch.cat([values, of_fill], dim=1).gather(1, order)
 
     return window._replace(
@@ -1905,32 +1906,32 @@ class Batches:
         offsets = self.corpus.offsets.cpu().numpy()
         train = self.settings.train
         T = self.settings.model.block_size
-        # Multiples of the golden ratio fill 0 to 1 evenly, so that all music is read equally often
-        # at any time. The seed moves the starting point, and shuffles groups of OPENING_EVERY
-        # windows, SHUFFLED groups at a time, so that other seeds read in another order.
+        # Multiples of the golden ratio, modulo 1, fill 0 to 1 evenly, so that at any time all music
+        # has been read equally often. The seed shifts the starting point, and shuffles groups of
+        # OPENING_EVERY windows, SHUFFLED groups at a time, so that each seed has its own order.
         number = np.arange(i * train.batch_size, (i + 1) * train.batch_size)
         group, of_group = np.divmod(number, OPENING_EVERY)
         first = group[0] // SHUFFLED
         order = []
         for part in range(first, group[-1] // SHUFFLED + 1):
-            rng = np.random.default_rng((train.seed, part, 1))  # 1: no draw of __getitem__ again
+            rng = np.random.default_rng((train.seed, part, 1))  # 1: not __getitem__'s draws
             order.append(part * SHUFFLED + rng.permutation(SHUFFLED))
         group = np.concatenate(order)[group - first * SHUFFLED]
         shuffled = group * OPENING_EVERY + of_group
         phase = (shuffled * (5**0.5 - 1) / 2 + train.seed * 2**0.5) % 1
-        # A window lies around a token of the corpus, but inside its piece.
+        # A window surrounds a token of the corpus, but stays inside that token's piece.
         token = (phase * offsets[-1]).astype(int)
         piece = np.searchsorted(offsets, token, side="right") - 1
         begin = offsets[piece]
         end = offsets[piece + 1]
-        # The last window has a place after EOS, so that gaps before the end of a piece are learned.
+        # The last window reaches one place past EOS, so that gaps at the end of a piece occur too.
         anywhere = np.maximum(begin, np.minimum(token - T // 2, end + 1 - T))
         opening = offsets[(phase * (len(offsets) - 1)).astype(int)]
         starts = np.where(of_group == 0, opening, anywhere)
         return torch.from_numpy(starts).to(self.corpus.ids.device)
 
     def __getitem__(self, i: int) -> Window:
-        """Batch i: windows, each transposed at random, some with a gap, some without style."""
+        """Batch i: randomly transposed windows, some with a gap, some without their style."""
         train = self.settings.train
         data = self.settings.data
         most = data.transpose
@@ -1949,10 +1950,10 @@ class Batches:
 def cut_all_windows(
     corpus: Corpus, block_size: int, stride: int, vocab: Vocabulary, limit: int | None = None
 ) -> Window:
-    """Windows that score every token of each piece once, except BOS; none is transposed.
+    """Windows that score every token of each piece once, except BOS, without transposition.
 
-    stride: tokens from one window to the next; the overlap is read again, as context, and not
-    scored again. limit: the most windows; they are spread evenly over the pieces.
+    stride: tokens from one window to the next; the overlap is read again as context, but not
+    scored again. limit: the maximum number of windows, spread evenly over the pieces.
     """
     starts = []
     is_first = []
@@ -1966,17 +1967,17 @@ def cut_all_windows(
         chosen = np.linspace(0, len(starts) - 1, limit).round().astype(int)
     windows = cut_windows(corpus, torch.tensor(starts, dtype=torch.long)[chosen], block_size, vocab)
     is_later = ~torch.tensor(is_first, dtype=torch.bool)[chosen]
-    windows.targets[is_later, : block_size - stride] = IGNORE  # the window before scores these
+    windows.targets[is_later, : block_size - stride] = IGNORE  # scored by the window before
     return windows
 
 
 def learning_rate(step: int, train: TrainSettings, begin: int = 0) -> float:
     """The learning rate as a fraction of its peak: linear warmup, linear decay to zero.
 
-    begin: the step at which it rises from zero again, where a finished run got more steps.
+    begin: the step at which it starts over from zero, if a finished run is given more steps.
     """
     steps = train.steps - begin
-    warmup = min(train.warmup, steps // 5)  # a short run has to fall, too
+    warmup = min(train.warmup, steps // 5)  # short runs must decay, too
     done = step - begin
     rising = (done + 1) / max(1, warmup)
     falling = 1 - (done - warmup) / max(1, steps - warmup)
@@ -1991,17 +1992,17 @@ def gram_polynomial(gram: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
-    """Matrices with the singular vectors of these, and singular values near 1.
+    """Matrices with the same singular vectors as these, but singular values near 1.
 
     A Newton-Schulz iteration with the coefficients of Jordan et al.: each round maps a singular
-    value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five rounds bring all that are at least 0.01 of
-    the norm to between 0.68 and 1.14.
+    value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five rounds bring every one that is at least 0.01
+    of the norm to between 0.68 and 1.14.
 
     For a matrix X with the Gram matrix G = X X^T, a round is X <- P X with P = gram_polynomial(G).
-    The matrices have the same shorter side C, so that their Gram matrices form one stack
+    All matrices must have the same shorter side C, so that their Gram matrices can be stacked,
     (N, C, C). As P is symmetric, the Gram matrix of P X is P G P. So only these small matrices are
-    iterated, and the product of all P is applied to X at the end: half of the work of one matrix
-    after another.
+    iterated, and the product of all P is applied to X at the end: half the work of iterating on
+    one X after another.
     """
     wide = [x if x.size(0) <= x.size(1) else x.mT for x in matrices]
     wide = [x / (x.norm() + 1e-7) for x in wide]  # now no singular value is above 1
@@ -2020,12 +2021,13 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
 
 
 class OrthogonalAdamW(torch.optim.Optimizer):
-    """AdamW; in groups with orthogonal=True the step of a matrix is made orthogonal.
+    """AdamW, except that in groups with orthogonal=True, each matrix's step is orthogonalized.
 
-    AdamW's step of a matrix is strong in a few directions, its large singular values, and weak in
-    all others. An orthogonal step is as strong in every direction. That is the idea of Muon, which
-    does it to the momentum; here it is done to Adam's step, momentum divided by the root of the
-    squared gradients. The step is scaled to a root mean square of the group's learning rate.
+    AdamW's step for a matrix is strong in a few directions, those of its large singular values, and
+    weak in all others. An orthogonal step is equally strong in every direction. That is the idea of
+    Muon, which orthogonalizes the momentum. Here, it is Adam's step that is orthogonalized: the
+    momentum divided by the root of the mean squared gradients. The result is scaled so that its
+    root mean square is the group's learning rate.
     """
 
     def __init__(self, groups: list[dict], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
@@ -2034,9 +2036,9 @@ class OrthogonalAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Move every weight by its gradient."""
+        """Update every weight from its gradient."""
         directions = {}
-        matrices = defaultdict(list)  # that are made orthogonal, by their shorter side
+        matrices = defaultdict(list)  # those to orthogonalize, by shorter side
         for group in self.param_groups:
             for p in group["params"]:
                 directions[p] = self.adam_direction(p, group)
@@ -2045,7 +2047,7 @@ class OrthogonalAdamW(torch.optim.Optimizer):
         for of_one_side in matrices.values():
             orthogonal = orthogonalize([directions[p] for p in of_one_side])
             for p, direction in zip(of_one_side, orthogonal, strict=True):
-                # An orthogonal matrix has root mean square 1 / sqrt(longer side); now it is 1.
+                # The root mean square of an orthogonal matrix is 1 / sqrt(longer side); make it 1.
                 directions[p] = direction * max(p.shape) ** 0.5
         for group in self.param_groups:
             for p in group["params"]:
@@ -2053,7 +2055,7 @@ class OrthogonalAdamW(torch.optim.Optimizer):
                 p.add_(directions[p], alpha=-group["lr"])
 
     def adam_direction(self, p: Tensor, group: dict) -> Tensor:
-        """The step of Adam at a learning rate of 1; also counts this gradient into its moments."""
+        """Adam's step at a learning rate of 1; also updates its moments with this gradient."""
         moments = self.state[p]
         if not moments:
             moments["step"] = torch.tensor(0.0)
@@ -2064,21 +2066,22 @@ class OrthogonalAdamW(torch.optim.Optimizer):
         moments["exp_avg"].lerp_(p.grad, 1 - beta1)
         moments["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
         step = moments["step"].item()
-        mean = moments["exp_avg"] / (1 - beta1**step)  # both began at 0: undo that bias
+        mean = moments["exp_avg"] / (1 - beta1**step)  # both started at 0: undo that bias
         mean_square = moments["exp_avg_sq"] / (1 - beta2**step)
         return mean / (mean_square.sqrt() + group["eps"])
 
 
 def make_optimizer(model: PianoGPT, train: TrainSettings) -> torch.optim.Optimizer:
-    """The optimizer, with a group for each parameter; "peak_lr" is its own peak learning rate.
+    """The optimizer, with one group per parameter, which has its own peak learning rate.
 
-    By default, --lr 3e-4 gives the matrices of the blocks steps of 2.5e-3 (root mean square; 1.5e-3
-    for `contract`), the head 5e-3, embedding, memory and style 5e-2, norms and recent 1.9e-2. The
-    matrices of the blocks and the head decay. For plain AdamW, make the last line
+    At the default sizes, --lr 3e-4 becomes 2.5e-3 for the matrices of the blocks (1.5e-3 for
+    `contract`; the root mean square of a step), 5e-3 for the head, 5e-2 for embedding, memory and
+    style, and 1.9e-2 for norms and recent. Weight decay applies to the matrices of the blocks and
+    to the head. For plain AdamW, change the last line to
 
         return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
-    It ignores "orthogonal", and the rates suit it too.
+    It ignores "orthogonal", and the same rates suit it.
     """
     groups = []
     for name, p in model.named_parameters():
@@ -2101,7 +2104,7 @@ def make_optimizer(model: PianoGPT, train: TrainSettings) -> torch.optim.Optimiz
 
 @torch.no_grad()
 def evaluate(model: PianoGPT, windows: Window, batch_size: int = 32) -> float:
-    """The summed cross-entropy of the targets of windows, in nats; in float32."""
+    """The cross-entropy summed over the targets of windows, in nats, computed in float32."""
     device = model.head.weight.device
     total = 0.0
     for part in windows.groups_of(batch_size):
@@ -2122,11 +2125,11 @@ def copy_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Trainer:
-    """A model in training, with all that changes at each step.
+    """A model in training, with everything that changes from step to step.
 
-    history: a row for each validation; losses: those of the steps since the last row
-    average: the weights averaged over about the last tenth of the steps; validation and music use
-        it. best: the average with the lowest validation loss so far.
+    history: one row per validation; losses: those of the steps since the last row
+    average: the weights averaged over about the last tenth of the steps, which validation and
+        generation use; best: the average with the lowest validation loss so far
     """
 
     def __init__(self, model: PianoGPT, settings: TrainSettings, bfloat16=False, compiled=False):
@@ -2138,13 +2141,13 @@ class Trainer:
         self.average = copy.deepcopy(model)
         self.optimizer = make_optimizer(model, settings)
         self.step = 0
-        self.begin = 0  # the step at which the learning rate rises from zero
-        self.seconds = 0.0  # of training, with validations and saves
+        self.begin = 0  # the step at which the learning rate starts from zero
+        self.seconds = 0.0  # spent training, including validations and saves
         self.history: list[dict] = []
         self.losses: list[float] = []
         self.best: dict[str, Tensor] = {}
         if compiled:
-            # Only the blocks. The gradient of a compiled embedding is not deterministic.
+            # Only the blocks: the gradient of a compiled embedding is not deterministic.
             for block in model.blocks:
                 block.compile()
         self.parallel: nn.Module = model
@@ -2152,7 +2155,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(model, broadcast_buffers=False)
 
     def add_gradients(self, batch: Window) -> float:
-        """Put the gradient of the mean loss of a batch into .grad; the mean loss, in nats."""
+        """Put the gradient of a batch's mean loss into .grad; return that loss, in nats."""
         per_rank = len(batch.idx) // PROCESSES
         mine = batch.rows(slice(RANK * per_rank, (RANK + 1) * per_rank))
         scored = (batch.targets != IGNORE).sum().item()
@@ -2161,24 +2164,24 @@ class Trainer:
         for number, part in enumerate(parts, 1):
             with ExitStack() as stack:
                 if PROCESSES > 1 and number < len(parts):
-                    stack.enter_context(self.parallel.no_sync())  # once for all parts
+                    stack.enter_context(self.parallel.no_sync())  # sync once, in the last part
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                     loss = self.parallel(part)
-                # DistributedDataParallel averages the gradients of the processes.
+                # Times PROCESSES, as DistributedDataParallel averages gradients over processes.
                 (loss * PROCESSES / scored).backward()
             total += loss.detach()
         return sum_over_ranks(total) / scored
 
     def check(self, batch: Window) -> None:
-        """Raise UserError if the weights have diverged, so that they replace no good ones."""
+        """Raise UserError if the weights have diverged, before they replace good ones on disk."""
         batch = batch.rows(slice(0, 1))
         scored = (batch.targets != IGNORE).sum().item()
-        with torch.compiler.set_stance("force_eager"):  # not compiled anew for this
+        with torch.compiler.set_stance("force_eager"):  # no recompilation just for this
             for model in (self.model, self.average):
                 self.check_loss(evaluate(model, batch) / scored)
 
     def check_loss(self, loss: float) -> None:
-        """Raise UserError for a loss far above that of a uniform guess, or no number."""
+        """Raise UserError for a loss that is NaN, or far above that of a uniform guess."""
         if not loss < DIVERGED * math.log(len(self.model.embedding.weight)):
             raise UserError(
                 f"the loss became {loss:g} after {self.step} steps: pass a smaller --lr"
@@ -2186,7 +2189,7 @@ class Trainer:
 
     @torch.no_grad()
     def update(self, fraction: float) -> None:
-        """Move the weights, at a fraction of the peak learning rates, and their averages."""
+        """Update the weights, at a fraction of the peak learning rates, and their averages."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * fraction
         self.optimizer.step()
@@ -2196,9 +2199,9 @@ class Trainer:
             average.lerp_(p, newest)
 
     def train_step(self, batch: Window) -> float:
-        """Learn from one batch; its mean loss in nats.
+        """Learn from one batch; return its mean loss, in nats.
 
-        Raises UserError if the loss is no number or far above a guess, or a gradient no number.
+        Raises UserError if the loss is NaN or far above a guess, or if a gradient is not finite.
         """
         loss = self.add_gradients(batch)
         self.check_loss(loss)
@@ -2213,7 +2216,7 @@ class Trainer:
         return loss
 
     def best_row(self) -> dict:
-        """The row of the lowest validation loss; if nothing is held out, the last row."""
+        """The row with the lowest validation loss, or the last row if nothing is held out."""
         validated = [row for row in self.history if "val_loss" in row]
         if not validated:
             return self.history[-1]
@@ -2246,7 +2249,7 @@ class Trainer:
         stopped: Callable[[], bool],
         save: Callable[[], None],
     ) -> None:
-        """Train to the last step or until stopped(); save() is called now and then."""
+        """Train to the last step or until stopped(), calling save() from time to time."""
         pbar = progress_bar(
             total=self.settings.steps, initial=self.step, desc="training", unit="step"
         )
@@ -2268,47 +2271,47 @@ class Trainer:
                 is_due = self.step % self.settings.save_every == 0
             else:
                 is_due = clock - saved > SAVE_SECONDS
-            if is_due and self.step < self.settings.steps:  # the last step is saved afterwards
+            if is_due and self.step < self.settings.steps:  # the caller saves the last one
                 self.check(batch)
                 save()
                 saved = clock
         pbar.close()
 
 
-# ---- 6. Writing: logits -> rules -> an id is drawn -> a piece
+# ---- 6. Writing: logits -> rules -> draw an id -> repeat until the piece ends
 
-LEAST_BARS = 8  # new bars after which a piece without a given length may end
-MOST_BARS = 24  # new bars after which it must
-# Nats by which an end on the tonic becomes likelier in the last bar; in the bars before, in
-# proportion. A piece of music has one end in thousands of tokens, so that a model is shy of ends:
-# without this, it wrote on to the last bar in nine of ten pieces, and was cut off there.
+LEAST_BARS = 8  # without --bars, a piece may end after this many new bars
+MOST_BARS = 24  # and must end after this many
+# Nats added to the logit of an end on the tonic in the last bar; proportionally less in the bars
+# before. A piece of music ends only once in thousands of tokens, so a model is reluctant to end
+# one: without this, nine out of ten pieces ran on to the last bar and were cut off there.
 END_LEAN = 12.0
-CHORD_LEAN = 1.0  # nats by which the notes of a chord that was asked for become likelier
-BASS_LEAN = 2.0  # and its root in the bass
-TEMPO_LEAP = 3.0  # the next tempo is at most three times as fast, or as slow
-# Divisions of a beat on which the notes of a prompt may lie, the simplest first; 4 holds 1 and 2.
+CHORD_LEAN = 1.0  # nats added to the notes of the chord that is due
+BASS_LEAN = 2.0  # and this much more to its root in the bass
+TEMPO_LEAP = 3.0  # a new tempo may be at most three times as fast, or as slow
+# Divisions of a quarter note that a prompt's notes may fall on, simplest first; 4 covers 1 and 2.
 DIVISIONS = (4, 3, 8, 6, 12)
 STRAIGHT = (4, 8)
-ON_DIVISION = 0.98  # of the moments with notes must lie on one; a few grace notes may not
-AT_ONCE = 64  # the most pieces that are written at once, to save memory
-OPENING_OF_WINDOW = 2 / 3  # of the first window may be prompt; the rest is room to write
-KEPT_OF_WINDOW = 1 / 3  # of a full window begins the next one
+ON_DIVISION = 0.98  # share of note onsets that must fall on it; a few grace notes may not
+AT_ONCE = 64  # maximum number of pieces generated at once, to save memory
+OPENING_OF_WINDOW = 2 / 3  # share of the first window for the prompt; the rest is room to write
+KEPT_OF_WINDOW = 1 / 3  # share of a full window that is kept to start the next one
 
 
 def divide_beat(division: int, grid: int) -> np.ndarray:
-    """The grid positions of a quarter note that divide it into `division` parts."""
+    """The grid positions that divide a quarter note into `division` parts."""
     return (np.arange(division) * grid / division).round().astype(int)
 
 
 def find_grid(ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
-    """The positions of a quarter note on which a prompt's notes, ids (T,), lie; empty: anywhere.
+    """Where in a quarter note the notes of a prompt, ids (T,), begin; empty: anywhere.
 
-    Straight notes may become any of their division: 16ths, if the prompt has quarters and eighths.
-    Of others only those positions are kept that the prompt uses: swing has 0 and 2/3 of a beat.
+    In straight rhythms, all positions of the division count: a prompt in quarters and eighths
+    allows 16ths. In others, only those that the prompt uses: swing has 0 and 2/3 of a beat.
     """
     state = vocab.trace(ids)
     is_note = state.kind == Kind.PITCH
-    _, first = np.unique(state.time[is_note], return_index=True)  # one for each moment
+    _, first = np.unique(state.time[is_note], return_index=True)  # one note per moment
     in_quarters = state.position * 4 / state.beat_unit % vocab.grid
     offsets = in_quarters[is_note][first]
     for division in DIVISIONS:
@@ -2321,26 +2324,26 @@ def find_grid(ids: np.ndarray, vocab: Vocabulary) -> np.ndarray:
 
 @dataclass
 class Gap:
-    """Some bars of a piece, which are written anew between the others."""
+    """Some bars of a piece, which are being rewritten while the others stay."""
 
-    ids: np.ndarray  # (T,) of the piece, from BOS to EOS
-    first: int  # number of its first bar, from 1 on
+    ids: np.ndarray  # (T,) the whole piece, from BOS to EOS
+    first: int  # number of its first bar, counting from 1
     last: int
-    begin: int  # place in ids of its first token
-    end: int  # place of the first token after it
-    metres: np.ndarray  # (bars,) ids of the TimeSig tokens of its bars
-    # (keys,) the time, as State.time, until which a note from before the gap holds each key. It is
-    # approximate if the beat unit changes on the way; fit_between corrects the final score.
+    begin: int  # index in ids of its first token
+    end: int  # index of the first token after it
+    metres: np.ndarray  # (bars,) ids of its bars' TimeSig tokens
+    # (keys,) until when, as State.time, a note from before the gap holds each key. Approximate if
+    # the beat unit changes in the meantime; fit_between corrects the final score.
     held: np.ndarray
 
     @property
     def is_end(self) -> bool:
-        """Whether it reaches to the end of the piece, or of what --prompt-bars keeps of it."""
+        """Whether it reaches the end of the piece, or of the part that --prompt-bars keeps."""
         return self.end == len(self.ids) - 1
 
 
 def find_gap(ids: np.ndarray, first: int, last: int, vocab: Vocabulary) -> Gap:
-    """The gap of the bars first to last, from 1 on, of a piece, ids (T,) from BOS to EOS."""
+    """The gap at bars first to last, counting from 1, of a piece, ids (T,) from BOS to EOS."""
     state = vocab.trace(ids)
     bars = np.append(np.flatnonzero(ids == vocab.bar_id), len(ids) - 1)  # and EOS
     begin = bars[first - 1]
@@ -2354,46 +2357,46 @@ def find_gap(ids: np.ndarray, first: int, last: int, vocab: Vocabulary) -> Gap:
 
 @dataclass
 class Request:
-    """What is asked of the music, for the rules."""
+    """What the rules need to know besides the state: above all, what the user asked for."""
 
     vocab: Vocabulary
     sample: SampleSettings
-    chords: np.ndarray  # (12 bars,) ids of Chord tokens, one for each twelfth of a bar; or empty
+    chords: np.ndarray  # (12 x bars,) ids of Chord tokens, one per twelfth of a bar; or empty
     old_bars: int  # bars before the new ones
-    positions: np.ndarray  # of a quarter note, on which notes begin; empty: anywhere
-    # Not asked for but heard: the tonic triads by the keys of the music so far, as ids of Chord
-    # tokens, (B,). They change at bar lines only.
+    positions: np.ndarray  # in a quarter note, where notes may begin; empty: anywhere
+    # Not asked for but inferred: the tonic triads of the keys that the music so far suggests, as
+    # ids of Chord tokens, (B,). They change only at bar lines.
     tonics: np.ndarray | None = None
-    gap: Gap | None = None  # that is being filled
+    gap: Gap | None = None  # the one being filled
 
     @property
     def least_bars(self) -> int:
-        """Bars that a piece must have before EOS may end it."""
+        """The number of bars that a piece must have before EOS may end it."""
         if self.gap:
             return self.gap.last
         return self.sample.bars or self.old_bars + LEAST_BARS
 
     @property
     def most_bars(self) -> int:
-        """After how many bars a piece, or a gap in it, is over."""
+        """The number of bars after which a piece, or a gap in it, is over."""
         if self.gap:
             return self.gap.last
         return self.sample.bars or self.old_bars + MOST_BARS
 
     def twelfth(self, state: State) -> np.ndarray:
-        """Twelfths of bars since the new bars began, (B,); in each gap they begin anew."""
+        """Twelfths of a bar since the first new bar began, (B,); each gap counts from 0."""
         new_bars = np.maximum(0, state.bar - 1 - self.old_bars)
         return 12 * new_bars + 12 * state.position // state.bar_length
 
 
 # Each rule takes the logits of the next ids (B, V), the state of the music and the request, and
-# returns the logits as they should be; it may change them in place. RULES lists them in order.
-# Logits and state are numpy arrays. On so few numbers a torch operation costs several times as
-# much: with torch, the rules took a third of the time of writing one piece.
+# returns the adjusted logits; it may change them in place. RULES lists the rules in order.
+# Logits and state are numpy arrays: on so few numbers, a torch operation costs several times as
+# much. With torch, the rules took a third of the time that it takes to write one piece.
 
 
 def log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    """The logit of any of N ids, (B, N) -> (B, 1)."""
+    """The logit of N ids taken together, (B, N) -> (B, 1)."""
     most = logits.max(axis=1, keepdims=True)
     return most + np.log(np.exp(logits - most).sum(axis=1, keepdims=True))
 
@@ -2404,11 +2407,11 @@ def grammar(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
 
 
 def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """Every Position becomes the nearest one on the grid that was asked for.
+    """Round every Position to the nearest one on the requested grid.
 
-    A model trained on live performances, which follow no grid, drops a prompt's grid within a bar.
-    This rule comes before the grammar: a Position that is rounded to the present moment or to the
-    next bar line is illegal then, and its probability goes to all that is legal.
+    A model trained on live performances, which follow no grid, abandons a prompt's grid within a
+    bar. This rule comes before the grammar: a Position that is rounded to the current moment or to
+    the next bar line is then illegal, and its probability goes to whatever is legal.
     """
     vocab = request.vocab
     if not len(request.positions):
@@ -2424,20 +2427,20 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
 
 
 def round_positions(positions: np.ndarray, on_grid: np.ndarray) -> np.ndarray:
-    """Logits of Positions, (B, positions), each given to the nearest one on a grid."""
-    # A position from halfway to the next one on belongs to that one, or to the next bar.
+    """Logits of Positions, (B, positions), with each merged into the nearest on a grid."""
+    # From halfway on, a position belongs to the next one on the grid, or to the next bar.
     first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
     next_bar = positions.shape[1] + on_grid[0]  # after a bar of MOST_BEATS
     positions[:, (on_grid[-1] + next_bar + 1) // 2 :] = ILLEGAL
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
     rounded = np.full_like(positions, ILLEGAL)
-    rounded[:, on_grid] = np.log(share + 1e-30) + most  # 1e-30: no logarithm of 0
+    rounded[:, on_grid] = np.log(share + 1e-30) + most  # 1e-30 avoids log(0)
     return rounded
 
 
 def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No leap of tempo that music never makes, such as 117 to 23; a piece does not recover."""
+    """No tempo leaps that music never makes, such as 117 to 23: a piece does not recover."""
     ids = request.vocab.tempo_ids
     if not request.vocab.may_come(state, ids.start):
         return logits
@@ -2448,15 +2451,15 @@ def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarr
 
 
 def within_gap(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """In a gap: its metres, no end, no key that rings on from before, and no change of tempo.
+    """In a gap: the old metres, no end, no key still ringing from before it, no change of tempo.
 
-    The tempos are those of the file, which fill_score restores.
+    The tempos stay those of the file: fill_score restores them.
     """
     gap = request.gap
     if gap is None:
         return logits
     vocab = request.vocab
-    if gap.is_end:  # the model may end the piece; that is written as the Bar that ends the gap
+    if gap.is_end:  # the model may end the piece here, which becomes the Bar that ends the gap
         in_last = state.bar == gap.last
         end_or_bar = np.logaddexp(logits[:, vocab.bar_id], logits[:, vocab.eos_id])
         logits[in_last, vocab.bar_id] = end_or_bar[in_last]
@@ -2471,9 +2474,9 @@ def within_gap(logits: np.ndarray, state: State, request: Request) -> np.ndarray
 
 
 def due_chords(state: State, request: Request) -> np.ndarray:
-    """The ids of the Chord tokens that are asked for now, (B,); 0: none.
+    """The ids of the Chord tokens that are due now, (B,); 0: none.
 
-    Without --chords, a piece that is as long as it may be closes on its tonic.
+    Without --chords, a piece closes on its tonic in the last bar that it may have.
     """
     if len(request.chords):
         return request.chords[request.twelfth(state) % len(request.chords)]
@@ -2483,11 +2486,10 @@ def due_chords(state: State, request: Request) -> np.ndarray:
 
 
 def wanted_chords(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """The chord that is due comes before the first note under it, and no other chord.
+    """The chord that is due, and no other, comes before the first note that it covers.
 
-    The probability that the model gave to notes and chords together goes to that chord or, once it
-    is written, to notes. Other kinds of token keep theirs. Among the notes, those of the chord
-    become likelier.
+    The total probability of notes and chords goes to that chord or, once it is written, to notes.
+    Other kinds of token keep theirs. Among the notes, those of the chord become likelier.
     """
     wanted = due_chords(state, request)
     rows = np.flatnonzero(wanted)
@@ -2501,7 +2503,7 @@ def wanted_chords(logits: np.ndarray, state: State, request: Request) -> np.ndar
     chords = asked[:, vocab.chord_ids]
     note_or_chord = np.logaddexp(log_sum_exp(notes), log_sum_exp(chords))  # (rows, 1)
     notes += CHORD_LEAN * vocab.has_key[wanted - vocab.chord_ids.start]
-    # The note right after a Chord token is the lowest of its moment, the bass.
+    # The note right after a Chord token is the lowest at that moment: the bass.
     root = (wanted - vocab.chord_ids.start) % 12
     is_root = vocab.key_pitches % 12 == root[:, None]
     notes += BASS_LEAN * is_root * (state.kind[rows, None] == Kind.CHORD)
@@ -2514,7 +2516,7 @@ def wanted_chords(logits: np.ndarray, state: State, request: Request) -> np.ndar
 
 
 def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No note that rings on under the next of the chords that were asked for."""
+    """No note that rings on into the next chord of --chords."""
     vocab = request.vocab
     if not len(request.chords) or not (state.kind == Kind.VELOCITY).any():
         return logits
@@ -2524,29 +2526,29 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
     later = now[:, None] + np.arange(1, n + 1)  # the next n twelfths, (B, n)
     is_other = wanted[later % n] != wanted[now % n][:, None]
     twelfths_left = np.where(is_other.any(axis=1), is_other.argmax(axis=1) + 1, math.inf)
-    end = (now % 12 + twelfths_left) * state.bar_length / 12  # if the next bars are as long as this
-    left = np.maximum(end - state.position, vocab.lengths.min())  # one length must be legal
+    end = (now % 12 + twelfths_left) * state.bar_length / 12  # assuming bars of equal length
+    left = np.maximum(end - state.position, vocab.lengths.min())  # keep one length legal
     logits[:, vocab.duration_ids][vocab.lengths > left[:, None]] = ILLEGAL
     return logits
 
 
 def no_silent_opening(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """The first bar is not over before it has a note."""
-    # After a note the last token is a Duration.
+    """The first bar cannot end before it has a note."""
+    # After a note, the last token would be a Duration.
     has_no_note = np.isin(state.kind, (Kind.TIME_SIGNATURE, Kind.TEMPO)) & (state.chord == 0)
     logits[has_no_note & (state.bar == 1), request.vocab.bar_id] = ILLEGAL
     return logits
 
 
 def end_on_the_tonic(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """No end before the piece is long enough; from there on, an end on its tonic is likelier."""
+    """No end before the piece is long enough; from then on, an end on its tonic is likelier."""
     eos_id = request.vocab.eos_id
     if not request.vocab.may_come(state, eos_id):
         return logits
     logits[state.bar < request.least_bars, eos_id] = ILLEGAL
-    # Above 0 from the first bar in which it may end, and 1 in the last one.
+    # Above 0 from the first bar in which the piece may end, rising to 1 in the last one.
     done = (state.bar - request.least_bars + 1) / (request.most_bars - request.least_bars + 1)
-    # The tonic triad sounds, and its last note, which is the highest, is the tonic.
+    # The harmony is the tonic triad, and the last note, the highest of its moment, the tonic.
     root = (request.tonics - request.vocab.chord_ids.start) % 12
     is_home = (state.chord == request.tonics) & (state.pitch % 12 == root)
     logits[:, eos_id] += END_LEAN * np.maximum(0, done) * is_home
@@ -2554,9 +2556,9 @@ def end_on_the_tonic(logits: np.ndarray, state: State, request: Request) -> np.n
 
 
 def temperature(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """Pitches and chords drawn more safely (below 1) or wildly.
+    """Pitches and chords drawn more safely (below 1) or more wildly (above 1).
 
-    Notes and chords as a whole stay as likely as they were, and so does the rhythm.
+    The total probability of notes, and that of chords, stays the same, and so does the rhythm.
     """
     if request.sample.temperature in (0, 1):
         return logits
@@ -2586,14 +2588,14 @@ def top_p(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
     order = (-logits).argsort(axis=1)  # the likeliest first
     in_order = np.take_along_axis(logits, order, axis=1)
     probability = np.exp(in_order - log_sum_exp(logits))
-    likelier = probability.cumsum(axis=1) - probability  # the sum of all that are likelier
+    likelier = probability.cumsum(axis=1) - probability  # the total of all likelier ids
     in_order[likelier >= request.sample.top_p] = ILLEGAL
     np.put_along_axis(logits, order, in_order, axis=1)
     return logits
 
 
 def min_p(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """Only ids at least so likely, relative to the likeliest one."""
+    """Only ids whose probability is at least min_p times that of the likeliest one."""
     if request.sample.min_p == 0:
         return logits
     least = logits.max(axis=1, keepdims=True) + math.log(request.sample.min_p)
@@ -2627,7 +2629,7 @@ def draw(logits: np.ndarray, is_greedy: bool, rng: np.random.Generator) -> np.nd
 
 
 class Writing:
-    """B pieces that are being written, token by token; those that have ended go on, unheard."""
+    """B pieces being written token by token; those that have ended go on, but are ignored."""
 
     def __init__(
         self,
@@ -2638,7 +2640,7 @@ class Writing:
         style: int = 0,
         guidance: float = 1.0,
     ):
-        """opening (T,): the ids with which all pieces begin, from BOS on.
+        """opening (T,): the ids that all pieces begin with, from BOS on.
 
         style: its number; guidance: see next_logits
         """
@@ -2648,15 +2650,15 @@ class Writing:
         self.guidance = guidance
         trace = vocab.trace(opening)
         self.state = State(*(np.repeat(column[-1], B) for column in trace))
-        # What is written so far: an array (B,) for each token.
+        # What has been written so far: one array (B,) per token.
         self.ids = [np.repeat(token, B) for token in opening]
         self.times = [np.repeat(time, B) for time in trace.time]
         self.pitches = [np.repeat(pitch, B) for pitch in trace.pitch]
-        self.sounding = np.zeros((B, 12))  # for how long each pitch class
+        self.sounding = np.zeros((B, 12))  # how long each pitch class has sounded
         self.count_shared_notes(trace, opening)
         self.cache = KeyValueCache(model, B if guidance == 1 else 2 * B)
         self.window: Window | None = None  # what the model read last: a whole window or one token
-        self.window_start = 0  # number of the token at which the window in the cache begins
+        self.window_start = 0  # index of the token at which the window in the cache begins
 
     def count_shared_notes(self, trace: State, ids: np.ndarray) -> None:
         """Add the notes of music that all pieces share, ids (T,), to self.sounding."""
@@ -2665,23 +2667,23 @@ class Writing:
         self.sounding += np.bincount(trace.pitch[ends] % 12, lengths, 12)
 
     def append(self, ids: np.ndarray) -> None:
-        """Add a token to each piece."""
+        """Append one token to each piece."""
         self.state = self.vocab.advance(self.state, ids)
         self.ids.append(ids)
         self.times.append(self.state.time)
         self.pitches.append(self.state.pitch)
-        rows = np.flatnonzero(self.state.kind == Kind.DURATION)  # pieces whose note is complete
+        rows = np.flatnonzero(self.state.kind == Kind.DURATION)  # pieces that just completed a note
         if len(rows):
             lengths = self.vocab.lengths[ids[rows] - self.vocab.duration_ids.start]
             self.sounding[rows, self.state.pitch[rows] % 12] += lengths
 
     def tonic_chords(self) -> np.ndarray:
-        """The ids of the Chord tokens of the tonic triads of the pieces, (B,)."""
-        # The first 24 chords are the major and minor triads, as the keys are.
+        """Each piece's tonic triad, as the id of its Chord token, (B,)."""
+        # The first 24 chords are the major and minor triads, in the order of the keys.
         return self.vocab.chord_ids.start + closest_keys(self.sounding)
 
     def new_window(self) -> Window:
-        """The last tokens of each piece: at first up to two thirds of a window, then a third."""
+        """The last tokens of each piece: up to two thirds of a window at first, later a third."""
         share = OPENING_OF_WINDOW if self.window is None else KEPT_OF_WINDOW
         length = int(self.model.sizes.block_size * share)
         self.window_start = max(0, len(self.ids) - length)
@@ -2698,7 +2700,7 @@ class Writing:
         return window._replace(targets=None).to(self.model.head.weight.device)
 
     def last_token(self) -> Window:
-        """The newest token of each piece, as it continues the window in the cache."""
+        """The newest token of each piece, as a continuation of the window in the cache."""
         old = self.window
         order = TOKEN_BEATS * self.vocab.grid * (len(self.ids) - 1 - self.window_start)
         time = self.times[-1] - self.times[self.window_start] + order
@@ -2710,9 +2712,9 @@ class Writing:
     def next_logits(self) -> np.ndarray:
         """The logits of the next ids, (B, V).
 
-        When the cache is full, the newer part of its window is read again, as a new window. With a
-        guidance other than 1 the model reads each piece twice, with its style and without. The
-        difference that the style makes is multiplied by the guidance.
+        When the cache is full, the newest part of its window is read again as a new window. With a
+        guidance other than 1, the model reads each piece twice, with its style and without, and
+        the difference that the style makes is multiplied by the guidance.
         """
         if self.window is None or self.cache.length == self.model.sizes.block_size:
             self.cache.length = 0
@@ -2732,8 +2734,8 @@ class Writing:
 class GapWriting(Writing):
     """One piece in which a gap is being filled.
 
-    The model reads what move_gaps taught it to: what is before the gap, what is after it, FILL,
-    and what is written so far.
+    The model reads tokens in the order that it learned from move_gaps: what is before the gap, what
+    is after it, FILL, and what has been written so far.
     """
 
     def __init__(
@@ -2747,31 +2749,31 @@ class GapWriting(Writing):
         self.count_shared_notes(State(*(column[after] for column in self.trace)), gap.ids[after])
 
     def share_window(self, begin: int) -> tuple[int, int, int]:
-        """How many tokens of a new window are before the gap, after it, and written of it.
+        """How many tokens of a new window are before the gap, after it, and newly written in it.
 
-        begin: where the bar that is being written begins. What is before and after has equal
-        shares; where one side is short, the other has more.
+        begin: where the bar in progress begins. The music before and after gets equal shares; if
+        one side is short, the other gets more.
         """
         T = self.model.sizes.block_size
         gap = self.gap
         written = min(len(self.ids) - begin, T // 4)
         # Leave room for about as many tokens as the old bars had.
         to_write = min(max(gap.end - gap.begin, T // 4), T // 2)
-        around = T - 1 - written - to_write  # without FILL
+        around = T - 1 - written - to_write  # the 1 is FILL
         after = min(len(gap.ids) - gap.end, max(around // 2, around - begin))
         before = min(begin, around - after)
         return before, after, written
 
     def new_window(self) -> Window:
-        """What is around the gap, FILL, and what is written of the gap.
+        """What is around the gap, FILL, and what has been written in the gap.
 
-        When the window is full, finished bars of the gap become part of what is before it. The
-        beginning of a bar of more than a quarter of the window is left out.
+        When the window is full, finished bars of the gap become part of what is before it. If the
+        bar in progress exceeds a quarter of the window, its beginning is left out.
         """
         gap = self.gap
         ids = np.concatenate(self.ids)
         bars = np.flatnonzero(ids == self.vocab.bar_id)
-        begin = bars[-1]  # of the bar that is being written
+        begin = bars[-1]  # of the bar in progress
         old_begin = np.flatnonzero(gap.ids == self.vocab.bar_id)[len(bars) - 1]
         before, after, written = self.share_window(begin)
         self.window_start = begin - before
@@ -2779,7 +2781,7 @@ class GapWriting(Writing):
         # (3, N) each: ids, times, pitches
         so_far = np.stack([ids, np.concatenate(self.times), np.concatenate(self.pitches)])
         of_piece = np.stack([gap.ids, self.trace.time, self.trace.pitch])
-        # As in move_gaps: what follows the gap does not tell the last pitch of the old bars.
+        # As in move_gaps: what follows the gap must not give away the old bars' last pitch.
         says_pitch = self.vocab.says.pitch[gap.ids[gap.end :]] != SAYS_NOTHING
         of_piece[2, gap.end :][says_pitch.cumsum() == 0] = so_far[2, begin]
         fill = so_far[:, begin].copy()
@@ -2791,11 +2793,11 @@ class GapWriting(Writing):
             [so_far[:, before_it], of_piece[:, after_it], fill[:, None], so_far[:, newest]], axis=1
         )
         idx, time, pitch = torch.from_numpy(columns)[:, None]  # (1, N) each
-        # Each token has the order of its place in the music, as move_gaps leaves it, as if the bars
-        # that are still to be written had as many tokens as the old ones.
+        # As in move_gaps, each token has the order of its place in the music. This assumes that the
+        # bars still to be written will have as many tokens as the old ones.
         places = np.concatenate([before_it, after_it + (begin - old_begin), [begin], newest])
         order = TOKEN_BEATS * self.vocab.grid * torch.from_numpy(places - self.window_start)
-        # All that the window leaves out is counted, on both sides, to stay in key.
+        # Everything that the window leaves out, on both sides, is counted, to stay in key.
         left_out = [ids[: self.window_start], ids[begin : newest[0]], gap.ids[gap.end + after :]]
         rest = np.concatenate(left_out)
         counts = np.bincount(rest, minlength=len(self.vocab.words)) / max(MEMORY, len(rest))
@@ -2813,10 +2815,10 @@ class GapWriting(Writing):
 
 @contextmanager
 def few_threads(pieces: int) -> Iterator[None]:
-    """Use a single thread while few pieces are written.
+    """Use a single thread while only a few pieces are being written.
 
-    Their steps are so small that a second thread hardly helps, and on a busy machine, where the
-    threads wait for each other all the time, one alone is several times faster.
+    Their steps are so small that a second thread hardly helps. On a busy machine, where threads
+    keep waiting for each other, a single one is several times faster.
     """
     threads = torch.get_num_threads()
     if pieces < MANY_PIECES:
@@ -2852,10 +2854,10 @@ def generate(
     stopped: Callable[[], bool] = lambda: False,
     style: int = 0,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield --num-samples new pieces until stopped(): (number, ids from BOS on), when each ends.
+    """Yield (number, ids from BOS on) for --num-samples new pieces, as each ends.
 
-    prompt_ids: (T,) from BOS on, with which each piece begins, or of which --rewrite writes bars
-    anew. style: its number.
+    prompt_ids: (T,) from BOS on, the music to continue or, with --rewrite, to rewrite in part.
+    stopped: whether to stop early. style: its number.
     """
     request = make_request(sample, vocab, prompt_ids)
     rng = np.random.default_rng(seed)
@@ -2886,7 +2888,7 @@ def fill_gaps(
     stopped: Callable[[], bool],
     style: int,
 ) -> np.ndarray:
-    """A piece, ids (T,) from BOS on, with the bars of --rewrite written anew, and EOS."""
+    """A piece, ids (T,) from BOS on, with the bars of --rewrite rewritten and EOS added."""
     vocab = request.vocab
     ids = np.append(ids, vocab.eos_id)
     for first, last in parse_bars(request.sample.rewrite, int((ids == vocab.bar_id).sum())):
@@ -2901,7 +2903,7 @@ def fill_gaps(
 def write_together(
     writing: Writing, request: Request, rng: np.random.Generator, stopped: Callable[[], bool]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Write B pieces token by token; yield (number from 1, ids) of each when it ends.
+    """Write B pieces token by token; yield each as (number from 1, ids) when it ends.
 
     Keeps request.tonics up to date.
     """
@@ -2925,7 +2927,7 @@ def write_together(
             pbar.update()
             for n in np.flatnonzero(ends):
                 ids = np.array([tokens[n] for tokens in writing.ids])
-                # The Bar token of a bar too many is left out.
+                # A piece that was cut off has one Bar token too many.
                 yield int(n) + 1, ids[:-1] if is_cut[n] else ids
 
 
