@@ -614,11 +614,11 @@ def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, c
         raise OSError(28, "No space left on device")
 
     write_midi(tmp_path / "a.mid", A4_THEN_A5)
-    (tmp_path / "index.html").write_bytes(b"old Music by PianoGPT")
+    (tmp_path / "index.html").write_bytes(b"old <title>Music by PianoGPT</title>")
     monkeypatch.setattr(Path, "write_bytes", fill_disk)
     assert run(tmp_path) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert (tmp_path / "index.html").read_bytes() == b"old Music by PianoGPT"
+    assert (tmp_path / "index.html").read_bytes() == b"old <title>Music by PianoGPT</title>"
     assert len(list(tmp_path.iterdir())) == 2
 
 

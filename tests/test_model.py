@@ -119,7 +119,7 @@ def test_cached_logits_equal_uncached(model):
             logits = model(part_of(window, t, t + 1), cache)
             assert torch.allclose(logits[:, 0], whole[:, t], atol=1e-4)
     cache.length = 1
-    with pytest.raises(AssertionError, match="only into an empty cache"):
+    with pytest.raises(AssertionError, match="only an empty cache takes"):
         model(part_of(window, 1, 3), cache)
 
 

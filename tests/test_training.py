@@ -374,7 +374,7 @@ def test_loss_that_is_no_number_stops_the_run_before_it_is_saved_or_learned():
 def test_checkpoint_of_another_optimizer_is_refused_but_a_new_one_may_have_none():
     checkpoint = checkpoint_of(run(make_trainer(), until=1))
     checkpoint.progress["optimizer"] = "Adagrad"
-    with pytest.raises(pg.UserError, match="by Adagrad, not OrthogonalAdamW: pass --fresh"):
+    with pytest.raises(pg.UserError, match="with Adagrad, not OrthogonalAdamW: pass --fresh"):
         pg.resume(make_trainer(), checkpoint)
     checkpoint.progress["optimizer"] = ""
     pg.resume(make_trainer(), checkpoint)
