@@ -404,6 +404,11 @@ class MidiEvent(NamedTuple):
     channel: int  # 0 to 15; 0 for a meta event
     data: bytes
 
+    @property
+    def strikes_key(self) -> bool:
+        """Whether it begins a note: a note on with velocity 0 ends one."""
+        return self.kind == NOTE_ON and self.data[1] > 0
+
 
 @dataclass
 class MidiFile:
@@ -605,7 +610,7 @@ class Channel:
         first, second = event.data
         if event.kind == CONTROL:
             self.control(event.tick, number=first, value=second)
-        elif event.kind == NOTE_ON and second > 0:
+        elif event.strikes_key:
             key = (event.track, first)
             self.lift_forgotten(key)
             note = PlayedNote(event.tick, event.tick, pitch=first, velocity=second)
@@ -703,14 +708,17 @@ def find_unended(events: list[MidiEvent]) -> dict[int, dict[tuple[int, int], int
     surplus = Counter()
     for event in events:
         if event.kind in (NOTE_OFF, NOTE_ON):
-            pitch, velocity = event.data
-            is_on = event.kind == NOTE_ON and velocity > 0
-            surplus[event.channel, event.track, pitch] += 1 if is_on else -1
+            surplus[event.channel, event.track, event.data[0]] += 1 if event.strikes_key else -1
     unended = defaultdict(dict)
     for (channel, track, pitch), more in surplus.items():
         if more > 0:
             unended[channel][track, pitch] = more
     return unended
+
+
+def are_on_piano(notes: Notes) -> np.ndarray:
+    """Which notes a piano has keys for, (N,) bool."""
+    return (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
 
 
 def play_notes(midi: MidiFile) -> tuple[Notes, int]:
@@ -850,12 +858,11 @@ def make_piano(midi: MidiFile) -> tuple[Score, dict[str, int]]:
         raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
     bars, metre_changes = list_bars(midi.time_signatures(), end, midi.tpq)
     piano.time_signatures = sign_bars(bars, midi.tpq)
-    on_piano = (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
     changes = {
         "tracks read beyond the number in the header": midi.uncounted_tracks,
         "simultaneous notes on one key merged": len(struck["time"]) - len(notes["time"]),
         "implausibly long pedals ignored": ignored,
-        OUT_OF_RANGE: int((~on_piano).sum()),
+        OUT_OF_RANGE: int((~are_on_piano(notes)).sum()),
         f"notes longer than {LONGEST_NOTE} quarter notes shortened": int(too_long.sum()),
         TEMPO_CHANGED: sum(not TEMPO_RANGE[0] <= tempo <= TEMPO_RANGE[1] for _, tempo in tempos),
     }
@@ -3463,7 +3470,7 @@ def hands_of_tracks(midi: MidiFile) -> list[tuple[float, int, bool]]:
     """
     of_hands: dict[tuple[int, int], list[tuple[float, int]]] = {}
     for event in midi.events:
-        if event.kind == NOTE_ON and event.data[1] > 0 and event.channel != DRUMS:
+        if event.strikes_key and event.channel != DRUMS:
             hand = of_hands.setdefault((event.track, event.channel), [])
             hand.append((event.tick / midi.tpq, event.data[0]))
     if len(of_hands) != 2:
@@ -3554,18 +3561,18 @@ def let_ring(ids: np.ndarray, piano: Score, vocab: Vocabulary) -> np.ndarray:
     piano: the score of the piece. A bar is added if more than half of it sounds.
     """
     notes = piano.tracks[0].notes.numpy()
-    on_piano = (notes["pitch"] >= LOWEST_KEY) & (notes["pitch"] <= HIGHEST_KEY)
-    end = (notes["time"] + notes["duration"])[on_piano].max()  # in ticks
+    end = (notes["time"] + notes["duration"])[are_on_piano(notes)].max() / piano.tpq
     _, lines = vocab.bar_lines(ids)
-    start = round(lines[-1] * piano.tpq)
+    start = lines[-1]  # of a bar that may be added, in quarter notes
     ringing = []
     while True:
-        metre = [sign for sign in piano.time_signatures if sign.time <= start][-1]
-        length = piano.tpq * 4 * metre.numerator / metre.denominator
+        tick = round(start * piano.tpq)
+        metre = [sign for sign in piano.time_signatures if sign.time <= tick][-1]
+        length = 4 * metre.numerator / metre.denominator
         if end <= start + length / 2:
             return np.append(ids, ringing).astype(ids.dtype)
         ringing += [vocab.bar_id, vocab.id_of[f"TimeSig_{metre.numerator}/{metre.denominator}"]]
-        start += round(length)
+        start += length
 
 
 def read_prompt(sample: SampleSettings, vocab: Vocabulary) -> Prompt:
@@ -4183,7 +4190,7 @@ def hold_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def reserve(folder: Path, stem: str, suffix: str) -> Path:
+def unused_name(folder: Path, stem: str, suffix: str) -> Path:
     """Create an empty file, folder/stem-001.suffix or the first unused number; returns its path."""
     taken = {old.stem for old in folder.iterdir()}
     for number in itertools.count(1):
@@ -4194,17 +4201,25 @@ def reserve(folder: Path, stem: str, suffix: str) -> Path:
                 return path
 
 
-def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
-    """Write data to folder/stem-001.suffix, or the first unused number; returns the path."""
-    path = reserve(folder, stem, suffix)
-    unfinished.add(path)
+@contextmanager
+def reserve(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    """The path of an empty file (see unused_name) to be replaced; removed if the block fails."""
+    path = unused_name(folder, stem, suffix)
     try:
-        write_atomically(path, data)
-    except BaseException:
+        yield path
+    except Exception:
         path.unlink()
         raise
-    finally:
-        unfinished.discard(path)
+
+
+def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
+    """Write data to folder/stem-001.suffix, or the first unused number; returns the path."""
+    with reserve(folder, stem, suffix) as path:
+        unfinished.add(path)
+        try:
+            write_atomically(path, data)
+        finally:
+            unfinished.discard(path)
     return path
 
 
@@ -4493,12 +4508,8 @@ def set_aside(path: Path) -> None:
     """Rename a checkpoint, if it exists, and its log to an unused name."""
     if not path.exists():
         return
-    old = reserve(path.parent, f"{path.stem}-old", path.suffix)
-    try:
+    with reserve(path.parent, f"{path.stem}-old", path.suffix) as old:
         os.replace(path, old)
-    except OSError:
-        old.unlink()
-        raise
     log = Path(f"{path}.csv")
     if log.exists():
         log.rename(f"{old}.csv")
@@ -4536,12 +4547,8 @@ def save_last(path: Path, learned: Checkpoint, trainer: Trainer) -> None:
         save_run(path, learned, trainer)
     except OSError as e:
         say(f"cannot save {path} ({e.strerror})")
-        other = reserve(Path(tempfile.gettempdir()), path.stem, path.suffix)
-        try:
+        with reserve(Path(tempfile.gettempdir()), path.stem, path.suffix) as other:
             save_run(other, learned, trainer)
-        except OSError:
-            other.unlink()
-            raise
         raise UserError(f"saved {other} instead: move it to {path} to continue") from None
 
 

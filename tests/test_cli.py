@@ -618,6 +618,20 @@ def test_full_disk_is_said_and_training_continues_to_the_end(folder, here, monke
     assert (step_of(), step_of(other)) == (8, 9)
 
 
+def test_disk_that_is_full_everywhere_is_said_and_no_empty_file_left(
+    folder, here, monkeypatch, capsys
+):
+    def fail(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(pg, "write_atomically", fail)
+    monkeypatch.setattr(tempfile, "tempdir", "elsewhere")
+    Path("elsewhere").mkdir()
+    assert train("--steps 2") == 2
+    assert "cannot be used: No space left on device" in capsys.readouterr().err
+    assert not list(Path("elsewhere").iterdir())
+
+
 def test_output_that_nobody_can_take_does_not_stop_training(folder, here, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with open("/dev/full", "wb", buffering=0) as device:

@@ -385,6 +385,14 @@ def test_bars_in_which_a_prompt_rings_are_those_of_its_file(tmp_path, vocab):
     assert prompt.end == 14 * pg.TPQ
 
 
+def test_prompt_in_bars_shorter_than_a_tick_rings_to_its_end(tmp_path, vocab):
+    path = Path(tmp_path, "prompt.mid")
+    events = [(0, b"\xff\x58\4\1\4\x18\x08"), (0, b"\x90\x3c\x50"), (4, b"\x80\x3c\0")]
+    path.write_bytes(midi(events, ticks=1))
+    prompt = pg.read_prompt(pg.SampleSettings(prompt=str(path)), vocab)
+    assert (prompt.ids == vocab.bar_id).sum() == 16
+
+
 def test_note_that_no_piano_has_does_not_make_a_prompt_ring(tmp_path, vocab):
     prompt = prompt_of(tmp_path, vocab, track(note(0, 4), note(4, 8), note(100, 120, 3)))
     assert prompt.end == 8 * pg.TPQ
