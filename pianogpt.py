@@ -2541,9 +2541,12 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
 
 def no_silent_opening(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
     """The first bar cannot end before it has a note."""
+    in_first = state.bar == 1
+    if not in_first.any():
+        return logits
     # After a note, the last token would be a Duration.
     has_no_note = np.isin(state.kind, (Kind.TIME_SIGNATURE, Kind.TEMPO)) & (state.chord == 0)
-    logits[has_no_note & (state.bar == 1), request.vocab.bar_id] = ILLEGAL
+    logits[in_first & has_no_note, request.vocab.bar_id] = ILLEGAL
     return logits
 
 
