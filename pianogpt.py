@@ -93,7 +93,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as WorkerTimeout
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from enum import IntEnum
@@ -283,7 +283,7 @@ class DataSettings:
         False, "each folder directly inside --midi-dir is the style of its files"
     )
     gap_percent: float = setting(
-        25.0, "percentage of training windows with two bar lines that teach --rewrite", 0, 100
+        25.0, "percentage of windows, of those with two bar lines, that teach --rewrite", 0, 100
     )
 
 
@@ -350,7 +350,7 @@ def check_settings(settings: Settings) -> None:
             if low is not None and not is_off and not low <= value <= high:
                 lower = f"0 or from {low:,}" if f.metadata["off"] else f"from {low:,}"
                 raise UserError(f"{flag(f.name)} is {value} but must be {lower} to {high:,}")
-    if settings.model.n_embd % (2 * settings.model.n_head):
+    if settings.model.n_embd % (2 * settings.model.n_head):  # a head rotates pairs of channels
         raise UserError("--n-embd must be a multiple of 2 x --n-head")
 
 
@@ -365,10 +365,11 @@ TEMPO_RANGE = (120 / TEMPO_STEP**91, 120 * TEMPO_STEP**47)
 TEMPO_STEPS = 91 + 1 + 47
 LOWEST_KEY = 21  # MIDI pitches of a piano's outermost keys
 HIGHEST_KEY = 108
-# The kinds of MIDI message that are used
+# Kinds of MIDI message
 NOTE_OFF = 0x80
 NOTE_ON = 0x90  # with velocity 0, this too is a note off
 CONTROL = 0xB0
+# How many data bytes follow each kind; kinds without a name are skipped
 DATA_BYTES = {NOTE_OFF: 2, NOTE_ON: 2, 0xA0: 2, CONTROL: 2, 0xC0: 1, 0xD0: 1, 0xE0: 2}
 SYSTEM_EXCLUSIVE = (0xF0, 0xF7)  # a message, and a continuation of one
 META = 0xFF
@@ -622,15 +623,19 @@ class Channel:
     def control(self, tick: int, number: int, value: int) -> None:
         """Carry out a control change."""
         if number in ALL_OFF:
-            for key in list(self.keys_down):
-                self.lift_forgotten(key)
-                while self.keys_down[key]:
-                    self.lift_key(tick, key)
+            self.lift_all_keys(tick)
         if number == SUSTAIN and value >= PEDAL_DOWN:
             if self.pedal_down_at is None:
                 self.pedal_down_at = tick
         elif number in (SUSTAIN, RESET, *ALL_OFF):
             self.lift_pedal(tick)
+
+    def lift_all_keys(self, tick: int) -> None:
+        """End the notes of all keys that are down, or let them ring."""
+        for key in list(self.keys_down):
+            self.lift_forgotten(key)
+            while self.keys_down[key]:
+                self.lift_key(tick, key)
 
     def lift_key(self, tick: int, key: tuple[int, int]) -> None:
         """End the oldest note of a key, or let it ring if the pedal is down."""
@@ -646,8 +651,9 @@ class Channel:
     def lift_forgotten(self, key: tuple[int, int]) -> None:
         """End unended notes of a key that were struck before it was last lifted.
 
-        A note off ends the oldest note (see lift_key). If one is missing, every later one would
-        end the note before its own.
+        A note off ends the oldest note. If a key is struck, struck again without a note off, and
+        lifted, that ends the first note, and the second would sound until the next note off, which
+        is the third's. So when the key is struck a third time, the second ends where it was lifted.
         """
         down = self.keys_down.get(key, [])
         lifted_at = self.lifted_at.get(key, 0)
@@ -672,7 +678,8 @@ class Channel:
     def finish(self, tick: int, longest_pedal: int) -> None:
         """End the music: lift all keys that are still down, and the pedal."""
         self.longest_pedal = longest_pedal
-        self.control(tick, ALL_OFF[0], 0)
+        self.lift_all_keys(tick)
+        self.lift_pedal(tick)
 
 
 def select(notes: Notes, index: np.ndarray) -> Notes:
@@ -738,7 +745,7 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
             continue
         if event.kind != CONTROL:
             end = event.tick
-        if end > min(LONGEST_PIECE * midi.tpq, MOST_TICKS):
+        if end > min(LONGEST_PIECE, MOST_TICKS // midi.tpq - LONGEST_PEDAL) * midi.tpq:
             raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
         if event.channel not in channels:
             channels[event.channel] = Channel(midi.tpq, unended[event.channel])
@@ -1027,6 +1034,10 @@ class Tokenizer(miditok.REMI):
         return [*super()._create_chords_tokens(), "Chord_none"]  # in the order of CHORD_SYMBOLS
 
     def _create_track_events(self, track, ticks_per_beat, tpq, bars, beats, *rest):
+        """The events of a track, as MidiTok asks for them, with Chord events added.
+
+        MidiTok then sorts them by time; at equal times, the Chord comes first, as it does here.
+        """
         words = self._create_chords_tokens()
         onsets = np.unique(track.notes.numpy()["time"])
         beat_ticks = np.array(beats)
@@ -1045,13 +1056,13 @@ class Tokenizer(miditok.REMI):
 
 
 class Kind(IntEnum):
-    """The kinds of token."""
+    """The kinds of token: what a word begins with, as in Pitch_60, in capitals."""
 
     PAD = 0
     BOS = 1
     EOS = 2
     BAR = 3
-    TIME_SIGNATURE = 4
+    TIMESIG = 4
     POSITION = 5
     TEMPO = 6
     CHORD = 7
@@ -1061,27 +1072,12 @@ class Kind(IntEnum):
     FILL = 11
 
 
-MIDITOK_KINDS = {  # by the prefix of MidiTok's word for a token
-    "PAD": Kind.PAD,
-    "BOS": Kind.BOS,
-    "EOS": Kind.EOS,
-    "Bar": Kind.BAR,
-    "TimeSig": Kind.TIME_SIGNATURE,
-    "Position": Kind.POSITION,
-    "Tempo": Kind.TEMPO,
-    "Chord": Kind.CHORD,
-    "Pitch": Kind.PITCH,
-    "Velocity": Kind.VELOCITY,
-    "Duration": Kind.DURATION,
-    "Fill": Kind.FILL,
-}
-
 MAY_FOLLOW = {  # REMI's grammar: the kinds that may follow each kind
     Kind.PAD: [Kind.PAD],
     Kind.BOS: [Kind.BAR],
     Kind.EOS: [Kind.PAD],
-    Kind.BAR: [Kind.TIME_SIGNATURE],
-    Kind.TIME_SIGNATURE: [Kind.POSITION, Kind.BAR],
+    Kind.BAR: [Kind.TIMESIG],
+    Kind.TIMESIG: [Kind.POSITION, Kind.BAR],
     Kind.POSITION: [Kind.TEMPO, Kind.CHORD, Kind.PITCH],
     Kind.TEMPO: [Kind.CHORD, Kind.PITCH, Kind.POSITION, Kind.BAR, Kind.EOS],
     Kind.CHORD: [Kind.PITCH],
@@ -1148,7 +1144,7 @@ class Vocabulary:
         # Position_0 comes right after the time signature or not at all.
         first_position = self.position_ids.start
         self.may_follow[:, first_position] = False
-        self.may_follow[Kind.TIME_SIGNATURE, first_position] = True
+        self.may_follow[Kind.TIMESIG, first_position] = True
         # What legal() compares: the positions after the first, and the pitches of the keys.
         self.later_ids = slice(first_position + 1, self.position_ids.stop)
         self.later_positions = self.says.position[self.later_ids]
@@ -1164,7 +1160,7 @@ class Vocabulary:
 
     def meaning(self, token_id: int, name: str, value: str) -> State:
         """The meaning of one token, whose word is name_value, as a row of numbers."""
-        row = State(MIDITOK_KINDS[name], *[SAYS_NOTHING] * (len(State._fields) - 1))
+        row = State(Kind[name.upper()], *[SAYS_NOTHING] * (len(State._fields) - 1))
         if name == "BOS":
             # It opens a silent bar of 4/4 before the first real one, on middle C.
             return State(Kind.BOS, 0, 4 * self.grid, 4, MIDDLE_C, 0, 0, bar=0, bar_start=0)
@@ -1217,7 +1213,7 @@ class Vocabulary:
         """
         legal = self.may_follow.take(state.kind, axis=0)
         at = self.later_positions
-        if legal[:, self.later_ids.start].any():  # a Position may come in some sequence
+        if self.may_come(state, self.later_ids.start):  # a Position, in some sequence
             is_later = (at > state.position[:, None]) & (at < state.bar_length[:, None])
             legal[:, self.later_ids] &= is_later
         # A Duration ends a note; only a higher one may follow at the same moment.
@@ -1228,7 +1224,7 @@ class Vocabulary:
         return legal
 
     def may_come(self, state: State, token_id: int) -> bool:
-        """Whether a token of this kind may come next in any of the sequences."""
+        """Whether MAY_FOLLOW allows this token next in any of the sequences."""
         return self.may_follow[state.kind, token_id].any()
 
     def bar_lines(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1322,7 +1318,7 @@ def cut_silence(ids: np.ndarray, vocab: Vocabulary, longest: float) -> tuple[np.
     opening, *bars = np.split(ids, np.flatnonzero(ids == vocab.bar_id))
     while len(bars[-1]) == 2:  # only Bar and TimeSig
         bars.pop()
-    kept = [opening]
+    kept = []
     silence = 0.0
     for bar in bars:
         is_empty = len(bar) == 2
@@ -1330,7 +1326,7 @@ def cut_silence(ids: np.ndarray, vocab: Vocabulary, longest: float) -> tuple[np.
         silence = silence + 4 * beats / unit if is_empty else 0.0
         if silence <= longest:
             kept.append(bar)
-    return np.concatenate(kept), 1 + len(bars) - len(kept)
+    return np.concatenate([opening, *kept]), len(bars) - len(kept)
 
 
 def read_piece(data: bytes, vocab: Vocabulary) -> Piece:
@@ -1398,9 +1394,9 @@ def parse_chord(symbol: str) -> tuple[int | None, bool]:
         return None, False
     letter, accidental, suffix, bass = match.groups()
     pitch_class = NATURALS[letter.upper()] + {"": 0, "#": 1, "b": -1}[accidental]
-    for number, (quality, _) in enumerate(CHORD_QUALITIES.values()):
-        same, near = CHORD_SPELLINGS[quality]
-        if suffix in (quality, *same.split(), *near.split()):
+    for number, (usual, _) in enumerate(CHORD_QUALITIES.values()):
+        same, near = CHORD_SPELLINGS[usual]
+        if suffix in (usual, *same.split(), *near.split()):
             return 12 * number + pitch_class % 12, not bass and suffix not in near.split()
     return None, False
 
@@ -1409,8 +1405,9 @@ def parse_chords(text: str) -> tuple[np.ndarray, list[str]]:
     """Chord symbols -> (bars, 12) indices into CHORD_SYMBOLS, one for each twelfth of a bar.
 
     Spaces separate bars, and commas the chords of a bar: "C F,G7". If there are bar lines, they
-    separate bars, and spaces the chords: "| C | F G7 |". Also returns a remark for each symbol
-    that is read as a simpler chord. Raises UserError for a symbol that cannot be read.
+    separate bars, and spaces the chords: "| C | F G7 |". A dash between spaces is ignored. Also
+    returns a remark for each symbol that is read as a simpler chord. Raises UserError for a symbol
+    that cannot be read.
     """
     text = re.sub(r"\s-\s", " ", text)
     text = re.sub(r"\s*,\s*", ",", text)
@@ -1468,7 +1465,8 @@ def find_key(score: Score) -> tuple[KeySignature, str]:
 PITCH_PERIODS = (12, 6, 4, 24, 48, 96)  # semitones per full turn; the first three ignore octaves
 RECENT = 3  # a note is three tokens, so each token also sees the three before it
 MEMORY = 1024  # tokens before the window whose ids are counted, to help stay in key
-MANY_PIECES = 8  # with 8 or more at once, a second thread and a bfloat16 cache pay off
+MANY_PIECES = 8  # from 8 pieces at once, generating uses all threads, and a cache in 16 bits
+TOKEN_BEATS = 0.0125  # see Window.time; over 256 tokens, that is 3 beats, few for so much music
 PAD = 0  # id of the PAD token, which fills places that have no token
 IGNORE = -100  # marks a target that is not scored
 QUERY_ROWS = 256  # queries whose attention is computed at a time, see attend
@@ -1481,11 +1479,14 @@ class Window(NamedTuple):
     """What the model reads: B stretches of music, T tokens each, and what came before them."""
 
     idx: Tensor  # (B, T) ids, int64; PAD after the end of a piece
-    time: Tensor  # (B, T) grid positions since the window began, plus TOKEN_BEATS per token
+    # (B, T) grid positions since the window began. Each token adds TOKEN_BEATS of a beat, so that
+    # simultaneous tokens have an order.
+    time: Tensor
     pitch: Tensor  # (B, T) MIDI pitch of the last note; after a Chord token, of its root; float32
     recent: Tensor  # (B, RECENT) the ids just before the window; PAD before a piece
-    # (B, V) how often each id occurs in the MEMORY tokens before the window, divided by MEMORY;
-    # when a gap is being filled, in everything the window leaves out, on both sides
+    # (B, V) how often each id occurs in the MEMORY tokens before the window, divided by MEMORY.
+    # When a gap is being filled: in all that the window leaves out, on both sides, divided by its
+    # length if that exceeds MEMORY.
     before: Tensor
     style: Tensor  # (B,) number of the style: 1 for the first of Checkpoint.styles, 0 for none
     targets: Tensor | None = None  # (B, T) the next ids; IGNORE where not scored
@@ -1614,7 +1615,7 @@ class Block(nn.Module):
     def attention(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KeyValueCache | None
     ) -> Tensor:
-        """Causal self-attention, x (B T, C) -> (B T, C); cos, sin (B, 1, T, hs): see turn."""
+        """Causal self-attention, x (B T, C) -> (B T, C); cos, sin (B, 1, T, hs): see rotation."""
         B, _, T, hs = cos.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
@@ -1692,7 +1693,7 @@ class PianoGPT(nn.Module):
         of_all = self.memory(window.before) + self.style(window.style)  # (B, C)
         return self.norm_0(x + of_all[:, None])
 
-    def turn(self, window: Window) -> tuple[Tensor, Tensor]:
+    def rotation(self, window: Window) -> tuple[Tensor, Tensor]:
         """cos and sin, (B, 1, T, hs), of each token's rotation angles."""
         time = window.time[:, None, :, None]  # the same for all heads and channels
         pitch = window.pitch[:, None, :, None]
@@ -1707,7 +1708,7 @@ class PianoGPT(nn.Module):
         """
         B, T = window.idx.shape
         x = self.embed(window).flatten(0, 1)  # (B T, C): Linear is slower in three dimensions
-        cos, sin = self.turn(window)
+        cos, sin = self.rotation(window)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)
         if cache is not None:
@@ -1725,13 +1726,10 @@ class PianoGPT(nn.Module):
 
 # ---- 5. Learning: windows, transposition, the optimizer, the trainer
 
-OPENING_EVERY = 8  # every eighth window is the start of a piece, where generation always starts
+OPENING_EVERY = 8  # every eighth window is the start of a piece, so that new pieces begin well
 SHUFFLED = 64  # groups of windows that are shuffled together
 STYLE_DROPPED = 0.1  # share of windows that hide their style, to also learn to write without one
 LONGEST_VALIDATION = 128  # at most this many windows, spread evenly over the held-out music
-# Beats that each token adds to the time, so that simultaneous tokens have an order. It adds up to 3
-# beats over a window of 256 tokens, which is little compared to the music's own time.
-TOKEN_BEATS = 0.0125
 # Peak learning rates as multiples of --lr, found by search at the default sizes. Those of blocks
 # and head shrink with the fan-in (how many terms a matrix sums), so that one --lr suits any width.
 BLOCK_RATE = 94  # matrices of the blocks: / sqrt(fan-in), as their steps are orthogonal
@@ -1742,8 +1740,9 @@ REST_RATE = 63  # norms and the weights of recent tokens
 # that they average over about the last tenth of the steps so far.
 AVERAGE_SPEED = 10
 # Compiling takes up to 50 s the first time, and 8 s after that. A step at the default sizes is then
-# 40 ms faster, so 8 s pay off after 200 steps and 50 s after 1,250; the default run has 900. The
-# unit is steps x tokens per batch x layers x channels.
+# 40 ms faster, so 8 s pay off after 200 steps and 50 s after 1,250. The default run has 900, and
+# compiles: the first such run loses 14 s, and each later one gains 28. The unit is steps x tokens
+# per batch x layers x channels.
 COMPILING_PAYS = 900 * (16 * 256) * (4 * 128)
 DIVERGED = 3  # times the loss of a uniform guess, which is where a new model starts
 SAVE_SECONDS = 120  # between checkpoints; a crash loses at most about this much training
@@ -1921,7 +1920,7 @@ class Batches:
         first = group[0] // SHUFFLED
         order = []
         for part in range(first, group[-1] // SHUFFLED + 1):
-            rng = np.random.default_rng((train.seed, part, 1))  # 1: not __getitem__'s draws
+            rng = np.random.default_rng((train.seed, part, 1))  # 1: other draws than in __getitem__
             order.append(part * SHUFFLED + rng.permutation(SHUFFLED))
         group = np.concatenate(order)[group - first * SHUFFLED]
         shuffled = group * OPENING_EVERY + of_group
@@ -1931,7 +1930,8 @@ class Batches:
         piece = np.searchsorted(offsets, token, side="right") - 1
         begin = offsets[piece]
         end = offsets[piece + 1]
-        # The last window reaches one place past EOS, so that gaps at the end of a piece occur too.
+        # A window's last place never ends a gap (see draw_gaps). So the last window of a piece
+        # reaches one place past EOS, for gaps that end there.
         anywhere = np.maximum(begin, np.minimum(token - T // 2, end + 1 - T))
         opening = offsets[(phase * (len(offsets) - 1)).astype(int)]
         starts = np.where(of_group == 0, opening, anywhere)
@@ -1957,16 +1957,16 @@ class Batches:
 def cut_all_windows(
     corpus: Corpus, block_size: int, stride: int, vocab: Vocabulary, limit: int | None = None
 ) -> Window:
-    """Windows that score every token of each piece once, except BOS, without transposition.
+    """Windows that together score every token of each piece once, except BOS; not transposed.
 
     stride: tokens from one window to the next; the overlap is read again as context, but not
-    scored again. limit: the maximum number of windows, spread evenly over the pieces.
+    scored again. limit: take at most so many of these windows, spread evenly over the music.
     """
     starts = []
     is_first = []
     for begin, end in itertools.pairwise(corpus.offsets.tolist()):
-        # A window that begins at s scores up to token s + block_size.
-        of_piece = [*range(begin, max(begin + 1, end - 1 - block_size + stride), stride)]
+        last = end - 1 - block_size  # a window that begins here or later scores EOS
+        of_piece = [begin, *range(begin + stride, last + stride, stride)]
         starts += of_piece
         is_first += [start == begin for start in of_piece]
     chosen = np.arange(len(starts))
@@ -2065,7 +2065,7 @@ class OrthogonalAdamW(torch.optim.Optimizer):
         """Adam's step at a learning rate of 1; also updates its moments with this gradient."""
         moments = self.state[p]
         if not moments:
-            moments["step"] = torch.tensor(0.0)
+            moments["step"] = torch.tensor(0.0)  # a tensor, to be stored with the others
             moments["exp_avg"] = torch.zeros_like(p)
             moments["exp_avg_sq"] = torch.zeros_like(p)
         beta1, beta2 = group["betas"]
@@ -2149,7 +2149,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, settings)
         self.step = 0
         self.begin = 0  # the step at which the learning rate starts from zero
-        self.seconds = 0.0  # spent training, including validations and saves
+        self.seconds = 0.0  # spent training, including validations and saves between steps
         self.history: list[dict] = []
         self.losses: list[float] = []
         self.best: dict[str, Tensor] = {}
@@ -2169,9 +2169,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         parts = mine.groups_of(math.ceil(per_rank / self.settings.accumulate))
         for number, part in enumerate(parts, 1):
-            with ExitStack() as stack:
-                if PROCESSES > 1 and number < len(parts):
-                    stack.enter_context(self.parallel.no_sync())  # sync once, in the last part
+            waits = PROCESSES > 1 and number < len(parts)  # synchronize once, in the last part
+            with self.parallel.no_sync() if waits else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                     loss = self.parallel(part)
                 # Times PROCESSES, as DistributedDataParallel averages gradients over processes.
@@ -2212,6 +2211,7 @@ class Trainer:
         """
         loss = self.add_gradients(batch)
         self.check_loss(loss)
+        # Clipped, so that one unusual batch does not dominate the optimizer's moments for long.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(norm):
             raise UserError(
@@ -2340,7 +2340,7 @@ class Gap:
     end: int  # index of the first token after it
     metres: np.ndarray  # (bars,) ids of its bars' TimeSig tokens
     # (keys,) until when, as State.time, a note from before the gap holds each key. Approximate if
-    # the beat unit changes in the meantime; fit_between corrects the final score.
+    # the beat unit changes in the meantime; fit_between (section 8) corrects the score.
     held: np.ndarray
 
     @property
@@ -2425,9 +2425,9 @@ def on_the_grid(logits: np.ndarray, state: State, request: Request) -> np.ndarra
         return logits
     for unit in np.unique(state.beat_unit):
         rows = state.beat_unit == unit
-        finer = unit // 4  # beats in a quarter note
-        quarters = np.arange(0, vocab.grid * MOST_BEATS, finer * vocab.grid)
-        on_grid = (quarters[:, None] + finer * request.positions).flatten()
+        beats = unit // 4  # in a quarter note
+        quarters = np.arange(0, vocab.grid * MOST_BEATS, beats * vocab.grid)
+        on_grid = (quarters[:, None] + beats * request.positions).flatten()
         positions = logits[rows, vocab.position_ids]  # a copy, (rows, positions)
         logits[rows, vocab.position_ids] = round_positions(positions, on_grid)
     return logits
@@ -2437,7 +2437,7 @@ def round_positions(positions: np.ndarray, on_grid: np.ndarray) -> np.ndarray:
     """Logits of Positions, (B, positions), with each merged into the nearest on a grid."""
     # From halfway on, a position belongs to the next one on the grid, or to the next bar.
     first = np.append(0, (on_grid[:-1] + on_grid[1:] + 1) // 2)
-    next_bar = positions.shape[1] + on_grid[0]  # after a bar of MOST_BEATS
+    next_bar = positions.shape[1] + on_grid[0]  # where the bar after the longest one begins
     positions[:, (on_grid[-1] + next_bar + 1) // 2 :] = ILLEGAL
     most = positions.max(axis=1, keepdims=True)
     share = np.add.reduceat(np.exp(positions - most), first, axis=1)
@@ -2460,13 +2460,13 @@ def steady_tempo(logits: np.ndarray, state: State, request: Request) -> np.ndarr
 def within_gap(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
     """In a gap: the old metres, no end, no key still ringing from before it, no change of tempo.
 
-    The tempos stay those of the file: fill_score restores them.
+    The tempos stay those of the file: fill_score (section 8) restores them.
     """
     gap = request.gap
     if gap is None:
         return logits
     vocab = request.vocab
-    if gap.is_end:  # the model may end the piece here, which becomes the Bar that ends the gap
+    if gap.is_end:  # in the last bar, EOS too means that the gap is filled: it becomes Bar
         in_last = state.bar == gap.last
         end_or_bar = np.logaddexp(logits[:, vocab.bar_id], logits[:, vocab.eos_id])
         logits[in_last, vocab.bar_id] = end_or_bar[in_last]
@@ -2540,13 +2540,14 @@ def lift_at_change(logits: np.ndarray, state: State, request: Request) -> np.nda
 
 
 def no_silent_opening(logits: np.ndarray, state: State, request: Request) -> np.ndarray:
-    """The first bar cannot end before it has a note."""
+    """Neither the first bar nor the piece can end before there is a note."""
     in_first = state.bar == 1
     if not in_first.any():
         return logits
-    # After a note, the last token would be a Duration.
-    has_no_note = np.isin(state.kind, (Kind.TIME_SIGNATURE, Kind.TEMPO)) & (state.chord == 0)
-    logits[in_first & has_no_note, request.vocab.bar_id] = ILLEGAL
+    # After a note, the last token is a Duration, or a Tempo in a bar that already has a chord.
+    has_no_note = np.isin(state.kind, (Kind.TIMESIG, Kind.TEMPO)) & (state.chord == 0)
+    for token_id in (request.vocab.bar_id, request.vocab.eos_id):
+        logits[in_first & has_no_note, token_id] = ILLEGAL
     return logits
 
 
@@ -3552,7 +3553,7 @@ def first_bars(ids: np.ndarray, bars: int, vocab: Vocabulary) -> np.ndarray:
     if not score.note_num():
         return np.empty(0, np.int16)
     ids = vocab.encode(vocab.quantize(score))
-    signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIME_SIGNATURE)
+    signatures = np.flatnonzero(vocab.says.kind[ids] == Kind.TIMESIG)
     silent_bar = [vocab.bar_id, ids[signatures[-1]]]
     missing = bars - int((ids == vocab.bar_id).sum())  # restores silent bars at the end
     return np.append(ids, silent_bar * missing).astype(np.int16)

@@ -604,8 +604,8 @@ for (const article of document.querySelectorAll("article")) {
     audio.currentTime = x / width * seconds
   }
   let isMade = false
-  new IntersectionObserver(async ([{ isIntersecting }]) => {
-    if (!isIntersecting || isMade) return
+  new IntersectionObserver(async changes => {
+    if (isMade || !changes.at(-1).isIntersecting) return
     isMade = true
     audio.src = URL.createObjectURL(await synthesize(svg, seconds))
   }, { rootMargin: "300px" }).observe(audio)

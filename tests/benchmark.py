@@ -440,7 +440,7 @@ class PlainRecipe(pg.PianoGPT):
         """Embeddings (B, T, C)."""
         return self.embedding(window.idx) + self.positions[: window.idx.size(1)]
 
-    def turn(self, window: pg.Window, first: int) -> tuple[Tensor, Tensor]:
+    def rotation(self, window: pg.Window) -> tuple[Tensor, Tensor]:
         """cos and sin, (B, 1, T, hs), of no angle."""
         B, T = window.idx.shape
         cos = torch.ones(1, device=window.idx.device)

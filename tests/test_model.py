@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import benchmark
 import pytest
 import torch
 from conftest import pg
@@ -177,11 +178,26 @@ def test_time_turns_some_channels_and_pitch_the_others():
     assert torch.allclose(24 * finer, 8 * time), "a beat turns as far on every grid"
 
 
+def test_the_benchmarks_plain_recipe_sees_places_in_the_window_but_no_time(model):
+    plain = benchmark.PlainRecipe(SIZES, V, VOCAB.grid)
+    nn.init.normal_(plain.embedding.weight)
+    nn.init.normal_(plain.head.weight)
+    window = random_window()
+    later = window._replace(time=3 * window.time)
+    before = plain(window)
+    assert torch.equal(plain(later), before)
+    assert not torch.allclose(model(later), model(window))
+    plain.positions.data[5:] = 0
+    after = plain(window)
+    assert torch.equal(after[:, :5], before[:, :5])
+    assert not torch.allclose(after[:, 5], before[:, 5])
+
+
 def test_tokens_of_one_moment_are_told_apart(model):
     nowhere = torch.zeros(10, dtype=torch.long)
     corpus = pg.Corpus(nowhere, nowhere, nowhere + 60, torch.tensor([0, 10]), nowhere[:1])
     still = pg.cut_windows(corpus, torch.tensor([2, 5]), 3, VOCAB)
-    cos, sin = model.turn(still)
+    cos, sin = model.rotation(still)
     assert cos.shape == (2, 1, 3, 8)
     assert len(sin[0, 0].unique(dim=0)) == 3
     assert torch.equal(sin[0], sin[1]), "in each window they are counted from its first one"

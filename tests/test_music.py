@@ -204,7 +204,7 @@ def test_vocabulary_is_that_of_one_piano_and_of_its_settings():
         number = collections.Counter(kinds)
         assert (number["Pitch"], number["Chord"]) == (88, len(pg.CHORD_SYMBOLS) + 1)
         assert (number["Position"], number["Velocity"]) == (positions, settings.velocities)
-        assert [pg.MIDITOK_KINDS[kind] for kind in kinds] == vocab.says.kind.tolist()
+        assert [pg.Kind[kind.upper()] for kind in kinds] == vocab.says.kind.tolist()
         assert vocab.words[pg.PAD] == "PAD_None"
         assert vocab.says.pitch[vocab.pitch_ids].tolist() == [*range(21, 109)]
         assert vocab.says.position[vocab.position_ids].tolist() == [*range(positions)]

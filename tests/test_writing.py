@@ -371,6 +371,17 @@ def test_no_piece_begins_with_a_silent_bar(model, vocab):
     assert pg.Kind.TEMPO in kinds, "also where it begins with a tempo"
 
 
+def test_no_piece_ends_before_its_first_note(vocab):
+    words = ["BOS_None", "Bar_None", "TimeSig_4/4", "Position_0", "Tempo_120.0"]
+    trace = vocab.trace(np.array([vocab.id_of[word] for word in words]))
+    state = pg.State(*(column[-1:] for column in trace))
+    logits = np.zeros((1, len(vocab.words)))
+    logits[0, [vocab.eos_id, vocab.bar_id]] = 50
+    for rule in pg.RULES:
+        logits = rule(logits, state, make_request(vocab, bars=1))
+    assert vocab.says.kind[logits.argmax()] in (pg.Kind.CHORD, pg.Kind.PITCH, pg.Kind.POSITION)
+
+
 def lean_to_the_end(bar, chord, pitch, vocab):
     """The logit of EOS after a C or another note in a bar, by the rule; it was 0."""
     state = NO_STATE._replace(
