@@ -3429,10 +3429,11 @@ def hold_out(works: list[str], percent: float) -> list[str]:
     """
     numbers = {work: hashlib.sha256(os.fsencode(work)).hexdigest() for work in works}
     limit = 2**32 * percent / 100
-    below = sum(int(number[:8], 16) < limit for number in numbers.values())
-    least = 1 if percent > 0 else 0
+    chosen = sum(int(number[:8], 16) < limit for number in numbers.values())
+    if percent > 0:
+        chosen = max(1, chosen)
     by_number = sorted(works, key=numbers.get)
-    return by_number[: min(max(below, least), len(works) - 1)]
+    return by_number[: min(chosen, len(works) - 1)]
 
 
 def split_pieces(pieces: list[Piece], folder: Path, data: DataSettings, vocab: Vocabulary) -> None:
@@ -3712,7 +3713,7 @@ def fill_score(ids: np.ndarray, prompt: Prompt, vocab: Vocabulary) -> Score:
         score.markers.append(TextMeta(begin, PROMPT_ENDS))
         if last < len(lines) - 1:
             score.markers.append(TextMeta(end, PROMPT_GOES_ON))
-    notes = select(notes, np.lexsort((notes["pitch"], notes["time"])))
+    notes = repair_overlaps(notes)  # resample rounds starts and ends separately
     score.tracks[0].notes = Note.from_numpy(**notes)
     score.tempos = list(prompt.tempos)
     score.time_signatures = list(prompt.time_signatures)
@@ -3970,6 +3971,11 @@ class Checkpoint:
         }
 
 
+def in_group(group: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under their names in a checkpoint, the inverse of Checkpoint.weights."""
+    return {f"{group}/{name}": weight for name, weight in weights.items()}
+
+
 def as_tensor(data: bytes) -> Tensor:
     """Bytes as a tensor, (N,) uint8."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -4026,7 +4032,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if is_older(path):
             raise UserError(
                 f"{path} was written by an older version: python tests/convert.py {path} "
-                f"{path.stem}-new.safetensors converts it to a model that can generate"
+                f"{path.with_name(f'{path.stem}-new.safetensors')} converts it to a model that can "
+                "generate"
             ) from None
         reason = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
         raise UserError(f"{path} is damaged or not a PianoGPT checkpoint ({reason})") from None
@@ -4151,9 +4158,8 @@ def start_from(path: Path) -> Checkpoint:
     """A checkpoint at step 0 with the best weights, model sizes and token settings of another."""
     base = load_checkpoint(path)
     tensors = {"intervals": base.tensors["intervals"]}
-    for name, weight in base.weights("best").items():
-        for group in ("weights", "average", "best"):
-            tensors[f"{group}/{name}"] = weight
+    for group in ("weights", "average", "best"):
+        tensors |= in_group(group, base.weights("best"))
     return replace(
         base,
         about="; ".join(filter(None, [f"started from {path.name}", base.about])),
@@ -4437,8 +4443,7 @@ def trainer_tensors(trainer: Trainer) -> dict[str, Tensor]:
             groups.setdefault(f"optimizer.{key}", {})[names[number]] = value.cpu()
     tensors = {}
     for group, weights in groups.items():
-        for name, weight in weights.items():
-            tensors[f"{group}/{name}"] = weight
+        tensors |= in_group(group, weights)
     return tensors
 
 
@@ -4757,12 +4762,10 @@ def export_model(path: Path, checkpoint: Checkpoint, about: str) -> int:
     """Export a checkpoint's best weights, in 16 bits, and all else that generating needs; 0."""
     if path.exists():
         raise UserError(f"{path} already exists: name another file")
-    tensors = {"intervals": checkpoint.tensors["intervals"]}
-    for name, weight in checkpoint.weights("best").items():
-        tensors[f"best/{name}"] = weight.half()
-        if not tensors[f"best/{name}"].isfinite().all():
-            raise UserError("a weight is too large for 16 bits: train with a smaller --lr")
-    about = about or checkpoint.about
+    halves = {name: weight.half() for name, weight in checkpoint.weights("best").items()}
+    if not all(weight.isfinite().all() for weight in halves.values()):
+        raise UserError("a weight is too large for 16 bits: train with a smaller --lr")
+    tensors = {"intervals": checkpoint.tensors["intervals"]} | in_group("best", halves)
     save_model(path, replace(checkpoint, about=about, files=[], held_out=[], tensors=tensors))
     say(f"exported: {path}, {path.stat().st_size / 2**20:.1f} MB")
     return 0
@@ -4778,7 +4781,6 @@ def compare_music(
     """Report how the folder differs from what a checkpoint learned from. Raises UserError."""
     folder = program.midi_dir
     learned = checkpoint.folder
-    is_named = "midi_dir" in given
     now = set(list_contents(files, Path(folder)))
     then = set(checkpoint.files)
     if now == then:
@@ -4791,7 +4793,7 @@ def compare_music(
     )
     trains_further = training and given.get("steps", 0) > checkpoint.settings["train"]["steps"]
     is_other = Path(folder).resolve() != Path(learned).resolve()
-    if is_other and not (is_named and trains_further):
+    if is_other and not ("midi_dir" in given and trains_further):
         raise UserError(f"{text}: pass --midi-dir {learned}, another --checkpoint, or more --steps")
     say(f"{text}: {'training goes on' if training else 'more --steps or --fresh would use these'}")
 
@@ -4810,9 +4812,9 @@ def open_checkpoint(
     With --fresh there is none. With --generate, a checkpoint that is named must exist, unless
     --midi-dir is given too.
     """
-    must_exist = "checkpoint" in given and "midi_dir" not in given
     may_train = program.fresh or "steps" in given
-    only_write = program.generate and not may_train and (path.exists() or must_exist)
+    is_named = "checkpoint" in given and "midi_dir" not in given
+    only_write = program.generate and not may_train and (is_named or path.exists())
     only_read = program.evaluate or program.export or only_write
     if not only_read:
         stack.enter_context(hold_lock(path))
@@ -4860,13 +4862,13 @@ def check_samples_folder(folder: Path) -> None:
 
 
 def hold_out_none(settings: Settings) -> None:
-    """Hold nothing out when a trained model learns from only a few files.
+    """Choose no works to hold out when a trained model learns from only a few files.
 
     The loss on one held-out work of ten rises while the others are learned, so the weights of the
     first steps would be kept. --init-from stops after a few steps at a low rate anyway.
     """
     settings.data.val_percent = 0.0
-    say(f"fewer than {FEW_FILES} files: none are held out (--val-percent 0)")
+    say(f"fewer than {FEW_FILES} files: none are chosen to be held out (--val-percent 0)")
 
 
 def look_at_folder(
@@ -4887,8 +4889,7 @@ def look_at_folder(
                     f"pass --init-from {program.checkpoint} and another --checkpoint to train it"
                 )
             return {}
-        is_the_same = str(folder) == checkpoint.folder and folder.is_dir()
-        if "midi_dir" not in given and not is_the_same:
+        if "midi_dir" not in given and str(folder) != checkpoint.folder:
             return {}
     try:
         files = find_files(folder)
@@ -4921,8 +4922,8 @@ def train_and_write(
         check_samples_folder(Path(settings.sample.samples_dir))
 
     if training:
-        begins_from_another = bool(settings.program.init_from) and checkpoint.step == 0
-        if begins_from_another and "val_percent" not in given and len(files) < FEW_FILES:
+        is_start = bool(checkpoint) and not checkpoint.files  # from start_from
+        if is_start and "val_percent" not in given and len(files) < FEW_FILES:
             hold_out_none(settings)
         code = train_model(settings, checkpoint, vocab, device, files)
         if code:
@@ -5026,7 +5027,7 @@ def make_settings(given: dict, checkpoint: Checkpoint | None, training: bool) ->
             may_change = f.metadata["resumable"] if training else f.name in ("steps", "seed")
             if f.name in saved and value != saved[f.name] and not may_change:
                 advice = "omit it or pass --fresh"
-                if "init_from" in given and checkpoint.step == 0:
+                if "init_from" in given and not checkpoint.files:  # from start_from
                     advice = "omit it, as the sizes are those of --init-from"
                 raise UserError(f"the checkpoint has {flag(f.name)} {saved[f.name]}: {advice}")
             setattr(group, f.name, value)
@@ -5046,7 +5047,7 @@ def choose_device(name: str) -> torch.device:
         number = torch.zeros(1, device=name)
         number.item()  # some devices, such as "meta", cannot compute
         device = number.device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"there is no device {name} here: pass --device auto, or cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -5066,7 +5067,7 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
         raise UserError(f"{path} is a folder: name a file")
     device = choose_device(program.device)
     if PROCESSES > 1:
-        if "MASTER_ADDR" not in os.environ:
+        if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UserError(f"WORLD_SIZE is {PROCESSES}: use torchrun to start several processes")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
@@ -5082,7 +5083,8 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     if RANK != 0 and (program.export or program.evaluate):
         return 0  # rank 0 does it alone
     if program.export:
-        return export_model(Path(program.export), checkpoint, program.about)
+        about = given.get("about", checkpoint.about)
+        return export_model(Path(program.export), checkpoint, about)
     if program.evaluate:
         return evaluate_folder(settings, checkpoint, vocab, device)
     return train_and_write(settings, given, checkpoint, training, vocab, device)

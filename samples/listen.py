@@ -9,7 +9,8 @@ python samples/listen.py                write index.html beside this script: a p
 python samples/listen.py FOLDER         the same in another folder
 python samples/listen.py samples/a.mid  write samples/a.wav, a.ogg, a.mp3 and a.png
 python samples/listen.py pianogpt.safetensors.csv
-                                        draw the losses of a training run: pianogpt.safetensors.png
+                                        draw the losses of a training run, or draw them again:
+                                        pianogpt.safetensors.png
 
 The page needs only what pianogpt.py needs. A .wav needs `pip install --no-deps tinysoundfont`, .ogg
 and .mp3 also need `pip install soundfile`, a .png needs `pip install matplotlib`. The piano is
@@ -164,10 +165,11 @@ def all_notes(score) -> list:
 
 
 def read_piece(path: Path) -> Piece:
-    """A .mid file; raises UserError if it cannot be read or has no notes."""
+    """A .mid file; raises OSError, or UserError if it is damaged or has no notes."""
     symusic = need("symusic")
+    data = path.read_bytes()
     try:
-        score = symusic.Score.from_midi(path.read_bytes())
+        score = symusic.Score.from_midi(data)
     except Exception:  # which one depends on how the file is damaged
         raise UserError(f"{path} is not a MIDI file that can be read: export it again") from None
     notes = all_notes(score.to("second"))
@@ -327,7 +329,7 @@ def draw_losses(log: Path) -> None:
             if points or column == "train_loss":  # a run without validation has no val_loss
                 label = f"{column}: {points[-1][1]:.3f}"
                 axes.plot(*zip(*points, strict=True), marker=".", label=label)
-    except (OSError, LookupError, TypeError, ValueError, csv.Error):
+    except (OSError, LookupError, TypeError, ValueError, OverflowError, csv.Error):
         raise UserError(
             f"{log} is no training log: it needs rows of step, train_loss and val_loss"
         ) from None
@@ -448,7 +450,8 @@ def write_page(folder: Path, problems: dict[str, None]) -> None:
             articles.append(make_article(midi.stem, read_piece(midi)))
     if not articles:
         raise UserError(
-            f"{folder} holds no .mid file to play: name another folder, or write pieces into it"
+            f"{folder} holds no .mid file that can be played: name another folder, or write pieces "
+            "into it"
         )
     page = PAGE % ("\n".join(articles), piano)
     place = folder / "index.html"
@@ -507,9 +510,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not text
-    is_of_pieces = args.soundfont or args.overwrite
+    is_of_pieces = args.soundfont or args.dry or args.overwrite
     if is_of_pieces and not any(path.suffix.lower() in SUFFIXES for path in args.files):
-        parser.error("--soundfont and --overwrite are for single pieces: name .mid files")
+        parser.error("--soundfont, --dry and --overwrite are for single pieces: name .mid files")
     problems: dict[str, None] = {}
     for path in args.files or [Path(__file__).parent]:
         with collecting(problems):

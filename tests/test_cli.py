@@ -524,9 +524,12 @@ def test_lock_that_was_deleted_while_it_was_taken_is_taken_again(here, monkeypat
         assert Path(f"{MODEL}.lock").exists()
 
 
-def test_several_processes_without_torchrun_are_a_sentence(trained, monkeypatch, capsys):
+@pytest.mark.parametrize("given", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_several_processes_without_torchrun_are_a_sentence(given, trained, monkeypatch, capsys):
     monkeypatch.setattr(pg, "PROCESSES", 4)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(given, "1")
     assert pianogpt("--midi-dir midi --steps 40") == 2
     assert "WORLD_SIZE is 4: use torchrun to start several processes" in capsys.readouterr().err
 
@@ -570,13 +573,29 @@ def test_of_few_files_none_is_held_out_when_a_trained_model_learns_them(trained,
     line = f"--midi-dir midi --init-from {MODEL} --steps 3 --checkpoint"
     assert pianogpt(f"{line} a") == 0
     out = capsys.readouterr().out
-    assert "fewer than 20 files: none are held out (--val-percent 0)" in out
+    assert "fewer than 20 files: none are chosen to be held out (--val-percent 0)" in out
     assert "the music has changed" not in out, "there are no losses yet"
     assert "12 train, 0 validation" in out
     assert pianogpt(f"{line} b --val-percent 10") == 0
     assert "10 train, 2 validation" in capsys.readouterr().out
     assert pianogpt(f"{line.replace('--steps 3', '--steps 5')} b") == 0
     assert "10 train, 2 validation" in capsys.readouterr().out, "as when it began"
+
+
+def test_run_from_another_model_that_stopped_before_its_first_step_goes_on(
+    trained, monkeypatch, capsys
+):
+    line = f"--midi-dir midi --init-from {MODEL} --checkpoint a"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pg.Trainer, "train", lambda *_: None)
+        pianogpt(f"{line} --val-percent 10")
+    assert load("a").step == 0
+    assert pianogpt(f"{line} --batch-size 8") == 2
+    advice = "the checkpoint has --batch-size 16: omit it or pass --fresh"
+    assert advice in capsys.readouterr().err
+    assert pianogpt(f"{line} --steps 2") == 0
+    assert "none are chosen" not in capsys.readouterr().out
+    assert load("a").settings["data"]["val_percent"] == 10
 
 
 def test_two_runs_on_one_checkpoint_the_second_is_refused(trained, capsys):
@@ -1262,6 +1281,7 @@ def times_of_files(folder):
         ("--steps", "--steps: expected one argument"),
         ("--device tpu9", "there is no device tpu9 here: pass --device auto, or cpu"),
         ("--device meta", "there is no device meta here: pass --device auto, or cpu"),
+        ("--device hpu", "there is no device hpu here: pass --device auto, or cpu"),
         # numbers
         ("--steps -5", "--steps is -5 but must be from 1 to 1,000,000,000"),
         (f"{NEW} --weight-decay nan", "--weight-decay is nan but must be from 0 to"),
@@ -1682,6 +1702,8 @@ def test_exported_model_is_small_says_its_source_and_writes_as_before(trained, c
     assert Path("small.csv").read_text() == "of somebody else"
     numbers = sum(weight.numel() for weight in load().weights("best").values())
     assert Path("small").stat().st_size < 2.5 * numbers, "16 bits, and only the best weights"
+    assert pianogpt("--export bare --checkpoint small --about ''") == 0
+    assert (load("small").about, load("bare").about) == ("scales, public domain", "")
     losses = []
     for path in (MODEL, "small"):
         capsys.readouterr()

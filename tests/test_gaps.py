@@ -1,5 +1,7 @@
 """Bars between others are written anew, and all else stays as it is."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -436,6 +438,20 @@ def test_cut_prompt_keeps_no_note_of_the_bars_that_are_left_out(tmp_path):
     assert max(end for _, end, _ in kept) == 32
     assert (30, 32, 40) in kept
     assert 90 not in {pitch for start, _, pitch in kept if start > 31}
+
+
+@pytest.mark.parametrize("tpq", [100, 1024])
+def test_new_note_ends_where_its_key_is_struck_again_whatever_the_resolution(tpq, tmp_path):
+    triplets = [(n / 3, 1 / 3, 60, 80) for n in range(48)]
+    path = save(tmp_path / "a.mid", [triplets], tpq=tpq)
+    settings = pg.SampleSettings(prompt=str(path), rewrite="2-3")
+    prompt = pg.read_prompt(settings, VOCAB)
+    same_again = np.append(prompt.ids, VOCAB.eos_id)
+    score = pg.make_sample(same_again, prompt, VOCAB, settings).score
+    notes = sorted((n.time, n.end) for track in score.tracks for n in track.notes)
+    assert len(notes) == 48
+    for (_, end), (start, _) in itertools.pairwise(notes):
+        assert end <= start
 
 
 def test_piece_whose_notes_were_all_rewritten_away_is_none():

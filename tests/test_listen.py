@@ -94,10 +94,8 @@ def change(path, texts=(), **lists):
 def run(*arguments, soundfont=None, room=False):
     """The exit code of listen.py."""
     options = ["--soundfont", soundfont] if soundfont else []
-    if not room:
-        options.append("--dry")
-    if any(str(argument).endswith(".mid") for argument in arguments):
-        options.append("--overwrite")
+    if any(str(argument).endswith((".mid", ".midi", ".kar")) for argument in arguments):
+        options += ["--overwrite"] if room else ["--overwrite", "--dry"]
     return listen.main([str(argument) for argument in [*arguments, *options]])
 
 
@@ -597,14 +595,16 @@ def test_page_is_the_same_each_time_and_old_pictures_stay(tmp_path):
 def test_page_leaves_out_what_cannot_be_read_and_says_so(tmp_path, capsys):
     (tmp_path / "bad.mid").write_bytes(b"no MIDI")
     assert run(tmp_path) == 2
-    assert "holds no .mid file to play" in capsys.readouterr().err
+    assert "holds no .mid file that can be played" in capsys.readouterr().err
     assert not (tmp_path / "index.html").exists()
     write_midi(tmp_path / "good.mid", A4_THEN_A5)
     write_midi(tmp_path / "song.KAR", A4_THEN_A5)
+    (tmp_path / "lost.mid").symlink_to("nowhere.mid")
     assert run(tmp_path) == 2
     assert Page(tmp_path / "index.html").texts["h2"] == ["good", "song"]
     err = capsys.readouterr().err
-    assert err.startswith(f"{tmp_path / 'bad.mid'} is not a MIDI file") and err.count("\n") == 1
+    assert err.startswith(f"{tmp_path / 'bad.mid'} is not a MIDI file") and err.count("\n") == 2
+    assert f"{tmp_path / 'lost.mid'} cannot be used: No such file or directory" in err
 
 
 def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, capsys):
