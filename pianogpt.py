@@ -387,7 +387,7 @@ LONGEST_PEDAL = 48  # quarter notes
 # Quarter notes, for a pedal still down at the last note: the file may simply never lift it.
 LONGEST_LAST_PEDAL = 16
 LONGEST_PIECE = 86_400  # seconds, i.e. a day; also the limit in quarter notes
-MOST_TICKS = 2**31 - 1  # symusic stores times in 32 bits
+MOST_TICKS = 2**31 - 2  # symusic stores times in 32 bits, and the shortest note needs one more
 # What tokens cannot represent, as reported to the user
 OUT_OF_RANGE = "notes outside the piano's range dropped"
 TEMPO_CHANGED = "tempos outside 20 to 300 changed"
@@ -745,7 +745,7 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
             continue
         if event.kind != CONTROL:
             end = event.tick
-        if end > min(LONGEST_PIECE, MOST_TICKS // midi.tpq - LONGEST_PEDAL) * midi.tpq:
+        if end > min(LONGEST_PIECE * midi.tpq, MOST_TICKS):
             raise UserError(f"longer than a day, or {LONGEST_PIECE:,} quarter notes")
         if event.channel not in channels:
             channels[event.channel] = Channel(midi.tpq, unended[event.channel])
@@ -756,7 +756,7 @@ def play_notes(midi: MidiFile) -> tuple[Notes, int]:
         channel.finish(end, LONGEST_LAST_PEDAL * midi.tpq)
         ignored += channel.ignored_pedals
         for note in channel.notes:
-            duration = min(max(1, note.end - note.start), MOST_TICKS)
+            duration = max(1, min(note.end, MOST_TICKS) - note.start)
             rows.append((note.start, duration, note.pitch, note.velocity))
     if not rows:
         raise UserError("only drums" if has_drums else "no notes")

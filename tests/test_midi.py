@@ -145,6 +145,15 @@ def test_keys_sound_as_long_as_they_are_down(events, notes):
     assert played(track(events)) == notes
 
 
+def test_pedal_that_holds_a_note_beyond_32_bits_ends_it_there():
+    wait = [(2**28 - 1, b"\xb0\x01\x00")] * 7  # the longest that one event can wait
+    late = [(2**28 - 3, b"\xb0\x40\x7f"), (1, b"\x90\x3c\x50"), (2, b"\x80\x3c\x00")]
+    data = midi([*wait, *late, (100_000, b"\xb0\x40\x00")], ticks=32_767)
+    piano, _ = pg.make_piano(pg.parse_midi(data))
+    [note] = piano.tracks[0].notes
+    assert 0 < note.time < note.end == 2**31 - 2
+
+
 def test_hands_on_one_channel_keep_their_own_keys():
     right = track(note(0, 4, 60), note(5, 6, 62))
     left = track(note(1, 2, 60))
