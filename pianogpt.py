@@ -4236,7 +4236,8 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
 # ---- 10. Runs: train, generate, evaluate, export
 
 SEARCHED_NOTES = 6_000_000  # searched for the longest known run, in two seconds per piece
-FEW_FILES = 20  # with fewer, --init-from holds none out
+FEW_FILES = 20  # with fewer, --init-from holds none out and learns at this rate
+FEW_FILES_RATE = 6e-6
 # The defaults with --init-from: a few small steps at a low rate keep what was learned before.
 FINE_TUNING = {"steps": 300, "warmup": 50, "lr": 2.4e-5, "eval_every": 25}
 
@@ -4861,14 +4862,22 @@ def check_samples_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to: pass another --samples-dir")
 
 
-def hold_out_none(settings: Settings) -> None:
-    """Choose no works to hold out when a trained model learns from only a few files.
+def adapt_to_few_files(settings: Settings, given: dict) -> None:
+    """Hold nothing out and learn slowly, unless told otherwise, when a trained model learns a few.
 
     The loss on one held-out work of ten rises while the others are learned, so the weights of the
-    first steps would be kept. --init-from stops after a few steps at a low rate anyway.
+    first steps would be kept. With nothing held out, nothing notices that the files are being
+    learned by heart. At FEW_FILES_RATE they are not.
     """
-    settings.data.val_percent = 0.0
-    say(f"fewer than {FEW_FILES} files: none are chosen to be held out (--val-percent 0)")
+    changed = []
+    if "val_percent" not in given:
+        settings.data.val_percent = 0.0
+        changed.append("none are chosen to be held out (--val-percent 0)")
+    if "lr" not in given:
+        settings.train.lr = FEW_FILES_RATE
+        changed.append(f"the learning rate is lower (--lr {FEW_FILES_RATE})")
+    if changed:
+        say(f"fewer than {FEW_FILES} files: {', '.join(changed)}")
 
 
 def look_at_folder(
@@ -4923,8 +4932,8 @@ def train_and_write(
 
     if training:
         is_start = bool(checkpoint) and not checkpoint.files  # from start_from
-        if is_start and "val_percent" not in given and len(files) < FEW_FILES:
-            hold_out_none(settings)
+        if is_start and len(files) < FEW_FILES:
+            adapt_to_few_files(settings, given)
         code = train_model(settings, checkpoint, vocab, device, files)
         if code:
             return code

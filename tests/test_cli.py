@@ -573,13 +573,26 @@ def test_of_few_files_none_is_held_out_when_a_trained_model_learns_them(trained,
     line = f"--midi-dir midi --init-from {MODEL} --steps 3 --checkpoint"
     assert pianogpt(f"{line} a") == 0
     out = capsys.readouterr().out
-    assert "fewer than 20 files: none are chosen to be held out (--val-percent 0)" in out
+    text = (
+        "none are chosen to be held out (--val-percent 0), the learning rate is lower (--lr 6e-06)"
+    )
+    assert f"fewer than 20 files: {text}" in out
+    assert load("a").settings["train"]["lr"] == 6e-6
     assert "the music has changed" not in out, "there are no losses yet"
     assert "12 train, 0 validation" in out
-    assert pianogpt(f"{line} b --val-percent 10") == 0
-    assert "10 train, 2 validation" in capsys.readouterr().out
+    assert pianogpt(f"{line} b --val-percent 10 --lr 1e-5") == 0
+    out = capsys.readouterr().out
+    assert "10 train, 2 validation" in out and "fewer" not in out
+    assert load("b").settings["train"]["lr"] == 1e-5
     assert pianogpt(f"{line.replace('--steps 3', '--steps 5')} b") == 0
     assert "10 train, 2 validation" in capsys.readouterr().out, "as when it began"
+
+
+def test_of_more_files_some_are_held_out_and_the_rate_is_higher(trained, monkeypatch, capsys):
+    monkeypatch.setattr(pg, "FEW_FILES", 12)
+    assert pianogpt(f"--midi-dir midi --init-from {MODEL} --steps 3 --checkpoint a") == 0
+    assert "10 train, 2 validation" in capsys.readouterr().out
+    assert load("a").settings["train"]["lr"] == 2.4e-5
 
 
 def test_run_from_another_model_that_stopped_before_its_first_step_goes_on(
@@ -1735,7 +1748,7 @@ def test_run_that_starts_from_an_exported_model_knows_what_that_learned_and_can_
     assert set(before) <= set(checkpoint.pieces), "what was learned before stays known"
     assert len(checkpoint.pieces) == len(set(checkpoint.pieces)), "and is counted once"
     train = pg.make_settings({}, checkpoint, training=True).train
-    assert (train.lr, train.warmup, train.steps, train.batch_size) == (2.4e-5, 50, 12, 16)
+    assert (train.lr, train.warmup, train.steps, train.batch_size) == (6e-6, 50, 12, 16)
 
     with signal_at_ten(monkeypatch, signal.SIGTERM):
         assert pianogpt(f"{line} b") == 128 + signal.SIGTERM
