@@ -4951,7 +4951,8 @@ def train_and_write(
 
 # ---- 11. Command line: from flags to settings, the device, errors as one sentence
 
-LONGEST_WAIT = timedelta(days=1)  # how long other processes wait while the first one reads a folder
+LONGEST_JOIN = timedelta(minutes=2)  # how long the processes of torchrun wait for all to have begun
+LONGEST_WAIT = timedelta(days=1)  # how long others wait while the first one reads a folder
 LONGEST_MESSAGE = 500  # characters; a file name in it may have 5,000
 # The flags that --evaluate and --export accept; all else comes from the checkpoint
 USED_TO_READ = ("about", "cache_dir", "checkpoint", "device")
@@ -5063,6 +5064,24 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def join_processes(device: torch.device) -> None:
+    """Connect to the other processes that torchrun started. Raises UserError."""
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"WORLD_SIZE is {PROCESSES}: use torchrun to start several processes")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, processes = next(dist.rendezvous("env://", timeout=LONGEST_JOIN))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=processes, timeout=LONGEST_WAIT
+        )
+    except dist.DistError:
+        raise UserError(
+            f"the other processes did not answer within {LONGEST_JOIN.seconds} seconds: start "
+            "torchrun again"
+        ) from None
+    store.set_timeout(LONGEST_WAIT)
+
+
 def run_command(argv: list[str] | None, stack: ExitStack) -> int:
     """Do what the command line asks; the exit code. The stack holds the lock."""
     given = parse(argv)
@@ -5076,10 +5095,7 @@ def run_command(argv: list[str] | None, stack: ExitStack) -> int:
         raise UserError(f"{path} is a folder: name a file")
     device = choose_device(program.device)
     if PROCESSES > 1:
-        if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise UserError(f"WORLD_SIZE is {PROCESSES}: use torchrun to start several processes")
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        join_processes(device)
     checkpoint, training = from_rank_0(lambda: open_checkpoint(path, given, program, stack))
     settings = make_settings(given, checkpoint, training)
     check_settings(settings)

@@ -12,11 +12,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -1707,6 +1709,22 @@ def test_evaluate_prints_the_loss_of_every_token_of_a_folder_by_the_best_weights
         losses.append(block["nats_per_token"])
     assert losses[0] == losses[1]
     assert float(losses[0]) < math.log(len(vocab.words))
+
+
+def test_process_whose_torchrun_is_gone_does_not_wait_for_long(trained, monkeypatch, capsys):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(pg, "PROCESSES", 2)
+    monkeypatch.setattr(pg, "LONGEST_JOIN", timedelta(seconds=1))
+    begin = time.monotonic()
+    assert pianogpt("--midi-dir midi --steps 40") == 2
+    assert time.monotonic() - begin < 20
+    text = "the other processes did not answer within 1 seconds: start torchrun again"
+    assert text in capsys.readouterr().err
 
 
 def test_exported_model_is_small_says_its_source_and_writes_as_before(trained, capsys):
