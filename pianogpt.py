@@ -4951,7 +4951,7 @@ def train_and_write(
 
 # ---- 11. Command line: from flags to settings, the device, errors as one sentence
 
-LONGEST_JOIN = timedelta(minutes=2)  # how long the processes of torchrun wait for all to have begun
+LONGEST_JOIN = timedelta(minutes=1)  # how long the processes of torchrun wait for all to have begun
 LONGEST_WAIT = timedelta(days=1)  # how long others wait while the first one reads a folder
 LONGEST_MESSAGE = 500  # characters; a file name in it may have 5,000
 # The flags that --evaluate and --export accept; all else comes from the checkpoint
